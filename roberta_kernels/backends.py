@@ -145,7 +145,8 @@ def _load() -> None:
     if importlib.util.find_spec("triton") is None:
         _status["triton"] = BackendStatus(False, "triton is not installed (pip install triton)")
     else:
-        # The namespace exists wherever triton does, so that traced graphs load; whether it can serve is another question.
+        # The namespace exists wherever triton does, so that traced graphs load; whether it can serve is another
+        # question.
         _define("triton", ("CUDA", "CPU"), _triton_kernel)
         if _interpreting():
             _status["triton"] = BackendStatus(True, "interpreted (TRITON_INTERPRET=1): for tests, slow")

@@ -1,8 +1,8 @@
 """The fused layers: subclasses of the Hugging Face modules that run the same mathematics on the fused ops.
 
 Each is a mixin that `models.fast_class` puts in front of the Hugging Face class, so that `super().forward` is the
-original code. A layer decides on every call whether it may fuse (adapters, hooks and quantisation arrive after patching)
-and runs the original code where it may not; the reason is counted in its PatchState.
+original code. A layer decides on every call whether it may fuse (adapters, hooks and quantisation arrive after
+patching) and runs the original code where it may not; the reason is counted in its PatchState.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,12 @@ from transformers import activations
 from roberta_kernels import ops
 from roberta_kernels.ops.attention import supported_head_dim
 from roberta_kernels.packing import Sequences
+
+if TYPE_CHECKING:
+    HuggingFaceModule = Any
+else:
+    # What a mixin is put before; to a type checker it has whatever attributes the Hugging Face class has.
+    HuggingFaceModule = object
 
 # Activation class -> gelu_ffn's `approximate`.
 _GELU = {
@@ -35,8 +41,8 @@ _FUSABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 class PatchState:
     """What patch() was asked for, and what happened since: shared by the modules of one patched model.
 
-    packed: "auto", True or False. backend: a backend name or "auto". fallbacks: reason -> calls in which a module ran the
-    original code. padded: reason -> calls in which a model ran fused, but on all rows of the padded batch.
+    packed: "auto", True or False. backend: a backend name or "auto". fallbacks: reason -> calls in which a module ran
+    the original code. padded: reason -> calls in which a model ran fused, but on all rows of the padded batch.
     """
 
     packed: str | bool = "auto"
@@ -44,7 +50,7 @@ class PatchState:
     fallbacks: Counter[str] = field(default_factory=Counter)
     padded: Counter[str] = field(default_factory=Counter)
 
-    def fell_back(self, module: nn.Module, reason: str) -> None:
+    def fell_back(self, module: Any, reason: str) -> None:
         if torch.compiler.is_compiling():
             return
         key = f"{type(module).__name__}: {reason}"
@@ -57,18 +63,19 @@ class PatchState:
             self.padded[reason] += 1
 
 
-def state_of(module: nn.Module) -> PatchState:
+def state_of(module: Any) -> PatchState:
     return module.__dict__["_rk_state"]
 
 
 # --- which modules can be fused -------------------------------------------------------------------------------------
 
 
-def foreign_hooks(module: nn.Module) -> bool:
-    """Whether something would notice that this module's own call is skipped: a hook, or a forward bound to the instance.
+def foreign_hooks(module: Any) -> bool:
+    """Whether something would notice that this module's own call is skipped: a hook, or a forward bound to the
+    instance.
 
-    The hooks that transformers leaves behind to record hidden states and attentions do not count: models.py handles these
-    outputs itself.
+    The hooks that transformers leaves behind to record hidden states and attentions do not count: models.py handles
+    these outputs itself.
     """
     if (
         module._backward_hooks
@@ -90,12 +97,12 @@ def _plain(tensor: Any) -> bool:
     return type(tensor) in (nn.Parameter, Tensor) and tensor.device.type != "meta"
 
 
-def plain_linear(module: nn.Module | None) -> bool:
+def plain_linear(module: Any) -> bool:
     """Exactly nn.Linear (adapters subclass it or take its name), with an ordinary weight."""
     return type(module) is nn.Linear and _plain(module._parameters["weight"])
 
 
-def plain_layer_norm(module: nn.Module | None, hidden: int) -> bool:
+def plain_layer_norm(module: Any, hidden: int) -> bool:
     return (
         type(module) is nn.LayerNorm
         and module.normalized_shape == (hidden,)
@@ -105,7 +112,7 @@ def plain_layer_norm(module: nn.Module | None, hidden: int) -> bool:
     )
 
 
-def plain_embedding(module: nn.Module | None) -> bool:
+def plain_embedding(module: Any) -> bool:
     return (
         type(module) is nn.Embedding
         and module.max_norm is None
@@ -125,11 +132,11 @@ def gelu_kind(activation: Any) -> str | None:
     return (activation is F.gelu and "none") or None
 
 
-def dropout_of(module: nn.Module) -> float:
-    return module.p if module.training else 0.0  # type: ignore[return-value]
+def dropout_of(module: Any) -> float:
+    return module.p if module.training else 0.0
 
 
-def _dtype_reason(hidden_states: Tensor, layer_norm: nn.Module) -> str | None:
+def _dtype_reason(hidden_states: Tensor, layer_norm: Any) -> str | None:
     if hidden_states.dtype not in _FUSABLE_DTYPES:
         return f"no kernels for {hidden_states.dtype}"
     if layer_norm.weight.dtype != hidden_states.dtype:
@@ -144,7 +151,7 @@ def _functorch_active() -> bool:
 # --- the end of both halves of a layer: dense, dropout, residual, LayerNorm -----------------------------------------
 
 
-def _project_add_norm(output: nn.Module, x: Tensor, residual: Tensor, seed: Tensor | None) -> Tensor:
+def _project_add_norm(output: Any, x: Tensor, residual: Tensor, seed: Tensor | None) -> Tensor:
     """output is a SelfOutput or Output module; x `[..., K]`, residual `[..., H]`."""
     dense, layer_norm = output.dense, output.LayerNorm
     if plain_linear(dense):
@@ -155,7 +162,7 @@ def _project_add_norm(output: nn.Module, x: Tensor, residual: Tensor, seed: Tens
 
 
 def _add_norm(
-    output: nn.Module, x: Tensor, x_bias: Tensor | None, residual: Tensor, layer_norm: nn.Module, seed: Tensor | None
+    output: Any, x: Tensor, x_bias: Tensor | None, residual: Tensor, layer_norm: Any, seed: Tensor | None
 ) -> Tensor:
     hidden = residual.shape[-1]
     dropout_p = dropout_of(output.dropout)
@@ -172,7 +179,7 @@ def _add_norm(
     return normalised.view(residual.shape)
 
 
-def _output_reason(output: nn.Module, hidden_states: Tensor) -> str | None:
+def _output_reason(output: Any, hidden_states: Tensor) -> str | None:
     """Why dense + dropout + residual + LayerNorm cannot be fused, or None."""
     modules = output._modules
     layer_norm, dropout = modules["LayerNorm"], modules["dropout"]
@@ -181,34 +188,34 @@ def _output_reason(output: nn.Module, hidden_states: Tensor) -> str | None:
     if type(dropout) is not nn.Dropout or dropout.p >= 1.0:
         return "dropout is not a plain nn.Dropout with p < 1"
     for module in (output, modules["dense"], layer_norm, dropout):
-        if foreign_hooks(module):  # type: ignore[arg-type]
+        if foreign_hooks(module):
             return "hooks on a module that fusing would skip"
-    return _dtype_reason(hidden_states, layer_norm)  # type: ignore[arg-type]
+    return _dtype_reason(hidden_states, layer_norm)
 
 
-class FastSelfOutput:
+class FastSelfOutput(HuggingFaceModule):
     """dense, dropout, residual and LayerNorm of an attention block, where the block itself runs the original code."""
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-        reason = _output_reason(self, input_tensor)  # type: ignore[arg-type]
+        reason = _output_reason(self, input_tensor)
         if reason is None and _functorch_active():
             reason = "inside a torch.func transform"
         if reason is not None:
-            state_of(self).fell_back(self, reason)  # type: ignore[arg-type]
-            return super().forward(hidden_states, input_tensor)  # type: ignore[misc]
-        seed = ops.draw_seeds(1, input_tensor.device)[0] if dropout_of(self.dropout) > 0 else None  # type: ignore[attr-defined]
-        return _project_add_norm(self, hidden_states, input_tensor, seed)  # type: ignore[arg-type]
+            state_of(self).fell_back(self, reason)
+            return super().forward(hidden_states, input_tensor)
+        seed = ops.draw_seeds(1, input_tensor.device)[0] if dropout_of(self.dropout) > 0 else None
+        return _project_add_norm(self, hidden_states, input_tensor, seed)
 
 
 # --- a layer --------------------------------------------------------------------------------------------------------
 
 
-class FastLayer:
+class FastLayer(HuggingFaceModule):
     """A Transformer layer: fused attention where the model hands it Sequences, fused feed-forward always."""
 
     def attention_reason(self, hidden_states: Tensor) -> str | None:
         """Why the attention half cannot be fused for such hidden states, or None."""
-        modules = self._modules  # type: ignore[attr-defined]
+        modules = self._modules
         attention = modules["attention"]
         core, output = attention._modules["self"], attention._modules["output"]
         if not supported_head_dim(core.attention_head_size):
@@ -224,8 +231,10 @@ class FastLayer:
         return _output_reason(output, hidden_states)
 
     def feed_forward_reason(self, hidden_states: Tensor) -> str | None:
-        """Why the feed-forward half cannot be fused at all, or None. (Where only the GELU cannot be, the norm still is.)"""
-        modules = self._modules  # type: ignore[attr-defined]
+        """Why the feed-forward half cannot be fused at all, or None. (Where only the GELU cannot be, the norm still
+        is.)
+        """
+        modules = self._modules
         intermediate = modules["intermediate"]
         for module in (intermediate, intermediate._modules["dense"]):
             if foreign_hooks(module):
@@ -236,7 +245,7 @@ class FastLayer:
 
     def packed_reason(self, hidden_size: int, like: Tensor) -> str | None:
         """Why this layer cannot take packed tokens, or None. like: `[*, H]`, a tensor of the hidden states' dtype."""
-        if foreign_hooks(self) or self.chunk_size_feed_forward != 0:  # type: ignore[arg-type, attr-defined]
+        if foreign_hooks(self) or self.chunk_size_feed_forward != 0:
             return "hooks on a layer, or chunked feed-forward"
         return self.attention_reason(like) or self.feed_forward_reason(like)
 
@@ -251,7 +260,7 @@ class FastLayer:
     ) -> Tensor:
         if type(attention_mask) is not FusedMask:
             # Called with a Hugging Face mask: the model chose the original attention.
-            return super().forward(  # type: ignore[misc]
+            return super().forward(
                 hidden_states,
                 attention_mask,
                 encoder_hidden_states,
@@ -261,23 +270,23 @@ class FastLayer:
             )
         reason = self.attention_reason(hidden_states)
         if reason is not None:
-            state_of(self).fell_back(self, reason)  # type: ignore[arg-type]
-            return super().forward(hidden_states, attention_mask.original(), **kwargs)  # type: ignore[misc]
+            state_of(self).fell_back(self, reason)
+            return super().forward(hidden_states, attention_mask.original(), **kwargs)
         hidden_states = self.fused_attention(hidden_states, attention_mask.sequences)
-        if self.chunk_size_feed_forward != 0:  # type: ignore[attr-defined]
+        if self.chunk_size_feed_forward != 0:
             from transformers.pytorch_utils import apply_chunking_to_forward
 
             return apply_chunking_to_forward(
                 self.feed_forward_chunk,
-                self.chunk_size_feed_forward,  # type: ignore[attr-defined]
-                self.seq_len_dim,  # type: ignore[attr-defined]
+                self.chunk_size_feed_forward,
+                self.seq_len_dim,
                 hidden_states,
             )
         return self.feed_forward_chunk(hidden_states)
 
     def fused_attention(self, hidden_states: Tensor, sequences: Sequences) -> Tensor:
         """Projections, attention, output projection, dropout, residual, LayerNorm. hidden_states `[..., H]`."""
-        attention = self.attention  # type: ignore[attr-defined]
+        attention = self.attention
         core = attention.self
         heads, head_dim = core.num_attention_heads, core.attention_head_size
         query, key, value = (
@@ -288,9 +297,9 @@ class FastLayer:
         )
         attention_p = core.dropout.p if core.training else 0.0
         output_p = dropout_of(attention.output.dropout)
-        seeds: tuple[Any, Any] = (None, None)
+        seeds: tuple[Tensor | None, ...] = (None, None)
         if attention_p > 0 or output_p > 0:
-            seeds = ops.draw_seeds(2, hidden_states.device)  # type: ignore[assignment]
+            seeds = ops.draw_seeds(2, hidden_states.device)
         context = ops.attention(
             query,
             key,
@@ -310,9 +319,9 @@ class FastLayer:
         """The feed-forward half; the name and signature are the original's."""
         reason = self.feed_forward_reason(attention_output)
         if reason is not None:
-            state_of(self).fell_back(self, reason)  # type: ignore[arg-type]
-            return super().feed_forward_chunk(attention_output)  # type: ignore[misc]
-        intermediate, output = self.intermediate, self.output  # type: ignore[attr-defined]
+            state_of(self).fell_back(self, reason)
+            return super().feed_forward_chunk(attention_output)
+        intermediate, output = self.intermediate, self.output
         seed = ops.draw_seeds(1, attention_output.device)[0] if dropout_of(output.dropout) > 0 else None
         kind = gelu_kind(intermediate.intermediate_act_fn)
         w_in, w_out = intermediate.dense, output.dense
@@ -320,14 +329,14 @@ class FastLayer:
             # Another activation, an adapter, a quantised weight: these modules run as they are.
             return _project_add_norm(output, intermediate(attention_output), attention_output, seed)
         x = attention_output.reshape(-1, attention_output.shape[-1])
-        weights = (w_in.weight, w_in.bias, w_out.weight)
+        weights: tuple[Tensor, ...] = (w_in.weight, w_in.bias, w_out.weight)
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x = x.to(dtype)
-            weights = tuple(weight.to(dtype) for weight in weights)  # type: ignore[assignment]
+            weights = tuple(weight.to(dtype) for weight in weights)
         if any(weight.dtype != x.dtype for weight in weights):
             return _project_add_norm(output, intermediate(attention_output), attention_output, seed)
-        inner = ops.gelu_ffn(x, *weights, approximate=kind)
+        inner = ops.gelu_ffn(x, weights[0], weights[1], weights[2], approximate=kind)
         return _add_norm(output, inner, w_out.bias, attention_output, output.LayerNorm, seed)
 
 
@@ -348,12 +357,12 @@ class FusedMask:
 # --- embeddings -----------------------------------------------------------------------------------------------------
 
 
-class FastEmbeddings:
+class FastEmbeddings(HuggingFaceModule):
     """Word, position and token-type embeddings, LayerNorm and dropout in one op."""
 
     def fused_reason(self) -> str | None:
         """Why the embeddings cannot be fused, or None."""
-        modules = self._modules  # type: ignore[attr-defined]
+        modules = self._modules
         tables = [modules[name] for name in ("word_embeddings", "position_embeddings", "token_type_embeddings")]
         layer_norm, dropout = modules["LayerNorm"], modules["dropout"]
         if not all(plain_embedding(table) for table in tables):
@@ -381,8 +390,8 @@ class FastEmbeddings:
         reason = self.fused_reason()
         if inputs_embeds is not None or reason is not None:
             if reason is not None:
-                state_of(self).fell_back(self, reason)  # type: ignore[arg-type]
-            return super().forward(  # type: ignore[misc]
+                state_of(self).fell_back(self, reason)
+            return super().forward(
                 input_ids=input_ids,
                 token_type_ids=token_type_ids,
                 position_ids=position_ids,
@@ -403,17 +412,19 @@ class FastEmbeddings:
         return hidden_states.view(batch, length, -1)
 
     def positions(self, input_ids: Tensor, past_key_values_length: int = 0) -> Tensor:
-        """RoBERTa's position ids `[B, S]`, made from the ids: padding stays at padding_idx, the rest counts on from it."""
-        return self.create_position_ids_from_input_ids(input_ids, self.padding_idx, past_key_values_length)  # type: ignore[attr-defined]
+        """RoBERTa's position ids `[B, S]`, made from the ids: padding stays at padding_idx, the rest counts on from
+        it.
+        """
+        return self.create_position_ids_from_input_ids(input_ids, self.padding_idx, past_key_values_length)
 
     def check_positions(self, position_ids: Tensor) -> None:
         """Raises IndexError where a position `[B, S]` lies outside of the table, before any kernel runs.
 
-        A batch of no more columns than the table has room for cannot hold one, and its values are not looked at (on a GPU
-        that would be a synchronisation).
+        A batch of no more columns than the table has room for cannot hold one, and its values are not looked at (on a
+        GPU that would be a synchronisation).
         """
-        rows = self.position_embeddings.num_embeddings  # type: ignore[attr-defined]
-        if position_ids.shape[1] + self.padding_idx + 1 <= rows:  # type: ignore[attr-defined]
+        rows = self.position_embeddings.num_embeddings
+        if position_ids.shape[1] + self.padding_idx + 1 <= rows:
             return
         highest = int(position_ids.max())
         if highest >= rows:
@@ -424,15 +435,15 @@ class FastEmbeddings:
 
     def embed(self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
         """`[T]` ids -> `[T, H]`."""
-        word, position = self.word_embeddings, self.position_embeddings  # type: ignore[attr-defined]
-        layer_norm, dropout_p = self.LayerNorm, dropout_of(self.dropout)  # type: ignore[attr-defined]
+        word, position = self.word_embeddings, self.position_embeddings
+        layer_norm, dropout_p = self.LayerNorm, dropout_of(self.dropout)
         return ops.embedding_layer_norm(
             input_ids,
             position_ids,
             token_type_ids,
             word.weight,
             position.weight,
-            self.token_type_embeddings.weight,  # type: ignore[attr-defined]
+            self.token_type_embeddings.weight,
             layer_norm.weight,
             layer_norm.bias,
             eps=layer_norm.eps,

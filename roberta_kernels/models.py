@@ -26,6 +26,7 @@ from roberta_kernels.layers import (
     FastLayer,
     FastSelfOutput,
     FusedMask,
+    HuggingFaceModule,
     PatchState,
     foreign_hooks,
     state_of,
@@ -39,8 +40,8 @@ _SAME_ATTENTION = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_
 class MaskRequest:
     """An attention mask on its way through Hugging Face's own forward code, with what was decided about it.
 
-    attention_mask: the caller's. fused: whether the layers may use fused attention. packed: whether padding may be left out
-    (a head that reads padded rows says no).
+    attention_mask: the caller's. fused: whether the layers may use fused attention. packed: whether padding may be
+    left out (a head that reads padded rows says no).
     """
 
     attention_mask: Any
@@ -52,7 +53,7 @@ def _requested(mask: Any) -> MaskRequest:
     return mask if type(mask) is MaskRequest else MaskRequest(mask)
 
 
-class FastModel:
+class FastModel(HuggingFaceModule):
     """RobertaModel: packed from the embeddings to the last layer where it can be, else padded, else the original."""
 
     _rk_parameters: tuple[str, ...]  # names of forward's parameters, in order
@@ -60,7 +61,7 @@ class FastModel:
     def _rk_forward(self, *args: Any, **kwargs: Any) -> Any:
         if args:
             kwargs.update(zip(self._rk_parameters, args, strict=False))
-        state = state_of(self)  # type: ignore[arg-type]
+        state = state_of(self)
         if state.backend != "auto":
             with backends.backend(state.backend):
                 return self._rk_run(state, kwargs)
@@ -70,7 +71,7 @@ class FastModel:
         request = _requested(kwargs.get("attention_mask"))
         if self._wants("output_attentions", kwargs):
             # Attention weights are what the fused kernel never makes.
-            state.fell_back(self, "attention weights were asked for")  # type: ignore[arg-type]
+            state.fell_back(self, "attention weights were asked for")
             request = MaskRequest(request.attention_mask, fused=False, packed=False)
         elif state.packed is not False and request.packed:
             reason = self._unpackable(request, kwargs)
@@ -79,11 +80,11 @@ class FastModel:
                 return self._packed_forward(packed, kwargs)
             state.stayed_padded(reason or "a sequence does not start with a real token")
         kwargs["attention_mask"] = request
-        return super().forward(**kwargs)  # type: ignore[misc]
+        return super().forward(**kwargs)
 
     def _wants(self, output: str, kwargs: dict[str, Any]) -> bool:
         wish = kwargs.get(output)
-        return bool(getattr(self.config, output, False) if wish is None else wish)  # type: ignore[attr-defined]
+        return bool(getattr(self.config, output, False) if wish is None else wish)
 
     def _unpackable(self, request: MaskRequest, kwargs: dict[str, Any]) -> str | None:
         """Why this call stays in the padded layout, or None. Cheap reasons come first."""
@@ -94,7 +95,7 @@ class FastModel:
             return "inputs_embeds"
         if not request.fused or kwargs.get("past_key_values") is not None:
             return "a key/value cache"
-        config = self.config  # type: ignore[attr-defined]
+        config = self.config
         if config.is_decoder and (
             kwargs.get("encoder_hidden_states") is not None
             or (config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"])
@@ -111,7 +112,7 @@ class FastModel:
             return "an empty batch"
         if input_ids.is_cuda and torch.cuda.is_current_stream_capturing():
             return "CUDA graph capture"
-        embeddings, encoder = self._modules["embeddings"], self._modules["encoder"]  # type: ignore[attr-defined]
+        embeddings, encoder = self._modules["embeddings"], self._modules["encoder"]
         if not isinstance(embeddings, FastEmbeddings) or foreign_hooks(embeddings) or embeddings.fused_reason():
             return "the embeddings cannot be fused"
         if foreign_hooks(encoder) or foreign_hooks(encoder.layer):
@@ -127,10 +128,10 @@ class FastModel:
 
     def _pack(self, mask: Tensor | None, kwargs: dict[str, Any]) -> packing.Packing | None:
         batch, length = kwargs["input_ids"].shape
-        return packing.pack(mask, batch, length, kwargs["input_ids"].device, self.config.is_decoder)  # type: ignore[attr-defined]
+        return packing.pack(mask, batch, length, kwargs["input_ids"].device, self.config.is_decoder)
 
     def _packed_forward(self, packed: packing.Packing, kwargs: dict[str, Any]) -> Any:
-        config, embeddings = self.config, self.embeddings  # type: ignore[attr-defined]
+        config, embeddings = self.config, self.embeddings
         input_ids, token_type_ids = kwargs["input_ids"], kwargs.get("token_type_ids")
         position_ids = kwargs.get("position_ids")
         if position_ids is None:
@@ -144,10 +145,10 @@ class FastModel:
             None if token_type_ids is None else packed.pack(token_type_ids.expand(shape)),
         )
         mask = FusedMask(packed.sequences)
-        for layer in self.encoder.layer:  # type: ignore[attr-defined]
+        for layer in self.encoder.layer:
             hidden_states = layer(hidden_states, mask)
         sequence_output = packed.unpack(hidden_states)
-        pooler = self.pooler  # type: ignore[attr-defined]
+        pooler = self.pooler
         output = BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=sequence_output,
             pooler_output=None if pooler is None else pooler(sequence_output),
@@ -169,7 +170,7 @@ class FastModel:
         mask = request.attention_mask
 
         def original(wanted: Any = mask) -> tuple[Any, Tensor | None]:
-            return super(FastModel, self)._create_attention_masks(  # type: ignore[misc]
+            return super(FastModel, self)._create_attention_masks(
                 attention_mask=wanted,
                 encoder_attention_mask=encoder_attention_mask,
                 embedding_output=embedding_output,
@@ -178,7 +179,7 @@ class FastModel:
             )
 
         reason = None
-        config = self.config  # type: ignore[attr-defined]
+        config = self.config
         batch, length = embedding_output.shape[:2]
         if not request.fused:
             return original()
@@ -191,19 +192,19 @@ class FastModel:
         elif batch * length == 0:
             reason = "an empty batch"
         if reason is not None:
-            state_of(self).fell_back(self, f"attention: {reason}")  # type: ignore[arg-type]
+            state_of(self).fell_back(self, f"attention: {reason}")
             return original()
         sequences = packing.padded_sequences(batch, length, mask, embedding_output.device, config.is_decoder)
         return FusedMask(sequences, lambda: original()[0]), encoder_attention_mask
 
 
-class FastHead:
+class FastHead(HuggingFaceModule):
     """A model with a head that reads position 0 only: nothing to add to what its base model does."""
 
 
-class FastTokenHead:
-    """A head with a loss over positions. Padded rows are zeros in a packed pass, so where a label makes the loss read one,
-    the base model is asked to compute all rows."""
+class FastTokenHead(HuggingFaceModule):
+    """A head with a loss over positions. Padded rows are zeros in a packed pass, so where a label makes the loss read
+    one, the base model is asked to compute all rows."""
 
     _rk_shift = 0  # label i is compared with the logits of position i - shift
 
@@ -217,17 +218,17 @@ class FastTokenHead:
 
     def _rk_forward(self, *args: Any, **kwargs: Any) -> Any:
         if args:
-            kwargs.update(zip(self._rk_parameters, args, strict=False))  # type: ignore[attr-defined]
+            kwargs.update(zip(self._rk_parameters, args, strict=False))
         mask = kwargs.get("attention_mask")
         if (
             isinstance(mask, Tensor)
             and mask.dim() == 2
             and not torch.compiler.is_compiling()
-            and state_of(self).packed == "auto"  # type: ignore[arg-type]
+            and state_of(self).packed == "auto"
             and self._reads_padding(mask, kwargs)
         ):
             kwargs["attention_mask"] = MaskRequest(mask, packed=False)
-        return super().forward(**kwargs)  # type: ignore[misc]
+        return super().forward(**kwargs)
 
 
 class FastNextTokenHead(FastTokenHead):
@@ -256,7 +257,7 @@ _MIXINS: dict[str, type] = {
 
 
 @functools.cache
-def fast_class(original: type) -> type:
+def fast_class(original: Any) -> Any:
     """The fast subclass of a known Hugging Face class; it keeps the name, which transformers looks classes up by.
 
     Raises TypeError for a class that is not known, or not as this version knows it.
@@ -272,14 +273,14 @@ def fast_class(original: type) -> type:
         "__qualname__": f"Fast{original.__name__}",  # pickle finds the class by this
         "__doc__": original.__doc__,
         "_rk_original": original,
-        "_rk_parameters": tuple(inspect.signature(original.forward).parameters)[1:],  # type: ignore[attr-defined]
+        "_rk_parameters": tuple(inspect.signature(original.forward).parameters)[1:],
     }
     bases = (mixin, original)
     forward = getattr(mixin, "_rk_forward", None)
     if forward is not None:
-        namespace["forward"] = _like(original.forward, forward)  # type: ignore[attr-defined]
+        namespace["forward"] = _like(original.forward, forward)
     if role.role in ("model", "token_head", "next_token_head", "span_head", "head"):
-        namespace["__init__"] = _like(original.__init__, _initialise(original))  # type: ignore[misc]
+        namespace["__init__"] = _like(original.__init__, _initialise(original))
     cls = type(original.__name__, bases, namespace)
     setattr(sys.modules[__name__], cls.__qualname__, cls)
     return cls
@@ -294,12 +295,12 @@ def _like(original: Callable[..., Any], replacement: Callable[..., Any]) -> Call
     return functools.wraps(original)(method)
 
 
-def _initialise(original: type) -> Callable[..., None]:
+def _initialise(original: Any) -> Callable[..., None]:
     """__init__ of a fast class: builds the Hugging Face model, then gives its parts their fast classes."""
 
     def initialise(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         with _building(self):
-            original.__init__(self, *args, **kwargs)  # type: ignore[misc]
+            original.__init__(self, *args, **kwargs)
             state = PatchState()
             for module in self.modules():
                 make_fast(module, state)
@@ -308,15 +309,17 @@ def _initialise(original: type) -> Callable[..., None]:
 
 
 @contextlib.contextmanager
-def _building(module: nn.Module):  # type: ignore[no-untyped-def]
+def _building(module: nn.Module):
     # Hugging Face code that runs during construction may already look the state up.
     module.__dict__.setdefault("_rk_state", PatchState())
     yield
 
 
 def make_fast(module: nn.Module, state: PatchState) -> bool:
-    """Gives a module its fast class, in place, and the state it shares with the rest of its model; False if not known."""
-    cls = type(module)
+    """Gives a module its fast class, in place, and the state it shares with the rest of its model; False if not
+    known.
+    """
+    cls: Any = type(module)
     if not is_fast_class(cls):
         role = role_of(cls)
         if role is None or role.mismatch is not None:
@@ -329,8 +332,9 @@ def make_fast(module: nn.Module, state: PatchState) -> bool:
 
 def make_original(module: nn.Module) -> None:
     """Undoes make_fast."""
-    if is_fast_class(type(module)):
-        module.__class__ = type(module)._rk_original  # type: ignore[attr-defined]
+    cls: Any = type(module)
+    if is_fast_class(cls):
+        module.__class__ = cls._rk_original
     module.__dict__.pop("_rk_state", None)
 
 
@@ -339,7 +343,9 @@ def is_fast_class(cls: type) -> bool:
 
 
 def _register_recordable_outputs(module: nn.Module, original: type) -> None:
-    """transformers keeps what can be recorded (hidden states, ...) by class: the new class records what the old one did."""
+    """transformers keeps what can be recorded (hidden states, ...) by class: the new class records what the old one
+    did.
+    """
     from transformers.utils import output_capturing
 
     registry = getattr(output_capturing, "_CAN_RECORD_REGISTRY", None)

@@ -17,8 +17,8 @@ from torch import Tensor
 class Sequences:
     """Which rows belong to which sequence: what attention needs to know.
 
-    cu_seqlens: int32 `[B + 1]`. max_seqlen: an upper bound of the lengths. key_mask: bool `[rows]`, True for rows that may be
-    seen, or None for all. causal: a row sees itself and the rows before it only.
+    cu_seqlens: int32 `[B + 1]`. max_seqlen: an upper bound of the lengths. key_mask: bool `[rows]`, True for rows
+    that may be seen, or None for all. causal: a row sees itself and the rows before it only.
     """
 
     cu_seqlens: Tensor

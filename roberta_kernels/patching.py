@@ -107,7 +107,8 @@ def patch(model: nn.Module, *, packed: str | bool = "auto", backend: str = "auto
         What was replaced, what was left, and why. A model with nothing to replace is left untouched; so is any model
         if an error occurs.
 
-    Parameters, buffers, state dict, forward's signature and what save_pretrained writes do not change. Patching twice is
+    Parameters, buffers, state dict, forward's signature and what save_pretrained writes do not change. Patching twice
+    is
     harmless: the options of the last call hold. Rows at padded positions come back as zeros.
 
     Raises:
@@ -124,7 +125,7 @@ def patch(model: nn.Module, *, packed: str | bool = "auto", backend: str = "auto
     before: list[tuple[nn.Module, type, PatchState | None]] = []
     try:
         for name, module in model.named_modules():
-            cls = type(module)
+            cls: Any = type(module)
             original = cls._rk_original if is_fast_class(cls) else cls
             role = role_of(original)
             if role is None:
@@ -188,7 +189,7 @@ def is_patched(model: nn.Module) -> bool:
     return any(is_fast_class(type(module)) for module in model.modules())
 
 
-_wrapped: list[tuple[type, Callable[..., None]]] = []
+_wrapped: list[tuple[Any, Callable[..., None]]] = []
 
 
 def patch_transformers(
@@ -199,9 +200,10 @@ def patch_transformers(
     As a context manager, `with patch_transformers(): ...`, only those created inside the block.
     """
     if not _wrapped:
+        cls: Any
         for cls in family_classes("model", "token_head", "next_token_head", "span_head", "head"):
-            _wrapped.append((cls, cls.__init__))  # type: ignore[misc]
-            cls.__init__ = _patching_init(cls, cls.__init__, packed, backend)  # type: ignore[misc]
+            _wrapped.append((cls, cls.__init__))
+            cls.__init__ = _patching_init(cls, cls.__init__, packed, backend)
     return _unpatch_on_exit()
 
 
@@ -219,7 +221,7 @@ def unpatch_transformers() -> None:
     """Ends patch_transformers(). Models that exist stay as they are (see unpatch)."""
     while _wrapped:
         cls, init = _wrapped.pop()
-        cls.__init__ = init  # type: ignore[misc]
+        cls.__init__ = init
 
 
 @contextlib.contextmanager

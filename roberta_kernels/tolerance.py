@@ -2,9 +2,9 @@
 
     error(ours, float64) <= 2 * error(the original at that dtype, float64) + a rounding floor
 
-Both errors are taken two ways, and both must hold: the largest absolute difference, and the root mean square of it (which sees a
-small error that is everywhere). The floor allows for the original being exact by luck: `floor_ulps` roundings, in the dtype at
-hand, of the largest value in the float64 result.
+Both errors are taken two ways, and both must hold: the largest absolute difference, and the root mean square of it
+(which sees a small error that is everywhere). The floor allows for the original being exact by luck: `floor_ulps`
+roundings, in the dtype at hand, of the largest value in the float64 result.
 """
 
 from __future__ import annotations

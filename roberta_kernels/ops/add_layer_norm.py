@@ -23,7 +23,8 @@ def add_layer_norm(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """layer_norm(residual + dropout(x + x_bias)) over the last dimension (Ba et al. 2016), differentiable in every tensor.
+    """layer_norm(residual + dropout(x + x_bias)) over the last dimension (Ba et al. 2016), differentiable in every
+    tensor.
 
     Args:
         x, residual: `[T, H]`, one dtype for all.

@@ -34,7 +34,8 @@ def attention(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """softmax(scale * q @ k^T) @ v within each sequence (Vaswani et al. 2017, section 3.2.1), differentiable in q, k and v.
+    """softmax(scale * q @ k^T) @ v within each sequence (Vaswani et al. 2017, section 3.2.1), differentiable in q, k
+    and v.
 
     Args:
         q: `[Tq, heads, head_dim]`, packed queries. head_dim 16 to 128, a multiple of 8. q, k and v may be views (of

@@ -60,7 +60,9 @@ def check_dropout(dropout_p: float, seed: Tensor | None, like: Tensor) -> None:
 
 
 def call(op: Callable[..., Any], *args: Any) -> Any:
-    """Runs a `*_forward` op. Where nothing can need a gradient, autograd's part of the call (some 15 us) is left out."""
+    """Runs a `*_forward` op. Where nothing can need a gradient, autograd's part of the call (some 15 us) is left
+    out.
+    """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return op(*args)
     with torch._C._AutoDispatchBelowAutograd():

@@ -37,14 +37,15 @@ def embedding_layer_norm(
         eps: added to the (biased) variance.
         dropout_p: probability of dropping an element of the result, in [0, 1).
         seed: int64 `[1]`, for dropout_p > 0 (see draw_seeds).
-        word_padding_idx, position_padding_idx: the row of that table that gets no gradient, as nn.Embedding's padding_idx.
+        word_padding_idx, position_padding_idx: the row of that table that gets no gradient, as nn.Embedding's
+        padding_idx.
 
     Returns:
         `[T, H]`, contiguous.
 
     Raises:
-        IndexError or RuntimeError: an id outside of its table (CPU; on a GPU as the original: a device-side assertion or
-            an undefined row, since a check would need a synchronisation).
+        IndexError or RuntimeError: an id outside of its table (CPU; on a GPU as the original: a device-side assertion
+            or an undefined row, since a check would need a synchronisation).
         TypeError, ValueError: a dtype, shape, device or value outside of the above.
     """
     check(input_ids.dim() == 1, f"input_ids has shape {list(input_ids.shape)}, expected [tokens]")

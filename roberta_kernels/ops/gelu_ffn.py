@@ -27,7 +27,8 @@ def gelu_ffn(
         x: `[T, H]`, one dtype for all.
         w_in, b_in: `[F, H]`, `[F]`, as nn.Linear keeps them.
         w_out, b_out: `[O, F]`, `[O]`; b_out may be left to what follows (add_layer_norm's x_bias).
-        approximate: "none" for the exact GELU, x * Phi(x) through erf, or "tanh" (Hendrycks and Gimpel 2016, section 2).
+        approximate: "none" for the exact GELU, x * Phi(x) through erf, or "tanh" (Hendrycks and Gimpel 2016, section
+        2).
 
     Returns:
         `[T, O]`. Kept for backward: x and the pre-activation `[T, F]`.

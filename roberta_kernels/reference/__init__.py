@@ -1,4 +1,5 @@
-"""The ops in plain torch: their definition, the oracle of the tests (in float64), and what serves when nothing else can.
+"""The ops in plain torch: their definition, the oracle of the tests (in float64), and what serves when nothing else
+can.
 
 Internal arithmetic is float32 for float32, bfloat16 and float16 inputs and float64 for float64.
 """

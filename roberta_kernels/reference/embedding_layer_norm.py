@@ -70,7 +70,9 @@ def embedding_layer_norm_backward(
     dropout_p: float,
     seed: Tensor | None,  # [1] int64
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the word, position and token-type tables, weight and bias. Padding rows get none (index -1: no such row)."""
+    """Gradients of the word, position and token-type tables, weight and bias. Padding rows get none (index -1: no
+    such row).
+    """
     z = _gather(input_ids, position_ids, token_type_ids, word_embeddings, position_embeddings, token_type_embeddings)
     acc = z.dtype
     grad = grad_out.to(acc)

@@ -1,7 +1,7 @@
 """gelu(x @ w_in^T + b_in) @ w_out^T + b_out: the feed-forward half of a Transformer layer.
 
-GELU is x * Phi(x), Phi the normal distribution function, exactly, through erf (Hendrycks and Gimpel 2016, section 2), or
-by its tanh approximation (same place).
+GELU is x * Phi(x), Phi the normal distribution function, exactly, through erf (Hendrycks and Gimpel 2016, section 2),
+or by its tanh approximation (same place).
 """
 
 from __future__ import annotations
