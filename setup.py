@@ -66,8 +66,6 @@ def compiler_missing() -> str | None:
 def cuda_missing(torch) -> str | None:
     """Why the CUDA library is not built, or None."""
     wish = os.environ.get("ROBERTA_KERNELS_CUDA", "")
-    if wish not in ("", "0", "1"):
-        raise SystemExit(f"ROBERTA_KERNELS_CUDA must be 0, 1 or unset, not {wish!r}")
     if not list((ROOT / "csrc/cuda").glob("*.cu")):
         return "this version has no CUDA C++ kernels (NVIDIA GPUs are served by Triton)"
     if wish == "0":
@@ -117,7 +115,10 @@ class AnyPythonWheel(bdist_wheel):
 
 def compiled_parts():
     """(extensions, build_ext command class), filling in REPORT on the way."""
+    if os.environ.get("ROBERTA_KERNELS_CUDA", "") not in ("", "0", "1"):
+        raise SystemExit(f"ROBERTA_KERNELS_CUDA must be 0, 1 or unset, not {os.environ['ROBERTA_KERNELS_CUDA']!r}")
     torch = import_torch()
+    why: str | None
     if torch is None:
         why = "torch is not installed where the build ran (use: pip install --no-build-isolation .)"
         REPORT.update(cpu=why, cuda=why)

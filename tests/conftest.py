@@ -8,5 +8,5 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-# Threads of the test workers multiply: two each is plenty for small shapes, and torch's results do not depend on it.
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# A test session that is split over workers gives each of them one thread; tests of threading set their own count.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
