@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from roberta_kernels import backends
 
@@ -63,7 +64,14 @@ def call(op: Callable[..., Any], *args: Any) -> Any:
     """Runs a `*_forward` op. Where nothing can need a gradient, autograd's part of the call (some 15 us) is left
     out.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return op(*args)
+    # torch would take the derivative of an op without a forward-mode formula for zero, and say nothing.
+    if forward_ad._current_level >= 0 and any(
+        isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None for arg in args
+    ):
+        raise NotImplementedError(f"{op} has no forward-mode derivative (jvp)")
+    if torch.is_grad_enabled():
         return op(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
@@ -86,6 +94,8 @@ def register(
         torch.library.register_fake(f"{kernels.namespace}::{op}_backward", fake_backward)
 
         def formula(ctx: Any, *grads: Any, _kernels: backends.Kernels = kernels) -> Any:
+            if torch.is_grad_enabled():  # create_graph=True: what is returned here would count as a constant
+                raise NotImplementedError(f"{op} cannot be differentiated twice (backward with create_graph=True)")
             return backward(_kernels, ctx, *grads)
 
         torch.library.register_autograd(f"{kernels.namespace}::{op}_forward", formula, setup_context=setup_context)

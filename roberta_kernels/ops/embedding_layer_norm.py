@@ -59,6 +59,12 @@ def embedding_layer_norm(
     check_tensor("token_type_embeddings", token_type_embeddings, (None, hidden), word_embeddings)
     check_tensor("weight", weight, (hidden,), word_embeddings)
     check_tensor("bias", bias, (hidden,), word_embeddings)
+    for name, row, table in (
+        ("word_padding_idx", word_padding_idx, word_embeddings),
+        ("position_padding_idx", position_padding_idx, position_embeddings),
+    ):
+        if row is not None and not 0 <= row < table.shape[0]:
+            raise ValueError(f"{name} is {row}, and its table has {table.shape[0]} rows")
     contract.check_dropout(dropout_p, seed, word_embeddings)
     if token_type_ids is None:
         token_type_ids = torch.zeros_like(input_ids)
