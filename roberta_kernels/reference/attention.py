@@ -71,8 +71,8 @@ def attention_forward(
         if visible is not None:
             scores = scores.masked_fill(~visible, -math.inf)
         row_lse = scores.logsumexp(-1)
-        # Not exp(scores - row_lse): the rounding of a large log-sum-exp would be an error of the whole row. A row that sees
-        # nothing would give nan: its probabilities are zeros.
+        # Not exp(scores - row_lse): the rounding of a large log-sum-exp would be an error of the whole row. A row that
+        # sees nothing would give nan: its probabilities are zeros.
         probabilities = scores.softmax(-1).masked_fill((row_lse == -math.inf)[..., None], 0.0)
         if dropout_p > 0:
             assert seed is not None
