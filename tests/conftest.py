@@ -8,5 +8,6 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-# A test session that is split over workers gives each of them one thread; tests of threading set their own count.
+# Threads of the test workers multiply: two each is plenty for small shapes, and torch's results do not depend on it.
+# Under pytest-xdist the workers are the threads.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
