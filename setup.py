@@ -72,7 +72,9 @@ def cuda_missing(torch) -> str | None:
         return "this version has no CUDA C++ kernels (NVIDIA GPUs are served by Triton)"
     if wish == "0":
         return "turned off by ROBERTA_KERNELS_CUDA=0"
-    nvcc = shutil.which("nvcc") or (os.environ.get("CUDA_HOME") and shutil.which("nvcc", path=os.environ["CUDA_HOME"] + "/bin"))
+    nvcc = shutil.which("nvcc") or (
+        os.environ.get("CUDA_HOME") and shutil.which("nvcc", path=os.environ["CUDA_HOME"] + "/bin")
+    )
     if nvcc is None:
         if wish == "1":
             raise SystemExit("ROBERTA_KERNELS_CUDA=1, but nvcc was found neither on PATH nor in CUDA_HOME/bin")
@@ -100,7 +102,9 @@ class BuildPy(build_py):
 
     def run(self) -> None:
         super().run()
-        target = Path(self.get_package_dir("roberta_kernels") if self.editable_mode else self.build_lib + "/roberta_kernels")
+        target = Path(
+            self.get_package_dir("roberta_kernels") if self.editable_mode else self.build_lib + "/roberta_kernels"
+        )
         target.mkdir(parents=True, exist_ok=True)
         (target / "build_report.json").write_text(json.dumps(REPORT, indent=2) + "\n")
 
@@ -174,7 +178,9 @@ def compiled_parts():
                         [f"csrc/cpu/{op}.cpp" for op in CPU_OPS],
                         output_dir=os.path.join(self.build_temp, isa),
                         include_dirs=[str(ROOT)],
-                        extra_postargs={"cxx": [*CXX_FLAGS, *flags, f"-DRK_CPU_ISA={isa}", f"-DRK_CPU_ISA_{isa.upper()}"]},
+                        extra_postargs={
+                            "cxx": [*CXX_FLAGS, *flags, f"-DRK_CPU_ISA={isa}", f"-DRK_CPU_ISA_{isa.upper()}"]
+                        },
                         depends=ext.depends,
                     )
                     ext.extra_objects += objects

@@ -1,0 +1,12 @@
+"""Set before any test imports triton: without a GPU its kernels run in Triton's interpreter, on CPU tensors."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+# Threads of the test workers multiply: two each is plenty for small shapes, and torch's results do not depend on it.
+torch.set_num_threads(min(2, os.cpu_count() or 1))
