@@ -353,80 +353,105 @@ void forward(const AttentionArgs& a) {
 }
 
 struct BackwardScratch {
-    float *q, *q_t, *grad_out, *grad_out_t, *p_t, *ds_t, *grad_q, *lse, *delta;
+    float *q, *q_t, *grad_out, *grad_out_t, *grad_q, *lse, *delta;
+    float *p_t, *ds_t;        // [keys, kQueries]
     float *grad_k, *grad_v;  // [keys, width]
 };
 
-// Everything of one (sequence, head).
+// P (in place of the scores, negative where dropout drops it) and dP (with its dropout factor) of one vector of
+// queries and `count` keys; returns the sum of P dP.
+vf32 probabilities(const AttentionArgs& a, float* p, float* dp, const int32_t* index, int64_t count, vf32 lse,
+                   int64_t row, int64_t head) {
+    vf32 delta{};
+    if (!a.dropout.on) {
+        for (int64_t j = 0; j < count; ++j, p += kQueries, dp += kQueries) {
+            const vf32 e = exp(load(p) - lse);
+            delta = fma(e, load(dp), delta);
+            store(p, e);
+        }
+        return delta;
+    }
+    KeyDropout keep(a.dropout, row, head);
+    for (int64_t j = 0; j < count; ++j, p += kQueries, dp += kQueries) {
+        const vf32 multiplier = keep.multiplier(index[j]);
+        const vf32 e = exp(load(p) - lse), g = load(dp) * multiplier;
+        delta = fma(e, g, delta);
+        store(p, select(multiplier == vf32{}, -e, e));
+        store(dp, g);
+    }
+    return delta;
+}
+
+// dS = P (dP - delta) in place of dP, and what multiplies grad_out, P with its dropout factor, in place of P.
+void score_gradients(const AttentionArgs& a, float* p, float* dp, int64_t count, vf32 delta) {
+    for (int64_t j = 0; j < count; ++j, p += kQueries, dp += kQueries) {
+        const vf32 e = load(p);
+        if (a.dropout.on) {
+            store(dp, vabs(e) * (load(dp) - delta));
+            store(p, select(e < vf32{}, vf32{}, e * a.dropout.scale));
+        } else {
+            store(dp, e * (load(dp) - delta));
+        }
+    }
+}
+
+// Everything of one (sequence, head). delta, the row sum of P dP, is taken from P and dP themselves and not from
+// grad_out * out: then dP - delta cancels exactly where one key has all the weight. So P and dP of 48 queries and all
+// keys are kept (in L2 up to a thousand keys or so) before the products that need delta.
 template <class T>
-void backward_head(const AttentionArgs& a, const BackwardScratch& s, const Keys& keys,
-                   int64_t sequence, int64_t head) {
+void backward_head(const AttentionArgs& a, const BackwardScratch& s, const Keys& keys, int64_t sequence,
+                   int64_t head) {
     const int64_t d = a.head_dim, width = round_up(d, kLanes);
     const int64_t begin = a.cu_seqlens_q[sequence], length = a.cu_seqlens_q[sequence + 1] - begin;
     const int64_t begin_k = a.cu_seqlens_k[sequence], length_k = a.cu_seqlens_k[sequence + 1] - begin_k;
-    const View<T> q(a.q), grad_out(a.grad_out), out(a.saved_out);
+    const View<T> q(a.q), grad_out(a.grad_out);
     for (int64_t i = 0; i < keys.count * width; i += kLanes) {
         store(s.grad_k + i, vf32{});
         store(s.grad_v + i, vf32{});
     }
     for (int64_t q0 = 0; q0 < length; q0 += kQueries) {
         const int64_t queries = smaller(length - q0, kQueries);
-        const int64_t vectors = (queries + kLanes - 1) / kLanes, row = begin + q0;
+        const int64_t vectors = (queries + kLanes - 1) / kLanes, columns = vectors * kLanes, row = begin + q0;
         copy_rows(q.at(row, head), q.token_stride, queries, d, a.scale, s.q, width);
         copy_rows(grad_out.at(row, head), grad_out.token_stride, queries, d, 1.0f, s.grad_out, width);
         copy_transposed(s.q, width, queries, d, 1.0f, s.q_t);
         copy_transposed(s.grad_out, width, queries, d, 1.0f, s.grad_out_t);
-        for (int64_t i = 0; i < vectors * kLanes; ++i) {
+        for (int64_t i = 0; i < columns; ++i) {
             // +inf for a row that sees no key, and for lanes beyond the last query: their P is zero
-            s.lse[i] = kInf, s.delta[i] = 0.0f;
-            if (i >= queries) continue;
-            const float lse = a.lse[head * a.total_q + row + i];
-            if (lse != -kInf) s.lse[i] = lse;
-            const T* o = out.at(row + i, head);
-            vf32 sum{};
-            for (int64_t c = 0; c < d; c += kLanes)
-                sum = fma(load_partial(o + c, static_cast<int>(smaller(d - c, kLanes))),
-                          load(s.grad_out + i * width + c), sum);
-            s.delta[i] = hsum(sum);
+            const float lse = i < queries ? a.lse[head * a.total_q + row + i] : -kInf;
+            s.lse[i] = lse == -kInf ? kInf : lse;
+            s.delta[i] = 0.0f;
         }
         const int64_t last = q0 + length_k - length;
         const int64_t visible = a.causal ? keys.visible(last + queries - 1) : keys.count;
         for (int64_t j0 = 0; j0 < visible; j0 += kKeys) {
-            const int64_t count = smaller(visible - j0, kKeys), columns = vectors * kLanes;
-            const float *k = keys.k + j0 * keys.k_stride, *v = keys.v + j0 * keys.v_stride;
-            small_gemm<false>({k, keys.k_stride, s.q_t, kQueries, s.p_t, kQueries, d, nullptr, Start::zero}, count,
-                              columns);
-            small_gemm<false>({v, keys.v_stride, s.grad_out_t, kQueries, s.ds_t, kQueries, d, nullptr, Start::zero},
+            const int64_t count = smaller(visible - j0, kKeys);
+            float *p = s.p_t + j0 * kQueries, *dp = s.ds_t + j0 * kQueries;
+            small_gemm<false>({keys.k + j0 * keys.k_stride, keys.k_stride, s.q_t, kQueries, p, kQueries, d, nullptr,
+                               Start::zero},
+                              count, columns);
+            small_gemm<false>({keys.v + j0 * keys.v_stride, keys.v_stride, s.grad_out_t, kQueries, dp, kQueries, d,
+                               nullptr, Start::zero},
                               count, columns);
             if (a.causal && keys.index[j0 + count - 1] > last)
-                hide_later_keys(s.p_t, keys.index + j0, count, vectors, last);
-            for (int64_t n = 0; n < vectors; ++n) {
-                const vf32 lse = load(s.lse + n * kLanes), delta = load(s.delta + n * kLanes);
-                float *p = s.p_t + n * kLanes, *ds = s.ds_t + n * kLanes;
-                if (a.dropout.on) {
-                    KeyDropout keep(a.dropout, row + n * kLanes, head);
-                    for (int64_t j = 0; j < count; ++j) {
-                        const vf32 m = keep.multiplier(keys.index[j0 + j]);
-                        const vf32 e = exp(load(p + j * kQueries) - lse);
-                        store(p + j * kQueries, e * m);
-                        store(ds + j * kQueries, e * (load(ds + j * kQueries) * m - delta));
-                    }
-                } else {
-                    for (int64_t j = 0; j < count; ++j) {
-                        const vf32 e = exp(load(p + j * kQueries) - lse);
-                        store(p + j * kQueries, e);
-                        store(ds + j * kQueries, e * (load(ds + j * kQueries) - delta));
-                    }
-                }
-            }
-            small_gemm<false>({s.p_t, kQueries, s.grad_out, width, s.grad_v + j0 * width, width, queries, nullptr,
+                hide_later_keys(p, keys.index + j0, count, vectors, last);
+            for (int64_t n = 0; n < columns; n += kLanes)
+                store(s.delta + n, load(s.delta + n) + probabilities(a, p + n, dp + n, keys.index + j0, count,
+                                                                     load(s.lse + n), row + n, head));
+        }
+        for (int64_t j0 = 0; j0 < visible; j0 += kKeys) {
+            const int64_t count = smaller(visible - j0, kKeys);
+            float *p = s.p_t + j0 * kQueries, *ds = s.ds_t + j0 * kQueries;
+            for (int64_t n = 0; n < columns; n += kLanes)
+                score_gradients(a, p + n, ds + n, count, load(s.delta + n));
+            small_gemm<false>({p, kQueries, s.grad_out, width, s.grad_v + j0 * width, width, queries, nullptr,
                                Start::accumulate},
                               count, width);
             small_gemm<false>(
-                {s.ds_t, kQueries, s.q, width, s.grad_k + j0 * width, width, queries, nullptr, Start::accumulate},
-                count, width);
-            small_gemm<true>({s.ds_t, kQueries, k, keys.k_stride, s.grad_q, width, count, nullptr,
-                              j0 == 0 ? Start::zero : Start::accumulate},
+                {ds, kQueries, s.q, width, s.grad_k + j0 * width, width, queries, nullptr, Start::accumulate}, count,
+                width);
+            small_gemm<true>({ds, kQueries, keys.k + j0 * keys.k_stride, keys.k_stride, s.grad_q, width, count,
+                              nullptr, j0 == 0 ? Start::zero : Start::accumulate},
                              queries, width);
         }
         T* grad_q = static_cast<T*>(a.grad_q) + (row * a.heads + head) * d;
@@ -457,8 +482,8 @@ void backward(const AttentionArgs& a) {
         a, [&](int64_t) { return a.heads; }, [&](int64_t b) { return 5 * score_work(a, b) + 1.0; },
         [&](const Plan& plan, int64_t task, int64_t end) {
             static thread_local Scratch memory;
-            memory.reset(static_cast<size_t>(3 * kQueries * width + 2 * d * kQueries + 2 * kKeys * kQueries +
-                                             2 * kQueries + longest * (4 * width + 1)) *
+            memory.reset(static_cast<size_t>(3 * kQueries * width + 2 * d * kQueries + 2 * kQueries +
+                                             longest * (4 * width + 2 * kQueries + 1)) *
                              4,
                          14);
             BackwardScratch s;
@@ -466,8 +491,8 @@ void backward(const AttentionArgs& a) {
             s.q_t = memory.take<float>(d * kQueries);
             s.grad_out = memory.take<float>(kQueries * width);
             s.grad_out_t = memory.take<float>(d * kQueries);
-            s.p_t = memory.take<float>(kKeys * kQueries);
-            s.ds_t = memory.take<float>(kKeys * kQueries);
+            s.p_t = memory.take<float>(longest * kQueries);
+            s.ds_t = memory.take<float>(longest * kQueries);
             s.grad_q = memory.take<float>(kQueries * width);
             s.lse = memory.take<float>(kQueries);
             s.delta = memory.take<float>(kQueries);

@@ -25,8 +25,8 @@ struct AttentionArgs {
     void* out;   // [Tq, heads, head_dim]; forward
     float* lse;  // [heads, Tq]; written by forward, read by backward
 
-    HeadsView grad_out, saved_out;        // backward
-    void *grad_q, *grad_k, *grad_v;       // [T, heads, head_dim]; backward
+    HeadsView grad_out;              // backward
+    void *grad_q, *grad_k, *grad_v;  // [T, heads, head_dim]; backward
 };
 
 }  // namespace rk::cpu

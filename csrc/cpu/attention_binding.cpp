@@ -100,7 +100,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v,
-                                            const Tensor& out, const Tensor& lse, const Tensor& cu_seqlens_q,
+                                            const Tensor& /*out*/, const Tensor& lse, const Tensor& cu_seqlens_q,
                                             const Tensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
                                             double scale, bool causal, const std::optional<Tensor>& key_mask,
                                             double dropout_p, const std::optional<Tensor>& seed) {
@@ -111,7 +111,6 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor
     // autograd may hand over any strides (an expanded scalar, say)
     Tensor g = grad_out.dim() == 3 && grad_out.stride(2) == 1 ? grad_out : torch::stable::contiguous(grad_out);
     a.grad_out = heads_view(op, g, "grad_out", c.dtype, a.total_q, a.heads, a.head_dim);
-    a.saved_out = heads_view(op, out, "out", c.dtype, a.total_q, a.heads, a.head_dim);
     check_matrix(op, lse, "lse", ScalarType::Float, a.heads, a.total_q);
     Tensor saved_lse = as_contiguous(lse);
     a.lse = static_cast<float*>(saved_lse.data_ptr());
