@@ -411,17 +411,6 @@ RK_INLINE void transpose(V (&rows)[kLanes]) {
 // ---------------------------------------------------------------------------------------------------------
 // dropout
 
-// What one dropout layer needs. key: low and high 32 bits of the seed.
-struct Dropout {
-    uint32_t key0, key1;
-    uint32_t threshold;  // an element is kept when its word >= threshold
-    float scale;         // 1 / (1 - p)
-};
-RK_INLINE Dropout make_dropout(int64_t seed, double p) {
-    return {uint32_t(uint64_t(seed)), uint32_t(uint64_t(seed) >> 32), uint32_t(uint64_t(p * 4294967296.0)),
-            float(1.0 / (1.0 - p))};
-}
-
 // Both halves of the 64-bit products of each lane of a with m.
 RK_INLINE void multiply_wide(vu32 a, uint32_t m, vu32* high, vu32* low) {
 #if defined(RK_AVX512)
@@ -470,7 +459,9 @@ RK_INLINE void philox(vu32 c0, vu32 c1, vu32 c2, uint32_t key0, uint32_t key1, v
 }
 
 // Is element `column + j * kLanes + lane` of (row, plane) kept? All ones in keep[j] where so. Serves 4 *
-// kLanes adjacent columns; `column` is a multiple of 4.
+// kLanes adjacent columns; `column` is a multiple of 4. Dropout holds key0, key1 (low and high half of the
+// seed), threshold (an element is kept when its word reaches it) and scale (1 / (1 - p)).
+template <class Dropout>
 RK_INLINE void dropout_keep(const Dropout& d, uint32_t column, uint32_t row, uint32_t plane,
                             vi32 (&keep)[4]) {
     vu32 w[4];
@@ -485,6 +476,7 @@ RK_INLINE void dropout_keep(const Dropout& d, uint32_t column, uint32_t row, uin
     keep[2] = interleave_lower(a1, b1), keep[3] = interleave_upper(a1, b1);
 }
 // The same as factors: `scale` where kept, 0 elsewhere.
+template <class Dropout>
 RK_INLINE void dropout_multiplier(const Dropout& d, uint32_t column, uint32_t row, uint32_t plane,
                                   vf32 (&multiplier)[4]) {
     vi32 keep[4];
