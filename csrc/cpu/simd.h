@@ -103,8 +103,7 @@ RK_INLINE bool any(vi32 mask) {
 #endif
 }
 
-// ----------------------------------------------------------------------------------------------------------
-// memory
+// ---- memory ----
 
 RK_INLINE vf32 load(const float* p) {
     vf32 x;
@@ -191,8 +190,7 @@ RK_INLINE void store_partial(bf16* p, vf32 x, int count) {
 #endif
 }
 
-// ------------------------------------------------------------------------------------------------------
-// arithmetic
+// ---- arithmetic ----
 
 RK_INLINE vf32 fma(vf32 a, vf32 b, vf32 c) {
 #if defined(RK_AVX512)
@@ -358,8 +356,7 @@ RK_INLINE vf32 gelu_grad(vf32 x, vf32* value) {
     return fma(x * 0.3989422804014327f, gauss, cdf);
 }
 
-// ----------------------------------------------------------------------------------------------------------
-// layout
+// ---- layout ----
 
 #if defined(__has_builtin)
 #    if __has_builtin(__builtin_shufflevector)
@@ -408,8 +405,7 @@ RK_INLINE void transpose(V (&rows)[kLanes]) {
     }
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// dropout
+// ---- dropout ----
 
 // Both halves of the 64-bit products of each lane of a with m.
 RK_INLINE void multiply_wide(vu32 a, uint32_t m, vu32* high, vu32* low) {
