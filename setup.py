@@ -66,13 +66,13 @@ def compiler_missing() -> str | None:
 def cuda_missing(torch) -> str | None:
     """Why the CUDA library is not built, or None."""
     wish = os.environ.get("ROBERTA_KERNELS_CUDA", "")
-    if wish not in ("", "0", "1"):
-        raise SystemExit(f"ROBERTA_KERNELS_CUDA must be 0, 1 or unset, not {wish!r}")
     if not list((ROOT / "csrc/cuda").glob("*.cu")):
         return "this version has no CUDA C++ kernels (NVIDIA GPUs are served by Triton)"
     if wish == "0":
         return "turned off by ROBERTA_KERNELS_CUDA=0"
-    nvcc = shutil.which("nvcc") or (os.environ.get("CUDA_HOME") and shutil.which("nvcc", path=os.environ["CUDA_HOME"] + "/bin"))
+    nvcc = shutil.which("nvcc") or (
+        os.environ.get("CUDA_HOME") and shutil.which("nvcc", path=os.environ["CUDA_HOME"] + "/bin")
+    )
     if nvcc is None:
         if wish == "1":
             raise SystemExit("ROBERTA_KERNELS_CUDA=1, but nvcc was found neither on PATH nor in CUDA_HOME/bin")
@@ -100,7 +100,9 @@ class BuildPy(build_py):
 
     def run(self) -> None:
         super().run()
-        target = Path(self.get_package_dir("roberta_kernels") if self.editable_mode else self.build_lib + "/roberta_kernels")
+        target = Path(
+            self.get_package_dir("roberta_kernels") if self.editable_mode else self.build_lib + "/roberta_kernels"
+        )
         target.mkdir(parents=True, exist_ok=True)
         (target / "build_report.json").write_text(json.dumps(REPORT, indent=2) + "\n")
 
@@ -113,7 +115,10 @@ class AnyPythonWheel(bdist_wheel):
 
 def compiled_parts():
     """(extensions, build_ext command class), filling in REPORT on the way."""
+    if os.environ.get("ROBERTA_KERNELS_CUDA", "") not in ("", "0", "1"):
+        raise SystemExit(f"ROBERTA_KERNELS_CUDA must be 0, 1 or unset, not {os.environ['ROBERTA_KERNELS_CUDA']!r}")
     torch = import_torch()
+    why: str | None
     if torch is None:
         why = "torch is not installed where the build ran (use: pip install --no-build-isolation .)"
         REPORT.update(cpu=why, cuda=why)
@@ -174,7 +179,9 @@ def compiled_parts():
                         [f"csrc/cpu/{op}.cpp" for op in CPU_OPS],
                         output_dir=os.path.join(self.build_temp, isa),
                         include_dirs=[str(ROOT)],
-                        extra_postargs={"cxx": [*CXX_FLAGS, *flags, f"-DRK_CPU_ISA={isa}", f"-DRK_CPU_ISA_{isa.upper()}"]},
+                        extra_postargs={
+                            "cxx": [*CXX_FLAGS, *flags, f"-DRK_CPU_ISA={isa}", f"-DRK_CPU_ISA_{isa.upper()}"]
+                        },
                         depends=ext.depends,
                     )
                     ext.extra_objects += objects

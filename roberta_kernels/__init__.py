@@ -1,0 +1,60 @@
+"""Fused kernels that make any Hugging Face RoBERTa-family model faster, in one line, with the same answers.
+
+import roberta_kernels as rk
+report = rk.patch(model)      # in place; print(report) says what was replaced, what was left, and why
+rk.unpatch(model)             # exactly the model it was
+"""
+
+from __future__ import annotations
+
+from roberta_kernels import requirements
+
+requirements.check()
+
+from roberta_kernels import ops  # noqa: E402
+from roberta_kernels._version import __version__  # noqa: E402
+from roberta_kernels.backends import (  # noqa: E402
+    BackendError,
+    available_backends,
+    backend,
+    set_backend,
+)
+from roberta_kernels.models import (  # noqa: E402
+    FastRoberta,
+    FastRobertaForCausalLM,
+    FastRobertaForMaskedLM,
+    FastRobertaForMultipleChoice,
+    FastRobertaForQuestionAnswering,
+    FastRobertaForSequenceClassification,
+    FastRobertaForTokenClassification,
+)
+from roberta_kernels.patching import (  # noqa: E402
+    PatchReport,
+    is_patched,
+    patch,
+    patch_transformers,
+    unpatch,
+    unpatch_transformers,
+)
+
+__all__ = [
+    "BackendError",
+    "FastRoberta",
+    "FastRobertaForCausalLM",
+    "FastRobertaForMaskedLM",
+    "FastRobertaForMultipleChoice",
+    "FastRobertaForQuestionAnswering",
+    "FastRobertaForSequenceClassification",
+    "FastRobertaForTokenClassification",
+    "PatchReport",
+    "__version__",
+    "available_backends",
+    "backend",
+    "is_patched",
+    "ops",
+    "patch",
+    "patch_transformers",
+    "set_backend",
+    "unpatch",
+    "unpatch_transformers",
+]

@@ -1,0 +1,274 @@
+"""Which kernel serves which device and dtype.
+
+A backend is an op namespace (`roberta_kernels_cpu`, ...) that holds every op of schemas.def. `select` names the one
+that serves a tensor; `backend` and `set_backend` override it; `available_backends` says what is there, and why not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from roberta_kernels import reference
+
+_HERE = Path(__file__).parent
+CPU_ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
+ENVIRONMENT_VARIABLE = "ROBERTA_KERNELS_BACKEND"
+
+# Best first, per device type. A device type that is not here is served by the reference.
+_PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
+_DTYPES = {
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+    "cpu": (torch.float32, torch.bfloat16),
+    "reference": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
+}
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for that does not exist, is not available, or cannot serve these tensors."""
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """available: it can serve; detail: what serves, or why it cannot."""
+
+    available: bool
+    detail: str
+
+    def __bool__(self) -> bool:
+        return self.available
+
+
+class Kernels:
+    """The ops of one namespace as attributes, e.g. `kernels.attention_forward`."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.namespace = f"roberta_kernels_{name}"
+        for op in schemas():
+            setattr(self, op, getattr(getattr(torch.ops, self.namespace), op).default)
+
+    def __getattr__(self, op: str) -> Callable[..., Any]:
+        raise AttributeError(f"backend {self.name!r} has no op {op!r}")
+
+    def __repr__(self) -> str:
+        return f"Kernels({self.name!r})"
+
+
+@functools.cache
+def schemas() -> dict[str, str]:
+    """Op name -> schema, from schemas.def."""
+    text = (_HERE / "schemas.def").read_text()
+    found = re.findall(r'^RK_SCHEMA\("((\w+)\(.*)"\)$', text, re.MULTILINE)
+    return {name: schema for schema, name in found}
+
+
+def build_report() -> dict[str, Any]:
+    """What the build compiled and what it left out (written by setup.py); empty when the package was never built."""
+    path = _HERE / "build_report.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+_libraries: list[torch.library.Library] = []  # a Library that is collected takes its ops with it
+_kernels: dict[str, Kernels] = {}
+_status: dict[str, BackendStatus] = {}
+
+
+def _define(name: str, dispatch_keys: tuple[str, ...], kernel: Callable[[str], Callable[..., Any]]) -> None:
+    """Defines a namespace whose kernels are Python functions: kernel(op) gives the one for an op."""
+    library = torch.library.Library(f"roberta_kernels_{name}", "DEF")
+    for op, schema in schemas().items():
+        library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        for key in dispatch_keys:
+            library.impl(op, kernel(op), key)
+    _libraries.append(library)
+    _kernels[name] = Kernels(name)
+
+
+def _load_compiled(name: str) -> BackendStatus:
+    path = _HERE / f"_{name}.so"
+    report = build_report()
+    if not path.is_file():
+        return BackendStatus(False, report.get(name) or "not compiled (pip install --no-build-isolation . compiles it)")
+    if name == "cuda" and torch.version.cuda is None:
+        return BackendStatus(False, f"torch {torch.__version__} is a CPU build")
+    try:
+        torch.ops.load_library(str(path))
+        _kernels[name] = Kernels(name)
+    except (OSError, RuntimeError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        built = report.get("torch", "unknown")
+        return BackendStatus(
+            False,
+            f"{path.name}, built with torch {built}, does not load into torch {torch.__version__}: {reason} "
+            "(pip install --no-build-isolation . builds it for this torch)",
+        )
+    return BackendStatus(True, "compiled")
+
+
+def _triton_kernel(op: str) -> Callable[..., Any]:
+    def launch(*args: Any) -> Any:
+        from roberta_kernels import triton as triton_backend
+
+        return triton_backend.KERNELS[op](*args)
+
+    return launch
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true")
+
+
+def _load() -> None:
+    _define("reference", ("CompositeExplicitAutograd",), reference.KERNELS.__getitem__)
+    _status["reference"] = BackendStatus(*reference.available())
+    for name in ("cpu", "cuda"):
+        _status[name] = _load_compiled(name)
+    if _status["cpu"]:
+        wish = os.environ.get("ROBERTA_KERNELS_CPU_ISA")
+        if wish is not None and wish not in cpu_isas():
+            raise BackendError(
+                f"ROBERTA_KERNELS_CPU_ISA={wish!r}: this processor and build have {', '.join(cpu_isas())}"
+            )
+    if importlib.util.find_spec("triton") is None:
+        _status["triton"] = BackendStatus(False, "triton is not installed (pip install triton)")
+    else:
+        # The namespace exists wherever triton does, so that traced graphs load; whether it can serve is another
+        # question.
+        _define("triton", ("CUDA", "CPU"), _triton_kernel)
+        if _interpreting():
+            _status["triton"] = BackendStatus(True, "interpreted (TRITON_INTERPRET=1): for tests, slow")
+        elif torch.version.cuda is None and torch.version.hip is None:
+            _status["triton"] = BackendStatus(False, f"torch {torch.__version__} is a CPU build")
+        else:
+            _status["triton"] = BackendStatus(True, "compiles for NVIDIA GPUs on first use")
+
+
+def available_backends() -> dict[str, BackendStatus]:
+    """Every backend, best first, with whether it is available and what serves or why not."""
+    status = {name: _status[name] for name in ("cuda", "triton", "cpu", "reference")}
+    if status["cpu"]:
+        status["cpu"] = BackendStatus(True, f"compiled; instruction set {cpu_isa()} of {', '.join(cpu_isas())}")
+    return status
+
+
+def namespaces() -> dict[str, Kernels]:
+    """The namespaces that exist in this process, by backend name."""
+    return dict(_kernels)
+
+
+def cpu_isas() -> tuple[str, ...]:
+    """Instruction sets that both the build and this processor have, plainest first; empty without compiled kernels."""
+    if not _status["cpu"]:
+        return ()
+    built = build_report().get("isas", CPU_ISAS)
+    isa_available = torch.ops.roberta_kernels_cpu.isa_available
+    return tuple(isa for i, isa in enumerate(CPU_ISAS) if isa in built and isa_available(i))
+
+
+def cpu_isa() -> str:
+    """The instruction set that serves."""
+    return CPU_ISAS[torch.ops.roberta_kernels_cpu.get_isa()]
+
+
+@contextlib.contextmanager
+def use_cpu_isa(isa: str) -> Iterator[None]:
+    """Serves with another instruction set inside the block (for tests and benchmarks; process-wide)."""
+    if isa not in cpu_isas():
+        raise BackendError(
+            f"instruction set {isa!r} is not available: {', '.join(cpu_isas()) or 'no compiled kernels'}"
+        )
+    before = torch.ops.roberta_kernels_cpu.set_isa(CPU_ISAS.index(isa))
+    try:
+        yield
+    finally:
+        torch.ops.roberta_kernels_cpu.set_isa(before)
+
+
+_override: str = "auto"
+_chosen: dict[tuple[str, torch.dtype], Kernels] = {}
+
+
+def _serves(name: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """None when the backend serves such tensors, else why not."""
+    status = _status[name]
+    if not status:
+        return status.detail
+    if dtype not in _DTYPES[name]:
+        return f"it has no {dtype} kernels"
+    if name == "triton" and device_type == "cpu" and not _interpreting():
+        return "Triton runs on GPUs (on CPU tensors only under TRITON_INTERPRET=1)"
+    if name in ("cpu", "cuda") and name != device_type:
+        return f"it serves {name} tensors, and these are on {device_type}"
+    return None
+
+
+def _choose(device_type: str, dtype: torch.dtype) -> Kernels:
+    if _override != "auto":
+        reason = _serves(_override, device_type, dtype)
+        if reason is not None:
+            raise BackendError(f"backend {_override!r} cannot serve {dtype} on {device_type}: {reason}")
+        return _kernels[_override]
+    for name in _PREFERENCE.get(device_type, ("reference",)):
+        if _serves(name, device_type, dtype) is None:
+            return _kernels[name]
+    raise BackendError(f"no backend serves {dtype} on {device_type}")
+
+
+def select(tensor: Tensor) -> Kernels:
+    """The kernels that serve tensors of this one's device type and dtype.
+
+    Raises BackendError when the backend that was asked for cannot, or when none can.
+    """
+    key = (tensor.device.type, tensor.dtype)
+    kernels = _chosen.get(key)
+    if kernels is None:
+        kernels = _chosen[key] = _choose(*key)
+    return kernels
+
+
+def set_backend(name: str) -> str:
+    """Makes `name` ("auto", "cuda", "triton", "cpu" or "reference") serve from now on, process-wide; returns what did.
+
+    Raises BackendError for an unknown or unavailable backend.
+    """
+    global _override
+    if name != "auto":
+        if name not in _status:
+            raise BackendError(f"unknown backend {name!r}: one of auto, {', '.join(available_backends())}")
+        if not _status[name]:
+            raise BackendError(f"backend {name!r} is not available: {_status[name].detail}")
+    before, _override = _override, name
+    _chosen.clear()
+    return before
+
+
+def current_backend() -> str:
+    """What set_backend or the environment variable last asked for; "auto" by default."""
+    return _override
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """`with backend("reference"): ...` serves with that backend inside the block (process-wide)."""
+    before = set_backend(name)
+    try:
+        yield
+    finally:
+        set_backend(before)
+
+
+_load()
+set_backend(os.environ.get(ENVIRONMENT_VARIABLE, "auto"))

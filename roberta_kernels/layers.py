@@ -1,0 +1,454 @@
+"""The fused layers: subclasses of the Hugging Face modules that run the same mathematics on the fused ops.
+
+Each is a mixin that `models.fast_class` puts in front of the Hugging Face class, so that `super().forward` is the
+original code. A layer decides on every call whether it may fuse (adapters, hooks and quantisation arrive after
+patching) and runs the original code where it may not; the reason is counted in its PatchState.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import activations
+
+from roberta_kernels import ops
+from roberta_kernels.ops.attention import supported_head_dim
+from roberta_kernels.packing import Sequences
+
+if TYPE_CHECKING:
+    HuggingFaceModule = Any
+else:
+    # What a mixin is put before; to a type checker it has whatever attributes the Hugging Face class has.
+    HuggingFaceModule = object
+
+# Activation class -> gelu_ffn's `approximate`.
+_GELU = {
+    "GELUActivation": "none",
+    "NewGELUActivation": "tanh",
+    "PytorchGELUTanh": "tanh",
+    "GELUTanh": "tanh",
+}
+_FUSABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass
+class PatchState:
+    """What patch() was asked for, and what happened since: shared by the modules of one patched model.
+
+    packed: "auto", True or False. backend: a backend name or "auto". fallbacks: reason -> calls in which a module ran
+    the original code. padded: reason -> calls in which a model ran fused, but on all rows of the padded batch.
+    """
+
+    packed: str | bool = "auto"
+    backend: str = "auto"
+    fallbacks: Counter[str] = field(default_factory=Counter)
+    padded: Counter[str] = field(default_factory=Counter)
+
+    def fell_back(self, module: Any, reason: str) -> None:
+        if torch.compiler.is_compiling():
+            return
+        key = f"{type(module).__name__}: {reason}"
+        if key not in self.fallbacks:
+            warnings.warn(f"roberta_kernels: {key}; the original code runs (warned once)", stacklevel=3)
+        self.fallbacks[key] += 1
+
+    def stayed_padded(self, reason: str) -> None:
+        if not torch.compiler.is_compiling():
+            self.padded[reason] += 1
+
+
+def state_of(module: Any) -> PatchState:
+    return module.__dict__["_rk_state"]
+
+
+# --- which modules can be fused -------------------------------------------------------------------------------------
+
+
+def foreign_hooks(module: Any) -> bool:
+    """Whether something would notice that this module's own call is skipped: a hook, or a forward bound to the
+    instance.
+
+    The hooks that transformers leaves behind to record hidden states and attentions do not count: models.py handles
+    these outputs itself.
+    """
+    if (
+        module._backward_hooks
+        or module._backward_pre_hooks
+        or module._forward_pre_hooks
+        or "forward" in module.__dict__
+    ):
+        return True
+    if not module._forward_hooks:
+        return False
+    return any(
+        getattr(hook, "__module__", None) != "transformers.utils.output_capturing"
+        for hook in module._forward_hooks.values()
+    )
+
+
+def _plain(tensor: Any) -> bool:
+    """An ordinary weight: not quantised, not distributed, not on the meta device."""
+    return type(tensor) in (nn.Parameter, Tensor) and tensor.device.type != "meta"
+
+
+def plain_linear(module: Any) -> bool:
+    """Exactly nn.Linear (adapters subclass it or take its name), with an ordinary weight."""
+    return type(module) is nn.Linear and _plain(module._parameters["weight"])
+
+
+def plain_layer_norm(module: Any, hidden: int) -> bool:
+    return (
+        type(module) is nn.LayerNorm
+        and module.normalized_shape == (hidden,)
+        and module.weight is not None
+        and module.bias is not None
+        and _plain(module.weight)
+    )
+
+
+def plain_embedding(module: Any) -> bool:
+    return (
+        type(module) is nn.Embedding
+        and module.max_norm is None
+        and not module.scale_grad_by_freq
+        and not module.sparse
+        and _plain(module.weight)
+    )
+
+
+def gelu_kind(activation: Any) -> str | None:
+    """gelu_ffn's `approximate` for this activation, or None where it is not a GELU that the op knows."""
+    name = type(activation).__name__
+    if name in _GELU and type(activation) is getattr(activations, name, None):
+        return _GELU[name]
+    if type(activation) is nn.GELU:
+        return activation.approximate
+    return (activation is F.gelu and "none") or None
+
+
+def dropout_of(module: Any) -> float:
+    return module.p if module.training else 0.0
+
+
+def _dtype_reason(hidden_states: Tensor, layer_norm: Any) -> str | None:
+    if hidden_states.dtype not in _FUSABLE_DTYPES:
+        return f"no kernels for {hidden_states.dtype}"
+    if layer_norm.weight.dtype != hidden_states.dtype:
+        return f"hidden states are {hidden_states.dtype} and LayerNorm is {layer_norm.weight.dtype}"
+    return None
+
+
+def _functorch_active() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
+
+
+# --- the end of both halves of a layer: dense, dropout, residual, LayerNorm -----------------------------------------
+
+
+def _project_add_norm(output: Any, x: Tensor, residual: Tensor, seed: Tensor | None) -> Tensor:
+    """output is a SelfOutput or Output module; x `[..., K]`, residual `[..., H]`."""
+    dense, layer_norm = output.dense, output.LayerNorm
+    if plain_linear(dense):
+        projected, x_bias = F.linear(x, dense.weight), dense.bias
+    else:
+        projected, x_bias = dense(x), None
+    return _add_norm(output, projected, x_bias, residual, layer_norm, seed)
+
+
+def _add_norm(
+    output: Any, x: Tensor, x_bias: Tensor | None, residual: Tensor, layer_norm: Any, seed: Tensor | None
+) -> Tensor:
+    hidden = residual.shape[-1]
+    dropout_p = dropout_of(output.dropout)
+    normalised = ops.add_layer_norm(
+        x.reshape(-1, hidden).to(residual.dtype),  # autocast gives the product in its own dtype
+        residual.reshape(-1, hidden),
+        layer_norm.weight,
+        layer_norm.bias,
+        eps=layer_norm.eps,
+        x_bias=x_bias,
+        dropout_p=dropout_p,
+        seed=seed if dropout_p > 0 else None,
+    )
+    return normalised.view(residual.shape)
+
+
+def _output_reason(output: Any, hidden_states: Tensor) -> str | None:
+    """Why dense + dropout + residual + LayerNorm cannot be fused, or None."""
+    modules = output._modules
+    layer_norm, dropout = modules["LayerNorm"], modules["dropout"]
+    if not plain_layer_norm(layer_norm, hidden_states.shape[-1]):
+        return "LayerNorm is not a plain nn.LayerNorm"
+    if type(dropout) is not nn.Dropout or dropout.p >= 1.0:
+        return "dropout is not a plain nn.Dropout with p < 1"
+    for module in (output, modules["dense"], layer_norm, dropout):
+        if foreign_hooks(module):
+            return "hooks on a module that fusing would skip"
+    return _dtype_reason(hidden_states, layer_norm)
+
+
+class FastSelfOutput(HuggingFaceModule):
+    """dense, dropout, residual and LayerNorm of an attention block, where the block itself runs the original code."""
+
+    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        reason = _output_reason(self, input_tensor)
+        if reason is None and _functorch_active():
+            reason = "inside a torch.func transform"
+        if reason is not None:
+            state_of(self).fell_back(self, reason)
+            return super().forward(hidden_states, input_tensor)
+        seed = ops.draw_seeds(1, input_tensor.device)[0] if dropout_of(self.dropout) > 0 else None
+        return _project_add_norm(self, hidden_states, input_tensor, seed)
+
+
+# --- a layer --------------------------------------------------------------------------------------------------------
+
+
+class FastLayer(HuggingFaceModule):
+    """A Transformer layer: fused attention where the model hands it Sequences, fused feed-forward always."""
+
+    def attention_reason(self, hidden_states: Tensor) -> str | None:
+        """Why the attention half cannot be fused for such hidden states, or None."""
+        modules = self._modules
+        attention = modules["attention"]
+        core, output = attention._modules["self"], attention._modules["output"]
+        if not supported_head_dim(core.attention_head_size):
+            return f"head_dim {core.attention_head_size} is not served"
+        if core.dropout.p >= 1.0:
+            return "attention dropout is 1"
+        children = core._modules
+        for module in (attention, core, children["query"], children["key"], children["value"], children["dropout"]):
+            if foreign_hooks(module):
+                return "hooks on a module that fusing would skip"
+        if _functorch_active():
+            return "inside a torch.func transform"
+        return _output_reason(output, hidden_states)
+
+    def feed_forward_reason(self, hidden_states: Tensor) -> str | None:
+        """Why the feed-forward half cannot be fused at all, or None. (Where only the GELU cannot be, the norm still
+        is.)
+        """
+        modules = self._modules
+        intermediate = modules["intermediate"]
+        for module in (intermediate, intermediate._modules["dense"]):
+            if foreign_hooks(module):
+                return "hooks on a module that fusing would skip"
+        if _functorch_active():
+            return "inside a torch.func transform"
+        return _output_reason(modules["output"], hidden_states)
+
+    def packed_reason(self, hidden_size: int, like: Tensor) -> str | None:
+        """Why this layer cannot take packed tokens, or None. like: `[*, H]`, a tensor of the hidden states' dtype."""
+        if foreign_hooks(self) or self.chunk_size_feed_forward != 0:
+            return "hooks on a layer, or chunked feed-forward"
+        return self.attention_reason(like) or self.feed_forward_reason(like)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Any = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        if type(attention_mask) is not FusedMask:
+            # Called with a Hugging Face mask: the model chose the original attention.
+            return super().forward(
+                hidden_states,
+                attention_mask,
+                encoder_hidden_states,
+                encoder_attention_mask=encoder_attention_mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        reason = self.attention_reason(hidden_states)
+        if reason is not None:
+            state_of(self).fell_back(self, reason)
+            return super().forward(hidden_states, attention_mask.original(), **kwargs)
+        hidden_states = self.fused_attention(hidden_states, attention_mask.sequences)
+        if self.chunk_size_feed_forward != 0:
+            from transformers.pytorch_utils import apply_chunking_to_forward
+
+            return apply_chunking_to_forward(
+                self.feed_forward_chunk,
+                self.chunk_size_feed_forward,
+                self.seq_len_dim,
+                hidden_states,
+            )
+        return self.feed_forward_chunk(hidden_states)
+
+    def fused_attention(self, hidden_states: Tensor, sequences: Sequences) -> Tensor:
+        """Projections, attention, output projection, dropout, residual, LayerNorm. hidden_states `[..., H]`."""
+        attention = self.attention
+        core = attention.self
+        heads, head_dim = core.num_attention_heads, core.attention_head_size
+        query, key, value = (
+            (F.linear(hidden_states, m.weight, m.bias) if plain_linear(m) else m(hidden_states)).reshape(
+                -1, heads, head_dim
+            )
+            for m in (core.query, core.key, core.value)
+        )
+        attention_p = core.dropout.p if core.training else 0.0
+        output_p = dropout_of(attention.output.dropout)
+        seeds: tuple[Tensor | None, ...] = (None, None)
+        if attention_p > 0 or output_p > 0:
+            seeds = ops.draw_seeds(2, hidden_states.device)
+        context = ops.attention(
+            query,
+            key,
+            value,
+            sequences.cu_seqlens,
+            max_seqlen_q=sequences.max_seqlen,
+            scale=core.scaling,
+            causal=sequences.causal,
+            key_mask=sequences.key_mask,
+            dropout_p=attention_p,
+            seed=seeds[0] if attention_p > 0 else None,
+        )
+        context = context.view(*hidden_states.shape[:-1], heads * head_dim)
+        return _project_add_norm(attention.output, context, hidden_states, seeds[1])
+
+    def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
+        """The feed-forward half; the name and signature are the original's."""
+        reason = self.feed_forward_reason(attention_output)
+        if reason is not None:
+            state_of(self).fell_back(self, reason)
+            return super().feed_forward_chunk(attention_output)
+        intermediate, output = self.intermediate, self.output
+        seed = ops.draw_seeds(1, attention_output.device)[0] if dropout_of(output.dropout) > 0 else None
+        kind = gelu_kind(intermediate.intermediate_act_fn)
+        w_in, w_out = intermediate.dense, output.dense
+        if kind is None or not plain_linear(w_in) or not plain_linear(w_out) or w_in.bias is None:
+            # Another activation, an adapter, a quantised weight: these modules run as they are.
+            return _project_add_norm(output, intermediate(attention_output), attention_output, seed)
+        x = attention_output.reshape(-1, attention_output.shape[-1])
+        weights: tuple[Tensor, ...] = (w_in.weight, w_in.bias, w_out.weight)
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x = x.to(dtype)
+            weights = tuple(weight.to(dtype) for weight in weights)
+        if any(weight.dtype != x.dtype for weight in weights):
+            return _project_add_norm(output, intermediate(attention_output), attention_output, seed)
+        inner = ops.gelu_ffn(x, weights[0], weights[1], weights[2], approximate=kind)
+        return _add_norm(output, inner, w_out.bias, attention_output, output.LayerNorm, seed)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FusedMask:
+    """What a model hands its layers in place of a mask: the sequences, and how to make the original mask should a
+    layer need it (None in the packed layout, which is only taken when no layer does)."""
+
+    sequences: Sequences
+    make_original: Any = None
+
+    def original(self) -> Any:
+        if self.make_original is None:
+            raise RuntimeError("a layer of a packed batch turned out not to be fusable in the middle of the pass")
+        return self.make_original()
+
+
+# --- embeddings -----------------------------------------------------------------------------------------------------
+
+
+class FastEmbeddings(HuggingFaceModule):
+    """Word, position and token-type embeddings, LayerNorm and dropout in one op."""
+
+    def fused_reason(self) -> str | None:
+        """Why the embeddings cannot be fused, or None."""
+        modules = self._modules
+        tables = [modules[name] for name in ("word_embeddings", "position_embeddings", "token_type_embeddings")]
+        layer_norm, dropout = modules["LayerNorm"], modules["dropout"]
+        if not all(plain_embedding(table) for table in tables):
+            return "an embedding table is not a plain nn.Embedding"
+        if not plain_layer_norm(layer_norm, tables[0].embedding_dim):
+            return "LayerNorm is not a plain nn.LayerNorm"
+        if type(dropout) is not nn.Dropout or dropout.p >= 1.0:
+            return "dropout is not a plain nn.Dropout with p < 1"
+        if any(foreign_hooks(module) for module in (*tables, layer_norm, dropout)):
+            return "hooks on a module that fusing would skip"
+        if len({module.weight.dtype for module in (*tables, layer_norm)}) != 1:
+            return "the tables and LayerNorm have different dtypes"
+        if _functorch_active():
+            return "inside a torch.func transform"
+        return _dtype_reason(tables[0].weight, layer_norm)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values_length: int = 0,
+    ) -> Tensor:
+        reason = self.fused_reason()
+        if inputs_embeds is not None or reason is not None:
+            if reason is not None:
+                state_of(self).fell_back(self, reason)
+            return super().forward(
+                input_ids=input_ids,
+                token_type_ids=token_type_ids,
+                position_ids=position_ids,
+                inputs_embeds=inputs_embeds,
+                past_key_values_length=past_key_values_length,
+            )
+        assert input_ids is not None
+        if position_ids is None:
+            position_ids = self.positions(input_ids, past_key_values_length)
+        batch, length = input_ids.shape
+        if not torch.compiler.is_compiling():
+            self.check_positions(position_ids)
+        hidden_states = self.embed(
+            input_ids.reshape(-1),
+            position_ids.expand(batch, length).reshape(-1),
+            None if token_type_ids is None else token_type_ids.expand(batch, length).reshape(-1),
+        )
+        return hidden_states.view(batch, length, -1)
+
+    def positions(self, input_ids: Tensor, past_key_values_length: int = 0) -> Tensor:
+        """RoBERTa's position ids `[B, S]`, made from the ids: padding stays at padding_idx, the rest counts on from
+        it.
+        """
+        return self.create_position_ids_from_input_ids(input_ids, self.padding_idx, past_key_values_length)
+
+    def check_positions(self, position_ids: Tensor) -> None:
+        """Raises IndexError where a position `[B, S]` lies outside of the table, before any kernel runs.
+
+        A batch of no more columns than the table has room for cannot hold one, and its values are not looked at (on a
+        GPU that would be a synchronisation).
+        """
+        rows = self.position_embeddings.num_embeddings
+        if position_ids.shape[1] + self.padding_idx + 1 <= rows:
+            return
+        highest = int(position_ids.max())
+        if highest >= rows:
+            raise IndexError(
+                f"index out of range in self: position {highest}, and there are {rows} position embeddings "
+                "(a sequence has more tokens than the model has positions)"
+            )
+
+    def embed(self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
+        """`[T]` ids -> `[T, H]`."""
+        word, position = self.word_embeddings, self.position_embeddings
+        layer_norm, dropout_p = self.LayerNorm, dropout_of(self.dropout)
+        return ops.embedding_layer_norm(
+            input_ids,
+            position_ids,
+            token_type_ids,
+            word.weight,
+            position.weight,
+            self.token_type_embeddings.weight,
+            layer_norm.weight,
+            layer_norm.bias,
+            eps=layer_norm.eps,
+            dropout_p=dropout_p,
+            seed=ops.draw_seeds(1, input_ids.device)[0] if dropout_p > 0 else None,
+            word_padding_idx=word.padding_idx,
+            position_padding_idx=position.padding_idx,
+        )

@@ -1,0 +1,378 @@
+"""The fast classes: every known Hugging Face class with the fused code in front of it.
+
+`fast_class(RobertaLayer)` is a subclass of RobertaLayer, of the same name, that puts a mixin before it. `patch` gives a
+module that class; the FastRoberta* classes are such classes themselves. So there is one mechanism: what a patched
+model runs and what FastRoberta runs is the same class.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+
+from roberta_kernels import backends, packing
+from roberta_kernels.families import family_class, role_of
+from roberta_kernels.layers import (
+    FastEmbeddings,
+    FastLayer,
+    FastSelfOutput,
+    FusedMask,
+    HuggingFaceModule,
+    PatchState,
+    foreign_hooks,
+    state_of,
+)
+
+# Attention implementations that are the same mathematics as ours. Any other is somebody's own, and is left alone.
+_SAME_ATTENTION = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MaskRequest:
+    """An attention mask on its way through Hugging Face's own forward code, with what was decided about it.
+
+    attention_mask: the caller's. fused: whether the layers may use fused attention. packed: whether padding may be
+    left out (a head that reads padded rows says no).
+    """
+
+    attention_mask: Any
+    fused: bool = True
+    packed: bool = True
+
+
+def _requested(mask: Any) -> MaskRequest:
+    return mask if type(mask) is MaskRequest else MaskRequest(mask)
+
+
+class FastModel(HuggingFaceModule):
+    """RobertaModel: packed from the embeddings to the last layer where it can be, else padded, else the original."""
+
+    _rk_parameters: tuple[str, ...]  # names of forward's parameters, in order
+
+    def _rk_forward(self, *args: Any, **kwargs: Any) -> Any:
+        if args:
+            kwargs.update(zip(self._rk_parameters, args, strict=False))
+        state = state_of(self)
+        if state.backend != "auto":
+            with backends.backend(state.backend):
+                return self._rk_run(state, kwargs)
+        return self._rk_run(state, kwargs)
+
+    def _rk_run(self, state: PatchState, kwargs: dict[str, Any]) -> Any:
+        request = _requested(kwargs.get("attention_mask"))
+        if self._wants("output_attentions", kwargs):
+            # Attention weights are what the fused kernel never makes.
+            state.fell_back(self, "attention weights were asked for")
+            request = MaskRequest(request.attention_mask, fused=False, packed=False)
+        elif state.packed is not False and request.packed:
+            reason = self._unpackable(request, kwargs)
+            packed = self._pack(request.attention_mask, kwargs) if reason is None else None
+            if packed is not None:
+                return self._packed_forward(packed, kwargs)
+            state.stayed_padded(reason or "a sequence does not start with a real token")
+        kwargs["attention_mask"] = request
+        return super().forward(**kwargs)
+
+    def _wants(self, output: str, kwargs: dict[str, Any]) -> bool:
+        wish = kwargs.get(output)
+        return bool(getattr(self.config, output, False) if wish is None else wish)
+
+    def _unpackable(self, request: MaskRequest, kwargs: dict[str, Any]) -> str | None:
+        """Why this call stays in the padded layout, or None. Cheap reasons come first."""
+        if torch.compiler.is_compiling():
+            return "traced"
+        input_ids = kwargs.get("input_ids")
+        if input_ids is None or input_ids.dim() != 2 or kwargs.get("inputs_embeds") is not None:
+            return "inputs_embeds"
+        if not request.fused or kwargs.get("past_key_values") is not None:
+            return "a key/value cache"
+        config = self.config
+        if config.is_decoder and (
+            kwargs.get("encoder_hidden_states") is not None
+            or (config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"])
+        ):
+            return "a key/value cache or cross-attention"
+        mask = request.attention_mask
+        if mask is not None and (not isinstance(mask, Tensor) or mask.shape != input_ids.shape):
+            return "the attention mask is not [batch, length]"
+        if wants_hidden := kwargs.get("output_hidden_states", getattr(config, "output_hidden_states", False)):
+            return f"output_hidden_states={wants_hidden}"
+        if config._attn_implementation not in _SAME_ATTENTION:
+            return f"attention implementation {config._attn_implementation!r}"
+        if input_ids.numel() == 0:
+            return "an empty batch"
+        if input_ids.is_cuda and torch.cuda.is_current_stream_capturing():
+            return "CUDA graph capture"
+        embeddings, encoder = self._modules["embeddings"], self._modules["encoder"]
+        if not isinstance(embeddings, FastEmbeddings) or foreign_hooks(embeddings) or embeddings.fused_reason():
+            return "the embeddings cannot be fused"
+        if foreign_hooks(encoder) or foreign_hooks(encoder.layer):
+            return "hooks on the encoder"
+        weight = embeddings.word_embeddings.weight
+        for layer in encoder.layer:
+            if not isinstance(layer, FastLayer):
+                return "a layer is not a known one"
+            reason = layer.packed_reason(weight.shape[1], weight)
+            if reason is not None:
+                return reason
+        return None
+
+    def _pack(self, mask: Tensor | None, kwargs: dict[str, Any]) -> packing.Packing | None:
+        batch, length = kwargs["input_ids"].shape
+        return packing.pack(mask, batch, length, kwargs["input_ids"].device, self.config.is_decoder)
+
+    def _packed_forward(self, packed: packing.Packing, kwargs: dict[str, Any]) -> Any:
+        config, embeddings = self.config, self.embeddings
+        input_ids, token_type_ids = kwargs["input_ids"], kwargs.get("token_type_ids")
+        position_ids = kwargs.get("position_ids")
+        if position_ids is None:
+            position_ids = embeddings.positions(input_ids)
+        shape = input_ids.shape
+        position_ids = position_ids.expand(shape)
+        embeddings.check_positions(position_ids)
+        hidden_states = embeddings.embed(
+            packed.pack(input_ids),
+            packed.pack(position_ids),
+            None if token_type_ids is None else packed.pack(token_type_ids.expand(shape)),
+        )
+        mask = FusedMask(packed.sequences)
+        for layer in self.encoder.layer:
+            hidden_states = layer(hidden_states, mask)
+        sequence_output = packed.unpack(hidden_states)
+        pooler = self.pooler
+        output = BaseModelOutputWithPoolingAndCrossAttentions(
+            last_hidden_state=sequence_output,
+            pooler_output=None if pooler is None else pooler(sequence_output),
+        )
+        return_dict = kwargs.get("return_dict")
+        return_dict = getattr(config, "return_dict", True) if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
+
+    def _create_attention_masks(
+        self,
+        attention_mask: Any,
+        encoder_attention_mask: Tensor | None,
+        embedding_output: Tensor,
+        encoder_hidden_states: Tensor | None,
+        past_key_values: Any,
+    ) -> tuple[Any, Tensor | None]:
+        """Called by the original forward; gives the layers Sequences in place of a mask where they can use them."""
+        request = _requested(attention_mask)
+        mask = request.attention_mask
+
+        def original(wanted: Any = mask) -> tuple[Any, Tensor | None]:
+            return super(FastModel, self)._create_attention_masks(
+                attention_mask=wanted,
+                encoder_attention_mask=encoder_attention_mask,
+                embedding_output=embedding_output,
+                encoder_hidden_states=encoder_hidden_states,
+                past_key_values=past_key_values,
+            )
+
+        reason = None
+        config = self.config
+        batch, length = embedding_output.shape[:2]
+        if not request.fused:
+            return original()
+        if past_key_values is not None or (config.is_decoder and encoder_hidden_states is not None):
+            reason = "a key/value cache or cross-attention"
+        elif mask is not None and (not isinstance(mask, Tensor) or mask.shape != (batch, length)):
+            reason = "the attention mask is not [batch, length]"
+        elif config._attn_implementation not in _SAME_ATTENTION:
+            reason = f"attention implementation {config._attn_implementation!r}"
+        elif batch * length == 0:
+            reason = "an empty batch"
+        if reason is not None:
+            state_of(self).fell_back(self, f"attention: {reason}")
+            return original()
+        sequences = packing.padded_sequences(batch, length, mask, embedding_output.device, config.is_decoder)
+        return FusedMask(sequences, lambda: original()[0]), encoder_attention_mask
+
+
+class FastHead(HuggingFaceModule):
+    """A model with a head that reads position 0 only: nothing to add to what its base model does."""
+
+
+class FastTokenHead(HuggingFaceModule):
+    """A head with a loss over positions. Padded rows are zeros in a packed pass, so where a label makes the loss read
+    one, the base model is asked to compute all rows."""
+
+    _rk_shift = 0  # label i is compared with the logits of position i - shift
+
+    def _reads_padding(self, mask: Tensor, kwargs: dict[str, Any]) -> bool:
+        labels = kwargs.get("labels")
+        if labels is None or labels.shape != mask.shape:
+            return False
+        shift, length = self._rk_shift, mask.shape[1]
+        read = labels[:, shift:].to(mask.device) != -100
+        return bool((read & (mask[:, : length - shift] == 0)).any())
+
+    def _rk_forward(self, *args: Any, **kwargs: Any) -> Any:
+        if args:
+            kwargs.update(zip(self._rk_parameters, args, strict=False))
+        mask = kwargs.get("attention_mask")
+        if (
+            isinstance(mask, Tensor)
+            and mask.dim() == 2
+            and not torch.compiler.is_compiling()
+            and state_of(self).packed == "auto"
+            and self._reads_padding(mask, kwargs)
+        ):
+            kwargs["attention_mask"] = MaskRequest(mask, packed=False)
+        return super().forward(**kwargs)
+
+
+class FastNextTokenHead(FastTokenHead):
+    """Causal language modelling: label i is compared with the logits of position i - 1."""
+
+    _rk_shift = 1
+
+
+class FastSpanHead(FastTokenHead):
+    """Question answering: a softmax over positions reads the logits of every row, padded ones too."""
+
+    def _reads_padding(self, mask: Tensor, kwargs: dict[str, Any]) -> bool:
+        return True
+
+
+_MIXINS: dict[str, type] = {
+    "embeddings": FastEmbeddings,
+    "self_output": FastSelfOutput,
+    "layer": FastLayer,
+    "model": FastModel,
+    "token_head": FastTokenHead,
+    "next_token_head": FastNextTokenHead,
+    "span_head": FastSpanHead,
+    "head": FastHead,
+}
+
+
+@functools.cache
+def fast_class(original: Any) -> Any:
+    """The fast subclass of a known Hugging Face class; it keeps the name, which transformers looks classes up by.
+
+    Raises TypeError for a class that is not known, or not as this version knows it.
+    """
+    role = role_of(original)
+    if role is None:
+        raise TypeError(f"{original.__module__}.{original.__name__} is not a class that roberta_kernels knows")
+    if role.mismatch is not None:
+        raise TypeError(role.mismatch)
+    mixin = _MIXINS[role.role]
+    namespace: dict[str, Any] = {
+        "__module__": __name__,
+        "__qualname__": f"Fast{original.__name__}",  # pickle finds the class by this
+        "__doc__": original.__doc__,
+        "_rk_original": original,
+        "_rk_parameters": tuple(inspect.signature(original.forward).parameters)[1:],
+    }
+    bases = (mixin, original)
+    forward = getattr(mixin, "_rk_forward", None)
+    if forward is not None:
+        namespace["forward"] = _like(original.forward, forward)
+    if role.role in ("model", "token_head", "next_token_head", "span_head", "head"):
+        namespace["__init__"] = _like(original.__init__, _initialise(original))
+    cls = type(original.__name__, bases, namespace)
+    setattr(sys.modules[__name__], cls.__qualname__, cls)
+    return cls
+
+
+def _like(original: Callable[..., Any], replacement: Callable[..., Any]) -> Callable[..., Any]:
+    """replacement with the signature, name and docstring of the original."""
+
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return replacement(self, *args, **kwargs)
+
+    return functools.wraps(original)(method)
+
+
+def _initialise(original: Any) -> Callable[..., None]:
+    """__init__ of a fast class: builds the Hugging Face model, then gives its parts their fast classes."""
+
+    def initialise(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        with _building(self):
+            original.__init__(self, *args, **kwargs)
+            state = PatchState()
+            for module in self.modules():
+                make_fast(module, state)
+
+    return initialise
+
+
+@contextlib.contextmanager
+def _building(module: nn.Module):
+    # Hugging Face code that runs during construction may already look the state up.
+    module.__dict__.setdefault("_rk_state", PatchState())
+    yield
+
+
+def make_fast(module: nn.Module, state: PatchState) -> bool:
+    """Gives a module its fast class, in place, and the state it shares with the rest of its model; False if not
+    known.
+    """
+    cls: Any = type(module)
+    if not is_fast_class(cls):
+        role = role_of(cls)
+        if role is None or role.mismatch is not None:
+            return False
+        module.__class__ = fast_class(cls)
+        _register_recordable_outputs(module, cls)
+    module.__dict__["_rk_state"] = state
+    return True
+
+
+def make_original(module: nn.Module) -> None:
+    """Undoes make_fast."""
+    cls: Any = type(module)
+    if is_fast_class(cls):
+        module.__class__ = cls._rk_original
+    module.__dict__.pop("_rk_state", None)
+
+
+def is_fast_class(cls: type) -> bool:
+    return "_rk_original" in cls.__dict__
+
+
+def _register_recordable_outputs(module: nn.Module, original: type) -> None:
+    """transformers keeps what can be recorded (hidden states, ...) by class: the new class records what the old one
+    did.
+    """
+    from transformers.utils import output_capturing
+
+    registry = getattr(output_capturing, "_CAN_RECORD_REGISTRY", None)
+    recordable = getattr(original, "_can_record_outputs", None)
+    if registry is not None and recordable is not None:
+        dict.__setitem__(registry, str(type(module)), recordable)
+
+
+def __getattr__(name: str) -> Any:
+    """FastXLMRobertaModel, FastRobertaLayer, ...: made when first asked for, by a user or by pickle."""
+    if name.startswith("Fast"):
+        original = family_class(name.removeprefix("Fast"))
+        if original is not None:
+            return fast_class(original)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _roberta(name: str) -> Any:
+    original = family_class(f"Roberta{name}")
+    assert original is not None
+    return fast_class(original)
+
+
+FastRoberta = _roberta("Model")
+FastRobertaForCausalLM = _roberta("ForCausalLM")
+FastRobertaForMaskedLM = _roberta("ForMaskedLM")
+FastRobertaForMultipleChoice = _roberta("ForMultipleChoice")
+FastRobertaForQuestionAnswering = _roberta("ForQuestionAnswering")
+FastRobertaForSequenceClassification = _roberta("ForSequenceClassification")
+FastRobertaForTokenClassification = _roberta("ForTokenClassification")

@@ -1,0 +1,166 @@
+"""Attention over packed sequences: contract, fake functions, autograd, public function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from roberta_kernels import backends
+from roberta_kernels.ops import contract
+from roberta_kernels.ops.contract import check, check_device, check_shape, check_tensor
+
+MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 128
+
+
+def supported_head_dim(head_dim: int) -> bool:
+    """Whether the kernels serve this head dim: 16 to 128 in steps of 8."""
+    return MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM and head_dim % 8 == 0
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    *,
+    max_seqlen_q: int,
+    max_seqlen_k: int | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+    key_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """softmax(scale * q @ k^T) @ v within each sequence (Vaswani et al. 2017, section 3.2.1), differentiable in q, k
+    and v.
+
+    Args:
+        q: `[Tq, heads, head_dim]`, packed queries. head_dim 16 to 128, a multiple of 8. q, k and v may be views (of
+            one fused projection, say): any strides, with unit stride in head_dim; else they are copied.
+        k, v: `[Tk, heads, head_dim]`.
+        cu_seqlens_q: int32 `[B + 1]`: sequence b holds the rows `cu_seqlens_q[b]` up to `cu_seqlens_q[b + 1]`.
+        cu_seqlens_k: the same for keys; None: as the queries.
+        max_seqlen_q, max_seqlen_k: an upper bound of the lengths.
+        scale: factor on the scores; None: `head_dim ** -0.5`.
+        causal: query i of a sequence sees key j when `j <= i + len_k - len_q`.
+        key_mask: bool `[Tk]`, True: the key may be seen. None: all.
+        dropout_p: probability of dropping a softmax weight, in [0, 1).
+        seed: int64 `[1]`, for dropout_p > 0 (see draw_seeds).
+
+    Returns:
+        `[Tq, heads, head_dim]`. A query that sees no key gives zeros.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape, device or value outside of the above. The contents of cu_seqlens
+            are checked when they are on the CPU; on a GPU that would need a synchronisation.
+        backends.BackendError: the backend asked for cannot serve.
+    """
+    check(q.dim() == 3, f"q has shape {list(q.shape)}, expected [tokens, heads, head_dim]")
+    heads, head_dim = q.shape[1], q.shape[2]
+    contract.check_floating("q", q)
+    check_tensor("k", k, (None, heads, head_dim), q)
+    check_tensor("v", v, (k.shape[0], heads, head_dim), q)
+    check(heads > 0, "q has no heads")
+    check(
+        supported_head_dim(head_dim),
+        f"head_dim is {head_dim}; {MIN_HEAD_DIM} to {MAX_HEAD_DIM} in steps of 8 are served",
+    )
+    if cu_seqlens_k is None:
+        cu_seqlens_k = cu_seqlens_q
+        max_seqlen_k = max_seqlen_q if max_seqlen_k is None else max_seqlen_k
+        _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q, max_seqlen_q)
+        check(k.shape[0] == q.shape[0], f"q has {q.shape[0]} rows and k {k.shape[0]}: cu_seqlens_k is needed")
+    else:
+        if max_seqlen_k is None:
+            raise ValueError("cu_seqlens_k needs max_seqlen_k")
+        _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q, max_seqlen_q)
+        _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k, max_seqlen_k)
+        check(
+            cu_seqlens_q.shape == cu_seqlens_k.shape,
+            f"cu_seqlens_q names {cu_seqlens_q.shape[0] - 1} sequences and cu_seqlens_k {cu_seqlens_k.shape[0] - 1}",
+        )
+    if key_mask is not None:
+        check_shape("key_mask", key_mask, (k.shape[0],))
+        check_device("key_mask", key_mask, q)
+        if key_mask.dtype != torch.bool:
+            raise TypeError(f"key_mask is {key_mask.dtype}, and must be bool")
+        key_mask = key_mask.contiguous()
+    contract.check_dropout(dropout_p, seed, q)
+    kernels = backends.select(q)
+    q, k, v = (t if t.stride(2) == 1 else t.contiguous() for t in (q, k, v))
+    out, _ = contract.call(
+        kernels.attention_forward,
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        head_dim**-0.5 if scale is None else float(scale),
+        causal,
+        key_mask,
+        dropout_p,
+        seed if dropout_p > 0 else None,
+    )
+    return out
+
+
+def _check_cu_seqlens(name: str, cu_seqlens: Tensor, rows: Tensor, max_seqlen: int) -> None:
+    if cu_seqlens.dtype != torch.int32:
+        raise TypeError(f"{name} is {cu_seqlens.dtype}, and must be int32")
+    check(cu_seqlens.dim() == 1 and cu_seqlens.shape[0] >= 1, f"{name} must have shape [sequences + 1]")
+    check_device(name, cu_seqlens, rows)
+    if cu_seqlens.device.type != "cpu" or type(cu_seqlens) is not Tensor or torch.compiler.is_compiling():
+        return
+    ends = cu_seqlens.tolist()
+    check(ends[0] == 0, f"{name} starts at {ends[0]}, and must start at 0")
+    check(ends[-1] == rows.shape[0], f"{name} ends at {ends[-1]}, and there are {rows.shape[0]} rows")
+    for b in range(len(ends) - 1):
+        length = ends[b + 1] - ends[b]
+        check(length >= 0, f"{name} falls from {ends[b]} to {ends[b + 1]} at sequence {b}")
+        check(
+            length <= max_seqlen,
+            f"sequence {b} of {name} has {length} rows, more than the max_seqlen of {max_seqlen}",
+        )
+
+
+def _fake_forward(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, key_mask, dropout_p, seed
+):
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=lse_dtype)
+
+
+def _fake_backward(grad_out, q, k, v, out, lse, *rest):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, key_mask, dropout_p, seed = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, key_mask, seed)
+    ctx.rest = (max_seqlen_q, max_seqlen_k, scale, causal, dropout_p)
+
+
+def _backward(kernels: backends.Kernels, ctx: Any, grad_out: Tensor, _grad_lse: Tensor | None) -> tuple[Any, ...]:
+    q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, key_mask, seed = ctx.saved_tensors
+    max_seqlen_q, max_seqlen_k, scale, causal, dropout_p = ctx.rest
+    grads = kernels.attention_backward(
+        grad_out, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, key_mask,
+        dropout_p, seed,
+    )  # fmt: skip
+    return (*grads, *(None,) * 9)
+
+
+contract.register(
+    "attention",
+    fake_forward=_fake_forward,
+    fake_backward=_fake_backward,
+    setup_context=_setup_context,
+    backward=_backward,
+)

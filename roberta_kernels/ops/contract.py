@@ -1,0 +1,101 @@
+"""What the public ops share: argument checks, and registration of fake functions and autograd formulas.
+
+The checks read sizes, dtypes and devices only. What would need the device to be read (the values in cu_seqlens, ids) is
+checked where the data is on the host, by the op or the kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from roberta_kernels import backends
+
+
+def check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def check_tensor(name: str, tensor: Tensor, shape: tuple[int | None, ...], like: Tensor) -> None:
+    """tensor has `shape` (None: any size), and the dtype and device of `like`."""
+    check_shape(name, tensor, shape)
+    if tensor.dtype != like.dtype:
+        raise TypeError(f"{name} is {tensor.dtype}, and the other tensors are {like.dtype}")
+    check_device(name, tensor, like)
+
+
+def check_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
+    if tensor.dim() != len(shape) or any(
+        want is not None and have != want for have, want in zip(tensor.shape, shape, strict=True)
+    ):
+        wanted = ", ".join("*" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} has shape {list(tensor.shape)}, expected [{wanted}]")
+
+
+def check_device(name: str, tensor: Tensor, like: Tensor) -> None:
+    if tensor.device != like.device:
+        raise ValueError(f"{name} is on {tensor.device}, and the other tensors are on {like.device}")
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise TypeError(f"{name} is {tensor.dtype}; float32, bfloat16, float16 and (reference only) float64 are served")
+
+
+def check_dropout(dropout_p: float, seed: Tensor | None, like: Tensor) -> None:
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p is {dropout_p}, and must be at least 0 and less than 1")
+    if dropout_p > 0.0:
+        if seed is None:
+            raise ValueError("dropout_p > 0 needs a seed: an int64 tensor of one element (see ops.draw_seeds)")
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            raise TypeError(
+                f"seed must be an int64 tensor of one element, not {seed.dtype} of shape {list(seed.shape)}"
+            )
+        check_device("seed", seed, like)
+
+
+def call(op: Callable[..., Any], *args: Any) -> Any:
+    """Runs a `*_forward` op. Where nothing can need a gradient, autograd's part of the call (some 15 us) is left
+    out.
+    """
+    if torch.compiler.is_compiling():
+        return op(*args)
+    # torch would take the derivative of an op without a forward-mode formula for zero, and say nothing.
+    if forward_ad._current_level >= 0 and any(
+        isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None for arg in args
+    ):
+        raise NotImplementedError(f"{op} has no forward-mode derivative (jvp)")
+    if torch.is_grad_enabled():
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
+def register(
+    op: str,
+    *,
+    fake_forward: Callable[..., Any],
+    fake_backward: Callable[..., Any],
+    setup_context: Callable[[Any, tuple[Any, ...], Any], None],
+    backward: Callable[..., Any],
+) -> None:
+    """Registers an op's fake functions and its autograd formula in every namespace.
+
+    backward(kernels, ctx, *grads) is the formula; kernels is the namespace that ran forward.
+    """
+    for kernels in backends.namespaces().values():
+        torch.library.register_fake(f"{kernels.namespace}::{op}_forward", fake_forward)
+        torch.library.register_fake(f"{kernels.namespace}::{op}_backward", fake_backward)
+
+        def formula(ctx: Any, *grads: Any, _kernels: backends.Kernels = kernels) -> Any:
+            if torch.is_grad_enabled():  # create_graph=True: what is returned here would count as a constant
+                raise NotImplementedError(f"{op} cannot be differentiated twice (backward with create_graph=True)")
+            return backward(_kernels, ctx, *grads)
+
+        torch.library.register_autograd(f"{kernels.namespace}::{op}_forward", formula, setup_context=setup_context)

@@ -1,0 +1,106 @@
+"""The feed-forward block: contract, fake functions, autograd, public function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from roberta_kernels import backends
+from roberta_kernels.ops import contract
+from roberta_kernels.ops.contract import check, check_tensor
+
+
+def gelu_ffn(
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor,
+    w_out: Tensor,
+    b_out: Tensor | None = None,
+    *,
+    approximate: str = "none",
+) -> Tensor:
+    """gelu(x @ w_in^T + b_in) @ w_out^T + b_out, differentiable in every tensor.
+
+    Args:
+        x: `[T, H]`, one dtype for all.
+        w_in, b_in: `[F, H]`, `[F]`, as nn.Linear keeps them.
+        w_out, b_out: `[O, F]`, `[O]`; b_out may be left to what follows (add_layer_norm's x_bias).
+        approximate: "none" for the exact GELU, x * Phi(x) through erf, or "tanh" (Hendrycks and Gimpel 2016, section
+        2).
+
+    Returns:
+        `[T, O]`. Kept for backward: x and the pre-activation `[T, F]`.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape, device or value outside of the above.
+    """
+    check(x.dim() == 2 and x.shape[1] > 0, f"x has shape {list(x.shape)}, expected [tokens, hidden]")
+    check(approximate in ("none", "tanh"), f'approximate is {approximate!r}, and must be "none" or "tanh"')
+    contract.check_floating("x", x)
+    check(w_in.dim() == 2 and w_in.shape[0] > 0, f"w_in has shape {list(w_in.shape)}, expected [inner, hidden]")
+    inner = w_in.shape[0]
+    check_tensor("w_in", w_in, (inner, x.shape[1]), x)
+    check_tensor("b_in", b_in, (inner,), x)
+    check_tensor("w_out", w_out, (None, inner), x)
+    if b_out is not None:
+        check_tensor("b_out", b_out, (w_out.shape[0],), x)
+    kernels = backends.select(x)
+    # Kept only where a backward pass can follow.
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w_in, b_in, w_out, b_out))
+    out, _ = contract.call(
+        kernels.gelu_ffn_forward,
+        x.contiguous(),
+        w_in.contiguous(),
+        b_in.contiguous(),
+        w_out.contiguous(),
+        b_out if b_out is None else b_out.contiguous(),
+        approximate == "tanh",
+        save,
+    )
+    return out
+
+
+def _fake_forward(x, w_in, b_in, w_out, b_out, tanh, save_preactivation):
+    return (
+        x.new_empty((x.shape[0], w_out.shape[0])),
+        x.new_empty((x.shape[0], w_in.shape[0]) if save_preactivation else (0,)),
+    )
+
+
+def _fake_backward(grad_out, x, w_in, w_out, preactivation, tanh):
+    return (
+        x.new_empty(x.shape),
+        w_in.new_empty(w_in.shape),
+        w_in.new_empty((w_in.shape[0],)),
+        w_out.new_empty(w_out.shape),
+        w_out.new_empty((w_out.shape[0],)),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, w_in, _, w_out, b_out, tanh, save_preactivation = inputs
+    _, preactivation = output
+    ctx.mark_non_differentiable(preactivation)
+    ctx.tanh, ctx.has_b_out, ctx.saved_preactivation = tanh, b_out is not None, save_preactivation
+    ctx.save_for_backward(x, w_in, w_out, preactivation)
+
+
+def _backward(kernels: backends.Kernels, ctx: Any, grad_out: Tensor, *_: Any) -> tuple[Any, ...]:
+    if not ctx.saved_preactivation:
+        raise RuntimeError("gelu_ffn_forward ran with save_preactivation=False, and cannot run backward")
+    x, w_in, w_out, preactivation = ctx.saved_tensors
+    grad_x, grad_w_in, grad_b_in, grad_w_out, grad_b_out = kernels.gelu_ffn_backward(
+        grad_out.contiguous(), x, w_in, w_out, preactivation, ctx.tanh
+    )
+    return grad_x, grad_w_in, grad_b_in, grad_w_out, grad_b_out if ctx.has_b_out else None, None, None
+
+
+contract.register(
+    "gelu_ffn",
+    fake_forward=_fake_forward,
+    fake_backward=_fake_backward,
+    setup_context=_setup_context,
+    backward=_backward,
+)

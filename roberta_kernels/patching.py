@@ -1,0 +1,232 @@
+"""patch and unpatch: the fused code put into a model in place, and taken out again without a trace."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from roberta_kernels import backends
+from roberta_kernels.families import FAMILIES, family_classes, role_of
+from roberta_kernels.layers import PatchState, gelu_kind, plain_linear
+from roberta_kernels.models import is_fast_class, make_fast, make_original
+
+_FUSED = {
+    "embeddings": "embeddings + LayerNorm + dropout",
+    "self_output": "bias + dropout + residual + LayerNorm",
+    "layer": "attention, GELU feed-forward, bias + dropout + residual + LayerNorm",
+    "model": "padding-free pass",
+    "token_head": "asks for padded rows where its loss reads them",
+    "next_token_head": "asks for padded rows where its loss reads them",
+    "span_head": "asks for padded rows, which its softmax reads",
+    "head": "unchanged (its base model is fused)",
+}
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """name: where in the model. original: the Hugging Face class. fused: what now runs fused there."""
+
+    name: str
+    original: str
+    fused: str
+
+
+@dataclass(frozen=True)
+class Left:
+    """name: where in the model. original: its class. reason: why it was left as it is."""
+
+    name: str
+    original: str
+    reason: str
+
+
+@dataclass
+class PatchReport:
+    """What patch() replaced, what it left and why. str() is a table."""
+
+    replaced: list[Replaced] = field(default_factory=list)
+    left: list[Left] = field(default_factory=list)
+    backend: str = "auto"
+    state: PatchState = field(default_factory=PatchState, repr=False)
+
+    def fallbacks(self) -> dict[str, int]:
+        """Reason -> how many calls since patching ran the original code for it."""
+        return dict(self.state.fallbacks)
+
+    def padded(self) -> dict[str, int]:
+        """Reason -> how many calls since patching ran fused, but on every row of the padded batch, for it."""
+        return dict(self.state.padded)
+
+    def __bool__(self) -> bool:
+        """Whether anything was replaced."""
+        return bool(self.replaced)
+
+    def __rich__(self) -> Any:
+        from rich.table import Table
+
+        title = (
+            f"roberta_kernels: {len(self.replaced)} modules replaced, {len(self.left)} left; backend: {self.backend}"
+        )
+        table = Table(title=title, title_justify="left")
+        for column in ("modules", "class", "what runs there now"):
+            table.add_column(column, overflow="fold")
+        grouped: dict[tuple[str, str, bool], list[str]] = {}
+        for replaced in self.replaced:
+            grouped.setdefault((replaced.original, replaced.fused, True), []).append(replaced.name)
+        for left in self.left:
+            grouped.setdefault((left.original, f"the original: {left.reason}", False), []).append(left.name)
+        for (original, what, _), names in grouped.items():
+            first = names[0] or "(the model)"
+            table.add_row(first if len(names) == 1 else f"{first} and {len(names) - 1} more", original, what)
+        return table
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        text = io.StringIO()
+        Console(file=text, width=120, color_system=None).print(self)
+        return text.getvalue().rstrip()
+
+
+def patch(model: nn.Module, *, packed: str | bool = "auto", backend: str = "auto") -> PatchReport:
+    """Makes every RoBERTa-family encoder inside `model` run on the fused kernels, in place.
+
+    Args:
+        model: any module that contains such encoders: a bare model, a task head, an encoder-decoder, a wrapper.
+        packed: "auto": padding is left out of the computation wherever the answer cannot depend on it. False: never.
+            True: also where a token or span head reads padded rows, which then come from zeros.
+        backend: "auto", or the backend that shall serve this model.
+
+    Returns:
+        What was replaced, what was left, and why. A model with nothing to replace is left untouched; so is any model
+        if an error occurs.
+
+    Parameters, buffers, state dict, forward's signature and what save_pretrained writes do not change. Patching twice
+    is
+    harmless: the options of the last call hold. Rows at padded positions come back as zeros.
+
+    Raises:
+        ValueError: an unknown value of `packed`. BackendError: an unknown or unavailable backend.
+    """
+    if packed not in ("auto", True, False):
+        raise ValueError(f'packed is {packed!r}, and must be "auto", True or False')
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"patch needs a torch.nn.Module, not {type(model).__name__}")
+    with backends.backend(backend):
+        pass  # raises for a backend that is unknown or not available
+    state = PatchState(packed=packed, backend=backend)
+    report = PatchReport(backend=backend, state=state)
+    before: list[tuple[nn.Module, type, PatchState | None]] = []
+    try:
+        for name, module in model.named_modules():
+            cls: Any = type(module)
+            original = cls._rk_original if is_fast_class(cls) else cls
+            role = role_of(original)
+            if role is None:
+                reason = _why_left(cls)
+                if reason:
+                    report.left.append(Left(name, cls.__name__, reason))
+                continue
+            if role.mismatch is not None:
+                report.left.append(Left(name, cls.__name__, f"not the code that is known: {role.mismatch}"))
+                continue
+            before.append((module, cls, module.__dict__.get("_rk_state")))
+            make_fast(module, state)
+            fused = _FUSED[role.role]
+            if role.role == "layer":
+                fused = _layer_fused(module)
+            report.replaced.append(Replaced(name, original.__name__, fused))
+    except BaseException:
+        for module, cls, old_state in before:
+            module.__class__ = cls
+            if old_state is None:
+                module.__dict__.pop("_rk_state", None)
+            else:
+                module.__dict__["_rk_state"] = old_state
+        raise
+    if not report.replaced and not report.left:
+        known = ", ".join(prefix for prefix in FAMILIES.values())
+        report.left.append(Left("", type(model).__name__, f"holds no layer of a known family ({known})"))
+    return report
+
+
+def _why_left(cls: type) -> str | None:
+    """Why a module was left that a reader would expect to see replaced; None for the many that nobody would."""
+    for base in cls.__mro__[1:]:
+        if role_of(base) is not None and not is_fast_class(cls):
+            return f"a subclass of {base.__name__}, whose code is not known"
+    if cls.__name__.endswith(("Layer", "Embeddings")) and cls.__module__.startswith("transformers.models."):
+        return f"{cls.__module__.split('.')[2]} is not a known family"
+    return None
+
+
+def _layer_fused(layer: Any) -> str:
+    intermediate = layer.intermediate
+    if gelu_kind(intermediate.intermediate_act_fn) is None:
+        activation = type(intermediate.intermediate_act_fn).__name__
+        return f"attention, bias + dropout + residual + LayerNorm (feed-forward left: {activation})"
+    if not plain_linear(intermediate.dense) or not plain_linear(layer.output.dense):
+        return (
+            "attention, bias + dropout + residual + LayerNorm (feed-forward left: its products are not plain nn.Linear)"
+        )
+    return _FUSED["layer"]
+
+
+def unpatch(model: nn.Module) -> None:
+    """Puts back exactly what was there before patch(). Harmless on a model that is not patched."""
+    for module in model.modules():
+        make_original(module)
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether any part of the model runs on fused code."""
+    return any(is_fast_class(type(module)) for module in model.modules())
+
+
+_wrapped: list[tuple[Any, Callable[..., None]]] = []
+
+
+def patch_transformers(
+    *, packed: str | bool = "auto", backend: str = "auto"
+) -> contextlib.AbstractContextManager[None]:
+    """Patches every model of a known family that is created from now on, by whatever route.
+
+    As a context manager, `with patch_transformers(): ...`, only those created inside the block.
+    """
+    if not _wrapped:
+        cls: Any
+        for cls in family_classes("model", "token_head", "next_token_head", "span_head", "head"):
+            _wrapped.append((cls, cls.__init__))
+            cls.__init__ = _patching_init(cls, cls.__init__, packed, backend)
+    return _unpatch_on_exit()
+
+
+def _patching_init(cls: type, original: Callable[..., None], packed: str | bool, backend: str) -> Callable[..., None]:
+    @functools.wraps(original)
+    def init(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if type(self) is cls:
+            patch(self, packed=packed, backend=backend)
+
+    return init
+
+
+def unpatch_transformers() -> None:
+    """Ends patch_transformers(). Models that exist stay as they are (see unpatch)."""
+    while _wrapped:
+        cls, init = _wrapped.pop()
+        cls.__init__ = init
+
+
+@contextlib.contextmanager
+def _unpatch_on_exit() -> Iterator[None]:
+    try:
+        yield
+    finally:
+        unpatch_transformers()

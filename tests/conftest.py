@@ -1,0 +1,13 @@
+"""Set before any test imports triton: without a GPU its kernels run in Triton's interpreter, on CPU tensors."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+# Threads of the test workers multiply: two each is plenty for small shapes, and torch's results do not depend on it.
+# Under pytest-xdist the workers are the threads.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))

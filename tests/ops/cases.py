@@ -1,0 +1,259 @@
+"""Which backends, instruction sets, devices and dtypes the tests run on, and how one op is compared in all of them.
+
+`served_by` is the one place that knows what there is; a test asks for its combinations with `@on_every_backend()` or,
+together with a table of cases, `@cases_on_every_backend(CASES)`, and gets a `served` fixture inside which that backend
+serves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from roberta_kernels import backends
+from roberta_kernels.tolerance import assert_three_way
+
+FLOAT32, BFLOAT16, FLOAT16, FLOAT64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+HAS_CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if HAS_CUDA else "cpu"
+
+
+@dataclass(frozen=True)
+class Served:
+    """One way in which an op can be served."""
+
+    backend: str
+    device: str
+    dtype: torch.dtype
+    isa: str | None = None
+
+    @property
+    def id(self) -> str:
+        return "-".join(part for part in (self.backend, self.isa, str(self.dtype).removeprefix("torch.")) if part)
+
+    @property
+    def interpreted(self) -> bool:
+        """Runs in Triton's interpreter: a thousand times slower than anything else."""
+        return self.backend == "triton" and self.device == "cpu"
+
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            if self.isa is not None:
+                stack.enter_context(backends.use_cpu_isa(self.isa))
+            stack.enter_context(backends.backend(self.backend))
+            yield
+
+    def kernels(self) -> backends.Kernels:
+        return backends.namespaces()[self.backend]
+
+
+def served_by(dtypes: Iterable[torch.dtype] | None = None) -> list[Any]:
+    """pytest parameters: every backend x instruction set x dtype of this machine.
+
+    dtypes: only these, where the backend has them; None: float32, bfloat16 and float16 wherever the backend has them. A
+    backend that is not there appears once, skipped, with what it needs.
+    """
+    wanted = (FLOAT32, BFLOAT16, FLOAT16) if dtypes is None else tuple(dtypes)
+    combinations: list[Any] = []
+    for name, status in backends.available_backends().items():
+        device = "cpu" if name == "cpu" else DEVICE
+        if name == "cpu":
+            served = (FLOAT32, BFLOAT16)
+            isas: tuple[str | None, ...] = backends.cpu_isas()
+        else:
+            served = (FLOAT32, BFLOAT16, FLOAT16, FLOAT64) if name == "reference" else (FLOAT32, BFLOAT16, FLOAT16)
+            isas = (None,)
+        if not status:
+            missing = Served(name, device, FLOAT32)
+            skip = pytest.mark.skip(reason=f"backend {name!r} is not available: {status.detail}")
+            combinations.append(pytest.param(missing, id=name, marks=skip))
+            continue
+        for isa in isas:
+            for dtype in served:
+                if dtype in wanted:
+                    one = Served(name, device, dtype, isa)
+                    marks = [pytest.mark.gpu] if device == "cuda" else []
+                    combinations.append(pytest.param(one, id=one.id, marks=marks))
+    return combinations
+
+
+def on_every_backend(dtypes: Iterable[torch.dtype] | None = None) -> pytest.MarkDecorator:
+    """Runs the test once for each combination; its `served` argument says which."""
+    return pytest.mark.parametrize("served", served_by(dtypes), indirect=True)
+
+
+def cases_on_every_backend(
+    cases: Iterable[Any], dtypes: Iterable[torch.dtype] | None = None, *, thin: bool = True
+) -> pytest.MarkDecorator:
+    """Runs the test for combinations x cases: arguments `served` and `case`. A case has `id` and `heavy`.
+
+    thin: each case runs in one of the dtypes of a backend or instruction set, which take turns from case to case; in
+    all of them on the best instruction set and on a GPU. Triton's interpreter leaves the heavy cases out.
+    """
+    parameters = []
+    turn: dict[tuple[str, str | None], int] = {}
+    combinations = served_by(dtypes)
+    dtypes_of: dict[tuple[str, str | None], list[torch.dtype]] = {}
+    for combination in combinations:
+        served = combination.values[0]
+        dtypes_of.setdefault((served.backend, served.isa), []).append(served.dtype)
+    for i, case in enumerate(cases):
+        for combination in combinations:
+            served = combination.values[0]
+            if any(mark.name == "skip" for mark in combination.marks):
+                if i == 0:
+                    parameters.append(pytest.param(served, case, id=combination.id, marks=combination.marks))
+                continue
+            key = (served.backend, served.isa)
+            if thin and served.interpreted and case.heavy:
+                continue
+            if thin and served.device == "cpu":
+                mine = dtypes_of[key]
+                position = mine.index(served.dtype)
+                if position == 0:
+                    turn[key] = turn.get(key, -1) + 1
+                best = served.isa is not None and served.isa == backends.cpu_isas()[-1]
+                if not best and position != turn[key] % len(mine):
+                    continue
+            parameters.append(pytest.param(served, case, id=f"{combination.id}-{case.id}", marks=combination.marks))
+    return pytest.mark.parametrize(("served", "case"), parameters, indirect=["served"])
+
+
+# ------------------------------------------------------------------------------------------------ inputs
+
+
+class Draw:
+    """Random inputs of one test, from one seed."""
+
+    def __init__(self, seed: int, device: str) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.device = device
+
+    def normal(self, *shape: int, dtype: torch.dtype, std: float = 1.0, mean: float = 0.0) -> Tensor:
+        drawn = torch.randn(shape, generator=self.generator, dtype=FLOAT64) * std + mean
+        return drawn.to(dtype).to(self.device)
+
+    def integers(self, low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high, shape, generator=self.generator).to(self.device)
+
+    def bools(self, *shape: int, p: float = 0.5) -> Tensor:
+        return (torch.rand(shape, generator=self.generator) < p).to(self.device)
+
+    def seed(self) -> Tensor:
+        """A dropout seed: all 64 bits in use."""
+        return torch.randint(-(2**63), 2**63 - 1, (1,), generator=self.generator).to(self.device)
+
+
+def poisoned(t: Tensor, layout: str) -> Tensor:
+    """t's values as a view with NaN on all sides.
+
+    layout: "rows": every other row of a taller matrix; "columns": the middle of a wider one; "transposed": stored by
+    columns; "contiguous": t.
+    """
+    if layout == "contiguous":
+        return t
+    nan = float("nan")
+    if layout == "rows":
+        room = t.new_full((2 * t.shape[0] + 1, *t.shape[1:]), nan)
+        view = room[1::2]
+    elif layout == "columns":
+        room = t.new_full((t.shape[0] + 2, *t.shape[1:-1], t.shape[-1] + 13), nan)
+        view = room[1:-1, ..., 5:-8]
+    elif layout == "transposed":
+        room = t.new_full((*t.shape[1:], t.shape[0] + 3), nan)
+        view = room.movedim(-1, 0)[: t.shape[0]]
+    else:
+        raise ValueError(layout)
+    view.copy_(t)
+    assert view.shape == t.shape
+    return view
+
+
+@contextlib.contextmanager
+def uninitialised_is_nan(*like: Tensor) -> Iterator[None]:
+    """Inside, memory that torch hands out uninitialised holds NaN, and so does what the allocator had freed before.
+
+    A kernel that reads what it has not written, or leaves a part of its output unwritten, then shows.
+    """
+    for t in like:
+        for _ in range(3):
+            garbage = torch.full((max(1, t.numel()),), float("nan"), dtype=t.dtype, device=t.device)
+        del garbage
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # this is what fills uninitialised memory
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+# ------------------------------------------------------------------------------------------------ comparison
+
+
+def leaf(t: Tensor) -> Tensor:
+    """The same memory and strides as an autograd leaf."""
+    return t.detach().requires_grad_(t.is_floating_point())
+
+
+def output_and_gradients(
+    function: Callable[..., Tensor], inputs: dict[str, Tensor], grad_out: Tensor, *, unused_is_zero: bool = False
+) -> dict[str, Tensor]:
+    """{"output": ..., "gradient of x": ...} of `function(**inputs)`, one gradient for each input.
+
+    unused_is_zero: an input that the graph does not reach has a zero gradient (else: an error).
+    """
+    leaves = {name: leaf(t) for name, t in inputs.items()}
+    out = function(**leaves)
+    gradients = torch.autograd.grad(out, list(leaves.values()), grad_out, materialize_grads=unused_is_zero)
+    named = {f"gradient of {name}": g for name, g in zip(leaves, gradients, strict=True)}
+    return {"output": out.detach(), **named}
+
+
+def check_three_way(
+    ours: Callable[..., Tensor],
+    eager: Callable[..., Tensor],
+    inputs: dict[str, Tensor],
+    grad_out: Tensor,
+    *,
+    cancelling: dict[str, float] | None = None,
+    floor_ulps: float = 2.0,
+) -> dict[str, Tensor]:
+    """The promise for the output and for the gradient of every input; returns ours.
+
+    ours, eager: called with the inputs by name. eager runs at the inputs' dtype and in float64.
+    cancelling: for a gradient that cancels to nothing in exact arithmetic (a softmax over one key), the size of what
+        cancelled; where the exact gradient is all zero, ours is held to float32 roundings of that, not to zero.
+    """
+    with uninitialised_is_nan(*inputs.values(), grad_out):
+        got = output_and_gradients(ours, inputs, grad_out)
+    plain = {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in inputs.items()}
+    plain_grad = grad_out.clone(memory_format=torch.contiguous_format)
+    double = {name: t.double() for name, t in plain.items()}
+    original = output_and_gradients(eager, plain, plain_grad, unused_is_zero=True)
+    exact = output_and_gradients(eager, double, plain_grad.double(), unused_is_zero=True)
+    for name, ours_tensor in got.items():
+        assert ours_tensor.dtype == grad_out.dtype, f"{name} is {ours_tensor.dtype}"
+        size = (cancelling or {}).get(name)
+        if size is not None and exact[name].numel() > 0 and float(exact[name].abs().max()) <= 1e-12 * size:
+            largest = float(ours_tensor.abs().max())
+            assert largest <= 32 * max(torch.finfo(FLOAT32).eps, torch.finfo(ours_tensor.dtype).eps) * size, (
+                f"{name}: {largest:.3e}, and should cancel to nothing"
+            )
+            continue
+        assert_three_way(ours_tensor, original[name], exact[name], name=name, floor_ulps=floor_ulps)
+    return got
+
+
+def cumulative(lengths: list[int], device: str) -> Tensor:
+    """cu_seqlens of sequences of these lengths."""
+    ends = [0]
+    for length in lengths:
+        ends.append(ends[-1] + length)
+    return torch.tensor(ends, dtype=torch.int32, device=device)

@@ -1,0 +1,28 @@
+"""Fixtures of the op tests: the backend that serves, and fresh random inputs from a seed that a failure reports."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from .cases import DEVICE, Draw, Served
+
+
+@pytest.fixture
+def served(request: pytest.FixtureRequest) -> Iterator[Served]:
+    """The combination that a test was parametrised with; inside the test that backend serves."""
+    combination: Served = request.param
+    with combination.serving():
+        yield combination
+
+
+@pytest.fixture
+def draw(request: pytest.FixtureRequest) -> Draw:
+    """Random inputs, other ones on every run. RK_TEST_SEED=<the number that a failure prints> draws them again."""
+    wish = os.environ.get("RK_TEST_SEED")
+    seed = int(wish) if wish else int.from_bytes(os.urandom(4), "little")
+    print(f"RK_TEST_SEED={seed}")  # captured; shown with a failure
+    combination = request.node.callspec.params.get("served") if hasattr(request.node, "callspec") else None
+    return Draw(seed, combination.device if combination is not None else DEVICE)
