@@ -1,0 +1,433 @@
+// C = A B with an epilogue, for the float32 and bfloat16 products of the layers. A is [M, K], B is [K, N],
+// both with strides (one of the two must be 1), so a transposed operand costs nothing beyond its packing.
+//
+// Packed path (many rows). Both operands are laid out as panels that the micro-kernel reads front to back:
+// A as panels of up to kRows rows, [K][rows]; B as panels of kColumns columns, [K][kColumns]. The
+// micro-kernel holds a kRows x kColumns tile of C in registers (AVX-512: 14 x 32, 28 accumulators; AVX2: 6 x
+// 16, 12; portable: 4 x 8, 8) and does kRows * kColumns / kLanes fused multiply-adds for every kRows +
+// kColumns / kLanes loads, so it runs at the arithmetic roof with both panels coming from the second-level
+// cache. A is packed once, by all threads. A task owns a block of columns: it packs them (all of K, at most
+// kBlockWords: half of that cache) into memory of its own, then walks all rows. So each weight is read from
+// memory once and its packed form never leaves the core.
+//
+// Dot path (few rows; both operands contiguous along K). Packing a weight costs about as much as multiplying
+// it with ten rows. So below that, rows of A meet rows of the weight directly: accumulators are vectors along
+// K, summed across at the end. The weight is read once, straight.
+//
+// Every kChunk steps along K the accumulators are added to the tile and start again from zero: the error of a
+// sum of K terms then grows as that of a blocked sum, not as that of a serial one.
+//
+// The epilogue is called once a tile, with the finished float32 tile in the first-level cache:
+//     epilogue(row, column, rows, columns, tile)      tile: [rows][kColumns], of which `columns` columns are
+//     real
+// Each element of C is summed in an order that depends on M, N and K alone, never on the number of threads.
+//
+// bfloat16 with AVX512-BF16: two neighbours along K make one 32-bit word, multiplied by vdpbf16ps; elsewhere
+// packing converts to float32. So a packed operand is always made of 32-bit words, kPerWord elements along K
+// each.
+#pragma once
+#include <stdlib.h>
+
+#include "csrc/cpu/dispatch.h"
+#include "csrc/cpu/simd.h"
+
+namespace rk::cpu::RK_CPU_ISA {
+
+#if defined(RK_AVX512)
+constexpr int kRows = 14, kColumns = 32;
+#elif defined(RK_AVX2)
+constexpr int kRows = 6, kColumns = 16;
+#else
+constexpr int kRows = 4, kColumns = 8;
+#endif
+constexpr int kVectors = kColumns / kLanes;
+constexpr int64_t kChunk = 384;             // words along K between two additions to the tile
+constexpr int64_t kDepth = 768;             // words along K of a packed block of B
+constexpr int64_t kBlockWords = 96 * 1024;  // and all of its words: 384 KB
+constexpr int64_t kWordsAtOnce = 4 << 20;   // of A, packed together (and at most 1024 rows): 16 MB
+static_assert(kRows <= kLanes, "an A panel is packed by one transposition");
+
+#if defined(RK_CPU_ISA_AVX512_BF16)
+template <class T>
+constexpr int kPerWord = sizeof(T) == 2 ? 2 : 1;
+#else
+template <class T>
+constexpr int kPerWord = 1;
+#endif
+
+template <class T>
+struct Matrix {
+    const T* data;
+    int64_t rows, columns;
+    int64_t row_stride, column_stride;  // in elements
+    RK_INLINE Matrix<T> transposed() const { return {data, columns, rows, column_stride, row_stride}; }
+    RK_INLINE Matrix<T> some_rows(int64_t first, int64_t count) const {
+        return {data + first * row_stride, count, columns, row_stride, column_stride};
+    }
+};
+template <class T>
+RK_INLINE Matrix<T> row_major(const T* data, int64_t rows, int64_t columns) {
+    return {data, rows, columns, columns, 1};
+}
+
+// Memory that a thread keeps between calls, so that a call does not pay for page faults.
+struct Scratch {
+    float* data = nullptr;
+    int64_t capacity = 0;
+    float* words(int64_t count) {
+        if (count > capacity) {
+            free(data);
+            capacity = (count + 1023) / 1024 * 1024;
+            data = static_cast<float*>(aligned_alloc(4096, size_t(capacity) * 4));
+            if (data == nullptr) abort();
+        }
+        return data;
+    }
+    ~Scratch() { free(data); }
+};
+
+RK_INLINE int64_t ceil_div(int64_t a, int64_t b) {
+    return (a + b - 1) / b;
+}
+RK_INLINE int64_t min64(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+RK_INLINE int64_t max64(int64_t a, int64_t b) {
+    return a > b ? a : b;
+}
+
+// ---- packing ----
+
+template <class T>
+RK_INLINE int64_t words_of(int64_t elements) {
+    return ceil_div(elements, kPerWord<T>);
+}
+
+// kLanes words of `count` (up to kLanes * kPerWord) elements that lie side by side along K; the rest is zero.
+template <class T>
+RK_INLINE vf32 load_words(const T* p, int64_t count) {
+    constexpr int kAll = kLanes * kPerWord<T>;
+    if constexpr (kPerWord<T> == 1) {
+        return count >= kAll ? load(p) : load_partial(p, int(count));
+    } else {
+        if (count >= kAll) return load(reinterpret_cast<const float*>(p));
+        T elements[kAll] = {};
+        for (int64_t i = 0; i < count; ++i) elements[i] = p[i];
+        return load(reinterpret_cast<const float*>(elements));
+    }
+}
+
+// out[k][row] for `rows` (0 to kLanes) rows that are contiguous along K; the first `width` lanes of each k
+// are meant to be written. Whole vectors go out where what lies behind them is written later: nothing past
+// the last k's width.
+template <class T>
+RK_INLINE void pack_along_k(const T* in, int64_t row_stride, int rows, int64_t k_size, float* out,
+                            int64_t out_stride, int width) {
+    constexpr int kStep = kLanes * kPerWord<T>;
+    const float* const end = out + (words_of<T>(k_size) - 1) * out_stride + width;
+    for (int64_t k = 0; k < k_size; k += kStep, out += kLanes * out_stride) {
+        vf32 block[kLanes];
+        const int64_t left = k_size - k;
+        if (rows == kLanes && left >= kStep) {
+#pragma GCC unroll 16
+            for (int i = 0; i < kLanes; ++i) block[i] = load_words(in + i * row_stride + k, kStep);
+        } else {
+            for (int i = 0; i < kLanes; ++i)
+                block[i] = i < rows ? load_words(in + i * row_stride + k, left) : zero();
+        }
+        transpose(block);
+        if (left >= kStep && out + (kLanes - 1) * out_stride + kLanes <= end) {
+#pragma GCC unroll 16
+            for (int i = 0; i < kLanes; ++i) store(out + i * out_stride, block[i]);
+        } else {
+            const int words = int(min64(kLanes, words_of<T>(left)));
+            for (int i = 0; i < words; ++i) {
+                float* to = out + i * out_stride;
+                if (to + kLanes <= end)
+                    store(to, block[i]);
+                else
+                    store_partial(to, block[i], width);
+            }
+        }
+    }
+}
+
+// The same for rows that are contiguous across K (in[k][row]).
+template <class T>
+RK_INLINE void pack_across_k(const T* in, int64_t k_stride, int rows, int64_t k_size, float* out,
+                             int64_t out_stride, int width) {
+    for (int64_t k = 0; k < k_size; k += kPerWord<T>, out += out_stride, in += kPerWord<T> * k_stride) {
+        vf32 words = rows == kLanes ? load(in) : load_partial(in, rows);
+        if constexpr (kPerWord<T> == 2) {
+            // load() puts a bfloat16 into the upper half of its lane; the even element belongs in the lower.
+            vf32 odd = zero();
+            if (k + 1 < k_size)
+                odd = rows == kLanes ? load(in + k_stride) : load_partial(in + k_stride, rows);
+            words = as_float((bits(words) >> 16) | bits(odd));
+        }
+        if (width == kLanes)
+            store(out, words);
+        else
+            store_partial(out, words, width);
+    }
+}
+
+// Rows [row, row + rows) of `m`, its columns [k, k + k_size), to out[k][row].
+template <class T>
+RK_INLINE void pack_rows(const Matrix<T>& m, int64_t row, int rows, int64_t k, int64_t k_size, float* out,
+                         int64_t out_stride, int width) {
+    const T* in = m.data + row * m.row_stride + k * m.column_stride;
+    if (m.column_stride == 1)
+        pack_along_k(in, m.row_stride, rows, k_size, out, out_stride, width);
+    else
+        pack_across_k(in, m.column_stride, rows, k_size, out, out_stride, width);
+}
+
+// The rows of A cut into panels of at most kRows rows, as equal as can be. Panel i is [K words][rows] at
+// packed + offset(i).
+struct RowPanels {
+    int64_t k_words, count, base, extra;
+    RK_INLINE RowPanels(int64_t rows, int64_t k_words_)
+        : k_words(k_words_),
+          count(max64(1, ceil_div(rows, kRows))),
+          base(rows / count),
+          extra(rows % count) {}
+    RK_INLINE int64_t first(int64_t i) const { return i * base + min64(i, extra); }
+    RK_INLINE int height(int64_t i) const { return int(base + (i < extra)); }
+    // Which panel `row` opens.
+    RK_INLINE int64_t index(int64_t row) const {
+        return row < extra * (base + 1) ? row / (base + 1) : extra + (row - extra * (base + 1)) / base;
+    }
+    RK_INLINE int64_t offset(int64_t i) const { return first(i) * k_words; }
+};
+
+template <class T>
+inline void pack_a(const Matrix<T>& a, const RowPanels& panels, float* packed) {
+    parallel_for(0, panels.count, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i)
+            pack_rows(a, panels.first(i), panels.height(i), 0, a.columns, packed + panels.offset(i),
+                      panels.height(i), panels.height(i));
+    });
+}
+
+// Columns [column, column + kColumns) of B, given transposed (bt: [N, K]), over k_words words from element k
+// on; columns past the end are zero.
+template <class T>
+inline void pack_b_panel(const Matrix<T>& bt, int64_t column, int64_t k, int64_t k_words, float* out) {
+    const int64_t k_size = min64(k_words * kPerWord<T>, bt.columns - k);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+        const int64_t first = column + v * kLanes;
+        const int rows = int(max64(0, min64(kLanes, bt.rows - first)));
+        pack_rows(bt, rows > 0 ? first : 0, rows, k, k_size, out + v * kLanes, kColumns, kLanes);
+    }
+}
+
+// ---- micro-kernel ----
+
+template <class T>
+RK_INLINE vf32 multiply_add(vf32 a, vf32 b, vf32 c) {
+#if defined(RK_CPU_ISA_AVX512_BF16)
+    if constexpr (kPerWord<T> == 2)
+        return (vf32)_mm512_dpbf16_ps((__m512)c, (__m512bh)bit_cast<vi32>(a), (__m512bh)bit_cast<vi32>(b));
+#endif
+    return fma(a, b, c);
+}
+
+// tile[i][j] (+)= sum over k of a[k][i] b[k][j]
+template <class T, int kHeight>
+__attribute__((noinline)) void multiply_tile(int64_t k_words, const float* a, const float* b, float* tile,
+                                             bool add) {
+    vf32 c[kHeight][kVectors];
+#pragma GCC unroll 16
+    for (int i = 0; i < kHeight; ++i)
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) c[i][v] = zero();
+    for (int64_t k = 0; k < k_words; ++k, a += kHeight, b += kColumns) {
+        vf32 bk[kVectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) bk[v] = load(b + v * kLanes);
+#pragma GCC unroll 16
+        for (int i = 0; i < kHeight; ++i) {
+            const vf32 ak = set1(a[i]);
+#pragma GCC unroll 4
+            for (int v = 0; v < kVectors; ++v) c[i][v] = multiply_add<T>(ak, bk[v], c[i][v]);
+        }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kHeight; ++i)
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
+            float* to = tile + i * kColumns + v * kLanes;
+            store(to, add ? load(to) + c[i][v] : c[i][v]);
+        }
+}
+
+template <class T, int kHeight = kRows>
+RK_INLINE void multiply_tile_of(int height, int64_t k_words, const float* a, const float* b, float* tile,
+                                bool add) {
+    if (height == kHeight) return multiply_tile<T, kHeight>(k_words, a, b, tile, add);
+    if constexpr (kHeight > 1) multiply_tile_of<T, kHeight - 1>(height, k_words, a, b, tile, add);
+}
+
+// ---- products ----
+
+// C = A B for a packed A; bt is B transposed, [N, K].
+template <class T, class Epilogue>
+inline void multiply_packed(const RowPanels& panels, const float* packed_a, const Matrix<T>& bt,
+                            const Epilogue& epilogue) {
+    const int64_t k_words = panels.k_words;
+    const int64_t k_blocks = max64(1, ceil_div(k_words, kDepth));
+    const int64_t depth = ceil_div(ceil_div(k_words, k_blocks), kChunk) * kChunk;  // words along K of a block
+    const int64_t columns = ceil_div(bt.rows, kColumns);                           // in panels
+    // Column panels to a block: as the cache allows, but enough blocks for every thread to have several.
+    const int64_t threads = num_threads();
+    const int64_t fitting = kBlockWords / (kColumns * max64(kChunk, min64(depth, k_words)));
+    const int64_t block = max64(1, min64(fitting, columns / (4 * threads)));
+    const int64_t blocks = ceil_div(columns, block);
+    const int64_t row_blocks = max64(1, min64(panels.count, ceil_div(2 * threads, blocks)));
+    const int64_t tiles = k_blocks == 1 ? 1 : ceil_div(panels.count, row_blocks) * block;
+    int64_t next = 0;
+    parallel_for(0, min64(threads, blocks * row_blocks), 1, [&](int64_t, int64_t) {
+        static thread_local Scratch scratch;
+        constexpr int64_t kTile = kRows * kColumns;
+        float* const packed_b = scratch.words(block * kColumns * min64(depth, k_words) + tiles * kTile);
+        float* const c = packed_b + block * kColumns * min64(depth, k_words);
+        for (;;) {
+            const int64_t task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+            if (task >= blocks * row_blocks) break;
+            const int64_t first = task / row_blocks * block, last = min64(columns, first + block);
+            const int64_t row_block = task % row_blocks;
+            const int64_t top = panels.count * row_block / row_blocks;
+            const int64_t bottom = panels.count * (row_block + 1) / row_blocks;
+            for (int64_t k_block = 0; k_block < k_blocks; ++k_block) {
+                const int64_t k_first = k_block * depth, k_here = max64(0, min64(depth, k_words - k_first));
+                for (int64_t j = first; j < last; ++j)
+                    pack_b_panel(bt, j * kColumns, k_first * kPerWord<T>, k_here,
+                                 packed_b + (j - first) * kColumns * k_here);
+                for (int64_t i = top; i < bottom; ++i) {
+                    const int height = panels.height(i);
+                    const float* a = packed_a + panels.offset(i) + k_first * height;
+                    for (int64_t j = first; j < last; ++j) {
+                        const float* b = packed_b + (j - first) * kColumns * k_here;
+                        float* tile = c + (k_blocks == 1 ? 0 : (i - top) * block + (j - first)) * kTile;
+                        if (k_words == 0)
+                            for (int64_t x = 0; x < kTile; ++x) tile[x] = 0.0f;
+                        for (int64_t k = 0; k < k_here; k += kChunk)
+                            multiply_tile_of<T>(height, min64(kChunk, k_here - k), a + k * height,
+                                                b + k * kColumns, tile, k_block > 0 || k > 0);
+                        if (k_block == k_blocks - 1)
+                            epilogue(panels.first(i), j * kColumns, height,
+                                     int(min64(kColumns, bt.rows - j * kColumns)),
+                                     static_cast<const float*>(tile));
+                    }
+                }
+            }
+        }
+    });
+}
+
+// Rows of an A with k_words words a row that are packed together.
+template <class T>
+RK_INLINE int64_t rows_at_once(int64_t k_size) {
+    return kRows * max64(1, min64(kWordsAtOnce / max64(1, words_of<T>(k_size)), 1024) / kRows);
+}
+
+// C = A B; bt is B transposed, [N, K].
+template <class T, class Epilogue>
+inline void multiply(const Matrix<T>& a, const Matrix<T>& bt, const Epilogue& epilogue) {
+    static thread_local Scratch scratch;
+    const int64_t step = rows_at_once<T>(a.columns);
+    for (int64_t first = 0; first < a.rows; first += step) {
+        const int64_t rows = min64(step, a.rows - first);
+        const RowPanels panels(rows, words_of<T>(a.columns));
+        float* packed_a = scratch.words(rows * panels.k_words);
+        pack_a(a.some_rows(first, rows), panels, packed_a);
+        multiply_packed(panels, packed_a, bt,
+                        [&](int64_t row, int64_t column, int height, int width, const float* tile) {
+                            epilogue(first + row, column, height, width, tile);
+                        });
+    }
+}
+
+// ---- few rows ----
+
+#if defined(RK_AVX512)
+constexpr int kDotRows = 6, kDotColumns = 4;
+#elif defined(RK_AVX2)
+constexpr int kDotRows = 3, kDotColumns = 4;
+#else
+constexpr int kDotRows = 2, kDotColumns = 4;
+#endif
+
+// tile[i][j] = sum over k of a[i][k] b[j][k]
+template <class T, int kHeight>
+__attribute__((noinline)) void dot_tile(int64_t k_size, const T* a, int64_t a_stride, const T* b,
+                                        int64_t b_stride, float* tile) {
+    constexpr int kStep = kLanes * kPerWord<T>;
+    vf32 c[kHeight][kDotColumns];
+#pragma GCC unroll 16
+    for (int i = 0; i < kHeight; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < kDotColumns; ++j) c[i][j] = zero();
+    const auto step = [&](int64_t k, int64_t count) __attribute__((always_inline)) {
+        vf32 bk[kDotColumns];
+#pragma GCC unroll 4
+        for (int j = 0; j < kDotColumns; ++j) bk[j] = load_words(b + j * b_stride + k, count);
+#pragma GCC unroll 16
+        for (int i = 0; i < kHeight; ++i) {
+            const vf32 ak = load_words(a + i * a_stride + k, count);
+#pragma GCC unroll 4
+            for (int j = 0; j < kDotColumns; ++j) c[i][j] = multiply_add<T>(ak, bk[j], c[i][j]);
+        }
+    };
+    int64_t k = 0;
+    for (; k + kStep <= k_size; k += kStep) step(k, kStep);
+    if (k < k_size) step(k, k_size - k);
+#pragma GCC unroll 16
+    for (int i = 0; i < kHeight; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < kDotColumns; ++j) tile[i * kColumns + j] = hsum(c[i][j]);
+}
+
+template <class T, int kHeight = kDotRows>
+RK_INLINE void dot_tile_of(int height, int64_t k_size, const T* a, int64_t a_stride, const T* b,
+                           int64_t b_stride, float* tile) {
+    if (height == kHeight) return dot_tile<T, kHeight>(k_size, a, a_stride, b, b_stride, tile);
+    if constexpr (kHeight > 1) dot_tile_of<T, kHeight - 1>(height, k_size, a, a_stride, b, b_stride, tile);
+}
+
+// C = A B with both operands contiguous along K; bt is B transposed, [N, K]. For few rows.
+template <class T, class Epilogue>
+inline void multiply_few_rows(const Matrix<T>& a, const Matrix<T>& bt, const Epilogue& epilogue) {
+    const int64_t groups = ceil_div(a.rows, kDotRows);
+    parallel_for(0, ceil_div(bt.rows, kColumns), 1, [&](int64_t begin, int64_t end) {
+        alignas(64) float tile[kDotRows * kColumns];
+        for (int64_t block = begin; block < end; ++block) {
+            const int64_t column = block * kColumns;
+            const int width = int(min64(kColumns, bt.rows - column));
+            for (int64_t group = 0; group < groups; ++group) {
+                const int64_t row = a.rows * group / groups;
+                const int height = int(a.rows * (group + 1) / groups - row);
+                for (int j = 0; j < width; j += kDotColumns) {
+                    // The last few columns are taken together with finished ones.
+                    const int from = int(max64(0, min64(j, width - kDotColumns)));
+                    if (width >= kDotColumns) {
+                        dot_tile_of<T>(height, a.columns, a.data + row * a.row_stride, a.row_stride,
+                                       bt.data + (column + from) * bt.row_stride, bt.row_stride, tile + from);
+                    } else {
+                        float narrow[kDotRows * kColumns] = {};
+                        for (int n = 0; n < width; ++n) {
+                            dot_tile_of<T>(height, a.columns, a.data + row * a.row_stride, a.row_stride,
+                                           bt.data + (column + n) * bt.row_stride, 0, narrow);
+                            for (int i = 0; i < height; ++i) tile[i * kColumns + n] = narrow[i * kColumns];
+                        }
+                    }
+                }
+                epilogue(row, column, height, width, static_cast<const float*>(tile));
+            }
+        }
+    });
+}
+
+}  // namespace rk::cpu::RK_CPU_ISA
