@@ -139,6 +139,9 @@ def main(argv: list[str] | None = None) -> int:
         except DifferentMachine as error:
             console.print(f"refused: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
             return REFUSED
+        except (ValueError, OSError) as error:
+            console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+            return 2
 
 
 if __name__ == "__main__":

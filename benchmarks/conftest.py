@@ -21,10 +21,12 @@ SCHEMA = 1
 
 
 class Session:
-    """What the tests of one run share. The first test of a case measures all its contenders; the rest look theirs up."""
+    """What the tests of a run share. The first test of a case measures all its contenders; the rest look theirs up."""
 
     def __init__(self, config: pytest.Config) -> None:
-        self.quick = config.getoption("--quick")
+        # Without timing (--benchmark-disable, the default here) every contender is called once: small shapes do.
+        disabled = config.getoption("benchmark_disable") and not config.getoption("benchmark_enable")
+        self.quick = config.getoption("--quick") or disabled
         self.device = config.getoption("--device") or ("cuda" if torch.cuda.is_available() else "cpu")
         self.backends = tuple(config.getoption("--backend") or ())
         self.compiled = not config.getoption("--no-compile")

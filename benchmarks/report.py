@@ -162,7 +162,7 @@ def notes(results: dict[str, Any]) -> str:
 
 LEGEND = (
     'Under "vs", how many times as long the peer took, turn by turn: median (20th to 80th percentile). Above 1 the '
-    "kernel is faster; **bold** where it is slower. Error: largest error against float64, relative to the largest value "
+    "kernel is faster; **bold** where it is slower. Error: largest error against float64, over the largest value "
     "(blank: not checked in this case)."
 )
 
@@ -190,7 +190,7 @@ def markdown(results: dict[str, Any], images: Iterable[str] = ()) -> str:
 
 
 def insert(document: Path, results: dict[str, Any]) -> None:
-    """Puts conditions and tables between the markers of a document, `<!-- results:cpu -->` ... `<!-- /results:cpu -->`."""
+    """Puts conditions and tables between a document's markers, `<!-- results:cpu -->` and `<!-- /results:cpu -->`."""
     device = results["machine_info"]["device"]
     begin, end = f"<!-- results:{device} -->", f"<!-- /results:{device} -->"
     text = document.read_text()

@@ -62,7 +62,7 @@ def _even(count: int, length: int) -> Batch:
 
 
 def _mixed(count: int, shortest: int, longest: int) -> Batch:
-    """Lengths drawn evenly from shortest to longest, the longest among them; the same ones in every run."""
+    """Lengths drawn evenly from shortest to longest, the longest among them; the same in every run."""
     draw = random.Random(0)
     lengths = [draw.randint(shortest, longest) for _ in range(count - 1)]
     return Batch(f"mixed{count}", (*lengths, longest))
@@ -104,7 +104,7 @@ class Cost:
 
     flops: of the matrix products over real tokens, or an operation count of the row-wise formula.
     bytes: every input read once and every output written once, per direction.
-    products: the operations are matrix products, and the rate of torch.mm bounds them. Row-wise ops are bound by memory.
+    products: the operations are matrix products, and torch.mm's rate bounds them. Row-wise ops are bound by memory.
     """
 
     flops: int
@@ -138,7 +138,7 @@ def plan(
     directions: Sequence[str] = (),
     dtypes: Sequence[str] = (),
 ) -> list[Case]:
-    """The cases of a run; those that share a compilation stand together. An empty filter lets everything through."""
+    """The cases of a run; those that share a compilation stand together. An empty filter lets all through."""
     if quick:
         run = _QUICK_RUN
     elif everything:
