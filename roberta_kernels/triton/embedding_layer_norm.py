@@ -35,7 +35,7 @@ from roberta_kernels.triton.column_sum import add_partials, empty_partials
 from roberta_kernels.triton.philox import keep_mask, keep_scale, threshold
 
 _PIECE = 64
-_ROWS_AT_ONCE = 8
+_ROWS_AT_ONCE = 4
 _PIECES_AT_ONCE = 16
 
 
