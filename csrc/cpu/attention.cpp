@@ -353,51 +353,60 @@ void forward(const AttentionArgs& a) {
 }
 
 struct BackwardScratch {
-    float *q, *q_t, *grad_out, *grad_out_t, *grad_q, *lse, *delta;
+    float *q, *q_t, *grad_out, *grad_out_t, *grad_q, *lse;
     float *p_t, *ds_t;        // [keys, kQueries]
     float *grad_k, *grad_v;  // [keys, width]
 };
 
-// P (in place of the scores, negative where dropout drops it) and dP (with its dropout factor) of one vector of
-// queries and `count` keys; returns the sum of P dP.
-vf32 probabilities(const AttentionArgs& a, float* p, float* dp, const int32_t* index, int64_t count, vf32 lse,
-                   int64_t row, int64_t head) {
-    vf32 delta{};
+struct RowSums {
+    vf32 p{}, p_dp{};
+};
+
+// e^(score - lse) (in place of the scores, negative where dropout drops it) and dP with its dropout factor, of one
+// vector of queries and `count` keys; adds to the row sums.
+void probabilities(const AttentionArgs& a, float* p, float* dp, const int32_t* index, int64_t count, vf32 lse,
+                   int64_t row, int64_t head, RowSums& sums) {
     if (!a.dropout.on) {
         for (int64_t j = 0; j < count; ++j, p += kQueries, dp += kQueries) {
             const vf32 e = exp(load(p) - lse);
-            delta = fma(e, load(dp), delta);
+            sums.p += e;
+            sums.p_dp = fma(e, load(dp), sums.p_dp);
             store(p, e);
         }
-        return delta;
+        return;
     }
     KeyDropout keep(a.dropout, row, head);
     for (int64_t j = 0; j < count; ++j, p += kQueries, dp += kQueries) {
         const vf32 multiplier = keep.multiplier(index[j]);
         const vf32 e = exp(load(p) - lse), g = load(dp) * multiplier;
-        delta = fma(e, g, delta);
+        sums.p += e;
+        sums.p_dp = fma(e, g, sums.p_dp);
         store(p, select(multiplier == vf32{}, -e, e));
         store(dp, g);
     }
-    return delta;
 }
 
 // dS = P (dP - delta) in place of dP, and what multiplies grad_out, P with its dropout factor, in place of P.
-void score_gradients(const AttentionArgs& a, float* p, float* dp, int64_t count, vf32 delta) {
-    for (int64_t j = 0; j < count; ++j, p += kQueries, dp += kQueries) {
-        const vf32 e = load(p);
-        if (a.dropout.on) {
-            store(dp, vabs(e) * (load(dp) - delta));
-            store(p, select(e < vf32{}, vf32{}, e * a.dropout.scale));
-        } else {
+void score_gradients(const AttentionArgs& a, float* p, float* dp, int64_t count, vf32 inverse, vf32 delta) {
+    if (!a.dropout.on) {
+        for (int64_t j = 0; j < count; ++j, p += kQueries, dp += kQueries) {
+            const vf32 e = load(p) * inverse;
+            store(p, e);
             store(dp, e * (load(dp) - delta));
         }
+        return;
+    }
+    for (int64_t j = 0; j < count; ++j, p += kQueries, dp += kQueries) {
+        const vf32 e = load(p) * inverse;
+        store(dp, vabs(e) * (load(dp) - delta));
+        store(p, select(e < vf32{}, vf32{}, e * a.dropout.scale));
     }
 }
 
 // Everything of one (sequence, head). delta, the row sum of P dP, is taken from P and dP themselves and not from
-// grad_out * out: then dP - delta cancels exactly where one key has all the weight. So P and dP of 48 queries and all
-// keys are kept (in L2 up to a thousand keys or so) before the products that need delta.
+// grad_out * out: then dP - delta cancels exactly where one key has all the weight. P is divided by its own row sum,
+// so that the rounding of the log-sum-exp, large when scores are, leaves it. So e^(score - lse) and dP of 48 queries
+// and all keys are kept (in L2 up to a thousand keys or so) before the products that need the sums.
 template <class T>
 void backward_head(const AttentionArgs& a, const BackwardScratch& s, const Keys& keys, int64_t sequence,
                    int64_t head) {
@@ -420,8 +429,8 @@ void backward_head(const AttentionArgs& a, const BackwardScratch& s, const Keys&
             // +inf for a row that sees no key, and for lanes beyond the last query: their P is zero
             const float lse = i < queries ? a.lse[head * a.total_q + row + i] : -kInf;
             s.lse[i] = lse == -kInf ? kInf : lse;
-            s.delta[i] = 0.0f;
         }
+        RowSums sums[kQueryVectors];
         const int64_t last = q0 + length_k - length;
         const int64_t visible = a.causal ? keys.visible(last + queries - 1) : keys.count;
         for (int64_t j0 = 0; j0 < visible; j0 += kKeys) {
@@ -435,15 +444,19 @@ void backward_head(const AttentionArgs& a, const BackwardScratch& s, const Keys&
                               count, columns);
             if (a.causal && keys.index[j0 + count - 1] > last)
                 hide_later_keys(p, keys.index + j0, count, vectors, last);
-            for (int64_t n = 0; n < columns; n += kLanes)
-                store(s.delta + n, load(s.delta + n) + probabilities(a, p + n, dp + n, keys.index + j0, count,
-                                                                     load(s.lse + n), row + n, head));
+            for (int64_t n = 0; n < vectors; ++n)
+                probabilities(a, p + n * kLanes, dp + n * kLanes, keys.index + j0, count, load(s.lse + n * kLanes),
+                              row + n * kLanes, head, sums[n]);
+        }
+        for (RowSums& of : sums) {
+            of.p = select(of.p == vf32{}, vf32{}, 1.0f / of.p);
+            of.p_dp *= of.p;
         }
         for (int64_t j0 = 0; j0 < visible; j0 += kKeys) {
             const int64_t count = smaller(visible - j0, kKeys);
             float *p = s.p_t + j0 * kQueries, *ds = s.ds_t + j0 * kQueries;
-            for (int64_t n = 0; n < columns; n += kLanes)
-                score_gradients(a, p + n, ds + n, count, load(s.delta + n));
+            for (int64_t n = 0; n < vectors; ++n)
+                score_gradients(a, p + n * kLanes, ds + n * kLanes, count, sums[n].p, sums[n].p_dp);
             small_gemm<false>({p, kQueries, s.grad_out, width, s.grad_v + j0 * width, width, queries, nullptr,
                                Start::accumulate},
                               count, width);
@@ -482,7 +495,7 @@ void backward(const AttentionArgs& a) {
         a, [&](int64_t) { return a.heads; }, [&](int64_t b) { return 5 * score_work(a, b) + 1.0; },
         [&](const Plan& plan, int64_t task, int64_t end) {
             static thread_local Scratch memory;
-            memory.reset(static_cast<size_t>(3 * kQueries * width + 2 * d * kQueries + 2 * kQueries +
+            memory.reset(static_cast<size_t>(3 * kQueries * width + 2 * d * kQueries + kQueries +
                                              longest * (4 * width + 2 * kQueries + 1)) *
                              4,
                          14);
@@ -495,7 +508,6 @@ void backward(const AttentionArgs& a) {
             s.ds_t = memory.take<float>(longest * kQueries);
             s.grad_q = memory.take<float>(kQueries * width);
             s.lse = memory.take<float>(kQueries);
-            s.delta = memory.take<float>(kQueries);
             s.grad_k = memory.take<float>(longest * width);
             s.grad_v = memory.take<float>(longest * width);
             KeyBuffer buffer{memory.take<float>(longest * width), memory.take<float>(longest * width),

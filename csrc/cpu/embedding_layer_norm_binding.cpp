@@ -54,8 +54,9 @@ Inputs check(const char* op, const Tensor* const (&ids)[kTables], const Tensor* 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input_ids, const Tensor& position_ids,
                                            const Tensor& token_type_ids, const Tensor& word_embeddings,
                                            const Tensor& position_embeddings, const Tensor& token_type_embeddings,
-                                           const Tensor& weight, const Tensor& bias, double eps, double dropout_p,
-                                           const std::optional<Tensor>& seed) {
+                                           const Tensor& weight, const Tensor& bias, double eps,
+                                           int64_t /*word_padding_idx*/, int64_t /*position_padding_idx*/,
+                                           double dropout_p, const std::optional<Tensor>& seed) {
     const char* op = "embedding_layer_norm";
     Inputs in = check(op, {&input_ids, &position_ids, &token_type_ids},
                       {&word_embeddings, &position_embeddings, &token_type_embeddings}, weight);

@@ -38,7 +38,7 @@ def check(kernels, tokens, hidden, rows, dtype, padding=(-1, -1), dropout_p=0.0)
     ids, tables, weight, bias = inputs(tokens, hidden, rows, dtype)
     seed = torch.tensor([-123456789]) if dropout_p else None
     multiplier = dropout_multiplier((tokens, hidden), dropout_p, seed, torch.float64) if dropout_p else None
-    out, mean, rstd = kernels.embedding_layer_norm_forward(*ids, *tables, weight, bias, EPS, dropout_p, seed)
+    out, mean, rstd = kernels.embedding_layer_norm_forward(*ids, *tables, weight, bias, EPS, *padding, dropout_p, seed)
     grad_out = torch.randn(tokens, hidden).to(dtype)
     grads = kernels.embedding_layer_norm_backward(
         grad_out, *ids, *tables, weight, mean, rstd, *padding, dropout_p, seed
@@ -78,7 +78,7 @@ def test_large_vocabulary(kernels, dtype):
 
 def test_untouched_rows_are_zero(kernels):
     ids, tables, weight, bias = inputs(64, 32, (5000, 40, 3), torch.float32)
-    out, mean, rstd = kernels.embedding_layer_norm_forward(*ids, *tables, weight, bias, EPS, 0.0, None)
+    out, mean, rstd = kernels.embedding_layer_norm_forward(*ids, *tables, weight, bias, EPS, -1, -1, 0.0, None)
     grads = kernels.embedding_layer_norm_backward(out, *ids, *tables, weight, mean, rstd, -1, -1, 0.0, None)
     for i, grad in zip(ids, grads[:3], strict=True):
         touched = torch.zeros(grad.shape[0], dtype=torch.bool)
@@ -92,7 +92,7 @@ def test_bitwise_the_same_on_any_number_of_threads(kernels, on_threads, dtype):
     seed = torch.tensor([9])
 
     def run():
-        out, mean, rstd = kernels.embedding_layer_norm_forward(*ids, *tables, weight, bias, EPS, 0.1, seed)
+        out, mean, rstd = kernels.embedding_layer_norm_forward(*ids, *tables, weight, bias, EPS, 1, 1, 0.1, seed)
         return out, mean, rstd, *kernels.embedding_layer_norm_backward(
             out, *ids, *tables, weight, mean, rstd, 1, 1, 0.1, seed
         )
@@ -105,7 +105,7 @@ def test_bitwise_the_same_on_any_number_of_threads(kernels, on_threads, dtype):
 def test_nan_spoils_its_rows_only(kernels):
     ids, tables, weight, bias = inputs(20, 32, (10, 20, 1), torch.float32)
     tables[0][4, 31] = math.nan
-    out, _, _ = kernels.embedding_layer_norm_forward(*ids, *tables, weight, bias, EPS, 0.0, None)
+    out, _, _ = kernels.embedding_layer_norm_forward(*ids, *tables, weight, bias, EPS, -1, -1, 0.0, None)
     assert torch.equal(out.isnan().any(1), ids[0] == 4)
 
 
@@ -119,7 +119,7 @@ def test_id_out_of_range(kernels, bad, which):
     table = ("word", "position", "token_type")[which]
     message = rf"index out of range in self: {name}\[5\] = {bad}, but {table}_embeddings has 7 rows"
     with pytest.raises(RuntimeError, match=message):
-        kernels.embedding_layer_norm_forward(*ids, *tables, weight, bias, EPS, 0.0, None)
+        kernels.embedding_layer_norm_forward(*ids, *tables, weight, bias, EPS, -1, -1, 0.0, None)
     statistics = torch.zeros(9), torch.ones(9)
     with pytest.raises(RuntimeError, match=message):
         kernels.embedding_layer_norm_backward(
@@ -132,7 +132,7 @@ def test_refusals(kernels):
 
     def refuses(message, ids=ids, tables=tables, weight=weight):
         with pytest.raises(RuntimeError, match=message):
-            kernels.embedding_layer_norm_forward(*ids, *tables, weight, bias, EPS, 0.0, None)
+            kernels.embedding_layer_norm_forward(*ids, *tables, weight, bias, EPS, -1, -1, 0.0, None)
 
     refuses("input_ids must be Long", ids=[ids[0].int(), *ids[1:]])
     refuses("position_ids must have shape", ids=[ids[0], ids[1][:2], ids[2]])
