@@ -6,9 +6,9 @@ user calls it (padding taken out before the embeddings), and once more asked for
 layer.
 
 The original's own error is the yardstick, and where it is one draw of luck (a loss, the scores of one sentence; a
-gradient, all of whose elements share the rounding of one loss) it is at times small by chance. Where the plain rule fails
-on such a tensor, the original is therefore measured again with its weights moved by at most one rounding, several times,
-and its largest error counts: `SMALL` and `REDRAWS`.
+gradient, all of whose elements share the rounding of one loss) it is at times small by chance. Where the plain rule
+fails on such a tensor, the original is therefore measured again with its weights moved by at most one rounding,
+several times, and its largest error counts: `SMALL` and `REDRAWS`.
 """
 
 from __future__ import annotations
