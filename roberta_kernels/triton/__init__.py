@@ -16,7 +16,8 @@ KERNELS: dict[str, Callable[..., Any]]
 
 def available() -> tuple[bool, str]:
     """(True, what serves), or (False, why Triton kernels cannot run here)."""
-    if importlib.util.find_spec("triton") is None:
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:  # no origin: a stray directory of that name
         return False, "triton is not installed (pip install triton)"
     if interpreting():
         return True, "interpreted (TRITON_INTERPRET=1): for tests, slow"

@@ -51,7 +51,7 @@ def _load_sum(
     return z + tl.load(residual_ptr + offset, mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["mean_ptr", "rstd_ptr", "seed_ptr"])
+@triton.jit(do_not_specialize=["tokens", "dropout_threshold"], do_not_specialize_on_alignment=["mean_ptr", "rstd_ptr", "seed_ptr"])
 def add_layer_norm_forward_kernel(
     x_ptr,  # [T, H]
     residual_ptr,  # [T, H]
@@ -127,7 +127,7 @@ def add_to_partial(
     tl.store(place, tl.load(place, mask=mask, other=0.0) + value, mask=mask)
 
 
-@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["mean_ptr", "rstd_ptr", "seed_ptr"])
+@triton.jit(do_not_specialize=["tokens", "dropout_threshold"], do_not_specialize_on_alignment=["mean_ptr", "rstd_ptr", "seed_ptr"])
 def add_layer_norm_backward_kernel(
     grad_out_ptr,  # [T, H]
     x_ptr,  # [T, H]

@@ -49,7 +49,7 @@ def _gather(table_ptr, ids_ptr, table_rows, token, column, mask, in_tokens, H: t
     return tl.where(inside[:, None], values, float("nan"))
 
 
-_SIZES = ["tokens", "words", "positions", "types"]
+_SIZES = ["tokens", "words", "positions", "types", "dropout_threshold"]
 _PLAIN_POINTERS = ["input_ids_ptr", "position_ids_ptr", "token_type_ids_ptr", "mean_ptr", "rstd_ptr", "seed_ptr"]
 
 

@@ -259,7 +259,7 @@ def gemm_config(tokens: int, width: int, dtype: torch.dtype, device: torch.devic
     tiles = triton.cdiv(tokens, 128) * triton.cdiv(width, 128)
     if tiles < 2 * device_facts.multiprocessors(device):
         return 64, 128, 64, 8 if backward else 4, 3
-    if device_facts.capability(device) in (90, 100, 103):
+    if device_facts.has_asynchronous_products(device):
         return (128, 128, 64, 8, 3) if backward else (128, 256, 64, 8, 3)
     return 128, 128, 32, 8, 3
 
