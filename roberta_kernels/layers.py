@@ -34,6 +34,7 @@ _GELU = {
     "PytorchGELUTanh": "tanh",
     "GELUTanh": "tanh",
 }
+_OWN_CODE = "a part of the layer has code of its own"
 _FUSABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -99,7 +100,7 @@ def _plain(tensor: Any) -> bool:
 
 def plain_linear(module: Any) -> bool:
     """Exactly nn.Linear (adapters subclass it or take its name), with an ordinary weight."""
-    return type(module) is nn.Linear and _plain(module._parameters["weight"])
+    return type(module) is nn.Linear and _plain(module._parameters.get("weight"))  # pruning takes it out
 
 
 def plain_layer_norm(module: Any, hidden: int) -> bool:
@@ -142,6 +143,11 @@ def _dtype_reason(hidden_states: Tensor, layer_norm: Any) -> str | None:
     if layer_norm.weight.dtype != hidden_states.dtype:
         return f"hidden states are {hidden_states.dtype} and LayerNorm is {layer_norm.weight.dtype}"
     return None
+
+
+def tracing() -> bool:
+    """Whether a graph is being recorded, which must not depend on the data."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def _functorch_active() -> bool:
@@ -213,11 +219,22 @@ class FastSelfOutput(HuggingFaceModule):
 class FastLayer(HuggingFaceModule):
     """A Transformer layer: fused attention where the model hands it Sequences, fused feed-forward always."""
 
+    # The classes of the parts that fusing steps over; a part of any other class has code of its own.
+    _rk_attention: Any
+    _rk_self_attention: Any
+    _rk_self_outputs: Any
+    _rk_intermediate: Any
+    _rk_output: Any
+
     def attention_reason(self, hidden_states: Tensor) -> str | None:
         """Why the attention half cannot be fused for such hidden states, or None."""
         modules = self._modules
         attention = modules["attention"]
+        if type(attention) is not self._rk_attention:
+            return _OWN_CODE
         core, output = attention._modules["self"], attention._modules["output"]
+        if type(core) is not self._rk_self_attention or type(output) not in self._rk_self_outputs:
+            return _OWN_CODE
         if not supported_head_dim(core.attention_head_size):
             return f"head_dim {core.attention_head_size} is not served"
         if core.dropout.p >= 1.0:
@@ -236,8 +253,11 @@ class FastLayer(HuggingFaceModule):
         """
         modules = self._modules
         intermediate = modules["intermediate"]
-        for module in (intermediate, intermediate._modules["dense"]):
-            if foreign_hooks(module):
+        if type(intermediate) is not self._rk_intermediate or type(modules["output"]) is not self._rk_output:
+            return _OWN_CODE
+        parts = intermediate._modules
+        for module in (intermediate, parts["dense"], parts.get("intermediate_act_fn")):
+            if module is not None and foreign_hooks(module):
                 return "hooks on a module that fusing would skip"
         if _functorch_active():
             return "inside a torch.func transform"
@@ -402,7 +422,7 @@ class FastEmbeddings(HuggingFaceModule):
         if position_ids is None:
             position_ids = self.positions(input_ids, past_key_values_length)
         batch, length = input_ids.shape
-        if not torch.compiler.is_compiling():
+        if not tracing():
             self.check_positions(position_ids)
         hidden_states = self.embed(
             input_ids.reshape(-1),
