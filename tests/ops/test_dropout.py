@@ -1,4 +1,4 @@
-"""Dropout: the generator, and that every backend draws the very mask that docs/design.md defines, forward and backward."""
+"""Dropout: the generator, and that every backend draws the mask that docs/design.md defines, forward and backward."""
 
 from __future__ import annotations
 
@@ -108,9 +108,7 @@ def embedding_mask(
     weight, bias = torch.zeros_like(table[0]), torch.ones_like(table[0])
     grads = []
     out = None
-    for row in range(
-        tokens
-    ):  # one row of the gradient at a time reaches the gradient of bias: backward's mask of that row
+    for row in range(tokens):  # alone in the gradient, a row leaves its mask in the gradient of bias
         grad = torch.zeros(tokens, hidden, dtype=served.dtype, device=served.device)
         grad[row] = 1.0
         got = output_and_gradients(
@@ -131,8 +129,8 @@ def add_layer_norm_mask(
 ) -> tuple[Tensor, Tensor]:
     """(forward's mask, backward's) of the columns from 2 on.
 
-    The first two columns hold +-30 from residual, the others x's 1 or 0: those that come out above their row's mean were
-    kept. The gradient of x is zero where dropped.
+    The first two columns hold +-30 from residual, the others x's 1 or 0: those that come out above their row's mean
+    were kept. The gradient of x is zero where dropped.
     """
     x = torch.ones(tokens, hidden, dtype=served.dtype, device=served.device)
     x[:, :2] = 0.0
