@@ -1,6 +1,7 @@
 """The ops as Triton kernels, for NVIDIA GPUs from Ampere on, and for CPU tensors under Triton's interpreter.
 
-Importing this package does not import triton: `available` says whether it can serve, and reading `KERNELS` loads the kernels.
+Importing this package does not import triton: `available` says whether it can serve, and reading `KERNELS` loads
+the kernels.
 """
 
 from __future__ import annotations

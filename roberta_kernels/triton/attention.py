@@ -2,20 +2,22 @@
 
 FlashAttention-2 (Dao 2023, algorithms 1 and 2) with variable lengths. All sums are float32.
 
-Forward: a program owns BLOCK_M queries of one head of one sequence. Its q tile, the running row maximum, row sum and output
-stay in registers while k and v stream by in tiles of BLOCK_N, fetched ahead through shared memory. A head's k and v are at
-most 256 KiB at 512 tokens, so all programs but the first find them in L2. Scores live in units of log2: exp2 with log2(e)
-folded into the scale. Tiles that every query sees in full run without any mask; only the last tile, the causal diagonal and
-batches with a key_mask pay for one. 4 * len_q * len_k * head_dim flops a head.
+Forward: a program owns BLOCK_M queries of one head of one sequence. Its q tile, the running row maximum, row sum
+and output stay in registers while k and v stream by in tiles of BLOCK_N, fetched ahead through shared memory. A
+head's k and v are at most 256 KiB at 512 tokens, so all programs but the first find them in L2. Scores live in
+units of log2: exp2 with log2(e) folded into the scale. Tiles that every query sees in full run without any mask;
+only the last tile, the causal diagonal and batches with a key_mask pay for one. 4 * len_q * len_k * head_dim flops
+a head.
 
-Backward recomputes the probabilities from the log-sum-exp, in two kernels, so that every gradient has one owner and no
-atomics are needed: a program of one owns a tile of keys and sums dk and dv over the queries, a program of the other owns a
-tile of queries and sums dq over the keys (7 products instead of 5, and bitwise the same result every time). A small kernel
-first writes delta = rowsum(grad_out * out).
+Backward recomputes the probabilities from the log-sum-exp, in two kernels, so that every gradient has one owner and
+no atomics are needed: a program of one owns a tile of keys and sums dk and dv over the queries, a program of the
+other owns a tile of queries and sums dq over the keys (7 products instead of 5, and bitwise the same result every
+time). A small kernel first writes delta = rowsum(grad_out * out).
 
-Programs are laid out flat: tile fastest, then head, then sequence; those past the end of their sequence leave at once. Lengths
-and counts are plain arguments that no compilation is keyed on. Strides are passed in units of 8 elements where they allow it,
-which tells the compiler that rows are 16-byte aligned whatever the projection they are views of.
+Programs are laid out flat: tile fastest, then head, then sequence; those past the end of their sequence leave at
+once. Lengths and counts are plain arguments that no compilation is keyed on. Strides are passed in units of 8
+elements where they allow it, which tells the compiler that rows are 16-byte aligned whatever the projection they
+are views of.
 """
 
 from __future__ import annotations
@@ -63,9 +65,7 @@ def _load_rows(
 
 
 @triton.jit
-def _store_rows(
-    base, tile, in_rows, heads, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
-):
+def _store_rows(base, tile, in_rows, heads, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Stores `[ROWS, BLOCK_D]` to rows of a contiguous `[T, heads, HEAD_DIM]`."""
     d = tl.arange(0, BLOCK_D)
     pointers = base + (tl.arange(0, ROWS) * heads * HEAD_DIM)[:, None] + d[None, :]
@@ -589,9 +589,10 @@ def attention_grad_q_kernel(
 
 
 # (BLOCK_M, BLOCK_N, num_warps, num_stages) of each kernel, chosen so that nothing spills on sm_80, sm_90 and sm_100:
-# tests/triton/test_compile.py holds them to it. `asynchronous`: products read their operands from shared memory (wgmma,
-# tcgen05); elsewhere they take registers, and at most 99 KiB of shared memory are used, which every GPU has. `short`: no
-# sequence has more than 64 rows of what the kernel's programs own. float32 products run on CUDA cores, with small tiles.
+# tests/triton/test_compile.py holds them to it. `asynchronous`: products read their operands from shared memory
+# (wgmma, tcgen05); elsewhere they take registers, and at most 99 KiB of shared memory are used, which every GPU has.
+# `short`: no sequence has more than 64 rows of what the kernel's programs own. float32 products run on CUDA cores,
+# with small tiles.
 _Config = tuple[int, int, int, int]
 
 
@@ -603,7 +604,9 @@ def forward_config(block_d: int, dtype: torch.dtype, asynchronous: bool, short: 
         return (128, 64, 8, 3) if asynchronous else (128, 32, 8, 3)
     if short:
         return 64, 64, 4, 2
-    return (128, 64, 4, 3) if asynchronous or not dropout else (128, 32, 4, 3)
+    if dropout:
+        return (128, 64, 8, 3) if asynchronous else (128, 32, 4, 3)
+    return 128, 64, 4, 3
 
 
 def grad_kv_config(block_d: int, dtype: torch.dtype, asynchronous: bool, short: bool, dropout: bool) -> _Config:
@@ -620,7 +623,7 @@ def grad_kv_config(block_d: int, dtype: torch.dtype, asynchronous: bool, short: 
 def grad_q_config(block_d: int, dtype: torch.dtype, asynchronous: bool, short: bool) -> _Config:
     """Tiles of the kernel for dq."""
     if dtype == torch.float32:
-        return (32, 16, 4, 1) if block_d > 64 else (32, 32, 8, 1)
+        return (32, 16, 4, 1) if block_d > 64 else (64, 32, 8, 1)
     if block_d > 64:
         return (128, 64, 8, 2) if asynchronous else (64, 64, 8, 2)
     if short:

@@ -29,7 +29,7 @@ def capability(device: torch.device) -> int:
 
 
 def has_asynchronous_products(device: torch.device) -> bool:
-    """True for Hopper and data-centre Blackwell: products read shared memory (wgmma, tcgen05), of which there is 227 KiB."""
+    """True for Hopper and data-centre Blackwell: wgmma and tcgen05 read shared memory, of which there is 227 KiB."""
     return capability(device) in _ASYNCHRONOUS_PRODUCTS
 
 

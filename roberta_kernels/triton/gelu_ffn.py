@@ -1,18 +1,19 @@
 """gelu(x @ w_in^T + b_in) @ w_out^T + b_out: bias and GELU in the epilogue of the first product.
 
-Forward: a program owns a BLOCK_M x BLOCK_N tile of the pre-activation `[T, F]`. It multiplies along H on tensor cores (wgmma on
-Hopper), tiles of x and w_in fetched ahead through shared memory, and while the float32 sums are still in registers adds the
-bias, applies GELU and writes the activation, and the pre-activation too if backward will want it. So `[T, F]` is written once
-(twice for training) and read once, by the second product; an unfused GELU would read and write it again. Programs run in
-groups of GROUP row blocks, so that the tiles in flight at one time share rows of x and of w_in in L2. The second product has
-no epilogue but a bias, which torch's GEMM has as well.
+Forward: a program owns a BLOCK_M x BLOCK_N tile of the pre-activation `[T, F]`. It multiplies along H on tensor
+cores (wgmma on Hopper), tiles of x and w_in fetched ahead through shared memory, and while the float32 sums are
+still in registers adds the bias, applies GELU and writes the activation, and the pre-activation too if backward
+will want it. So `[T, F]` is written once (twice for training) and read once, by the second product; an unfused GELU
+would read and write it again. Programs run in groups of GROUP row blocks, so that the tiles in flight at one time
+share rows of x and of w_in in L2. The second product has no epilogue but a bias, which torch's GEMM has as well.
 
-Backward: the same tile of `grad_out @ w_out`, in whose epilogue the pre-activation is read, and grad_out @ w_out becomes
-grad_pre = (grad_out @ w_out) * gelu'(pre), the activation is computed again, and the columns of grad_pre are summed for b_in's
-gradient: one partial row for each row block, added in a fixed order by column_sum. Three plain products remain.
+Backward: the same tile of `grad_out @ w_out`, in whose epilogue the pre-activation is read, and grad_out @ w_out
+becomes grad_pre = (grad_out @ w_out) * gelu'(pre), the activation is computed again, and the columns of grad_pre
+are summed for b_in's gradient: one partial row for each row block, added in a fixed order by column_sum. Three
+plain products remain.
 
-2 * T * F * H flops a product. GELU is x * Phi(x) through erf, exactly, or by the tanh approximation (Hendrycks and Gimpel 2016,
-section 2), which is x * sigmoid(2u).
+2 * T * F * H flops a product. GELU is x * Phi(x) through erf, exactly, or by the tanh approximation (Hendrycks and
+Gimpel 2016, section 2), which is x * sigmoid(2u).
 """
 
 from __future__ import annotations
@@ -133,9 +134,7 @@ def _store_backward(
     activation, derivative = gelu_and_derivative(pre, TANH)
     tl.store(activation_ptr + base + offset, activation.to(activation_ptr.dtype.element_ty), mask=mask)
     grad_pre = tl.where(mask, acc * derivative, 0.0)
-    tl.store(
-        grad_preactivation_ptr + base + offset, grad_pre.to(grad_preactivation_ptr.dtype.element_ty), mask=mask
-    )
+    tl.store(grad_preactivation_ptr + base + offset, grad_pre.to(grad_preactivation_ptr.dtype.element_ty), mask=mask)
     tl.store(partials_ptr + row_block.to(tl.int64) * F + column, tl.sum(grad_pre, 0), mask=in_columns)
 
 
@@ -251,9 +250,9 @@ _Config = tuple[int, int, int, int, int]  # BLOCK_M, BLOCK_N, BLOCK_K, num_warps
 
 
 def gemm_config(tokens: int, width: int, dtype: torch.dtype, device: torch.device, backward: bool) -> _Config:
-    """Tiles of the product that writes `[tokens, width]`: one of three a dtype and device, so three compilations at most."""
+    """Tiles of the product that writes `[tokens, width]`: one of three for a dtype and device, so few compilations."""
     if dtype == torch.float32:
-        return 64, 64, 16, 4, 3
+        return (64, 64, 16, 4, 3) if device_facts.dot_precision(dtype) == "ieee" else (64, 128, 32, 8, 3)
     if tokens <= 64:
         return 64, 64, 64, 4, 4
     tiles = triton.cdiv(tokens, 128) * triton.cdiv(width, 128)

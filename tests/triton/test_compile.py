@@ -1,8 +1,9 @@
 """Every Triton kernel, compiled (not run) for A100, H100 and B200: no GPU is needed for that.
 
-The launchers are called with tensors on the meta device while the kernels' `run` is replaced by one that notes the launch; each
-launch is then compiled for the target exactly as a GPU of that kind would have compiled it. So the configurations that are
-checked here are the ones that serve. It takes a process without Triton's interpreter, one for each architecture:
+The launchers are called with tensors on the meta device while the kernels' `run` is replaced by one that notes the
+launch; each launch is then compiled for the target exactly as a GPU of that kind would have compiled it. So the
+configurations that are checked here are the ones that serve. It takes a process without Triton's interpreter, one
+for each architecture:
 
     python tests/triton/test_compile.py 90        # prints what each kernel uses, as JSON lines
 """
@@ -145,7 +146,9 @@ def same_keys() -> dict[str, list[Launch]]:
         ],
         "attention short": [attention(64, bf16, 0.1, tokens=t, sequences=b, max_seqlen=s) for t, b, s in short_sizes],
         "attention one head": [attention(24, bf16, tokens=t, sequences=b, max_seqlen=s, heads=1) for t, b, s in sizes],
-        "add_layer_norm": [add_layer_norm(768, bf16, p, tokens=t) for t, p in ((1, 0.1), (7, 0.9), (16, 0.1), (4096, 0.5))],
+        "add_layer_norm": [
+            add_layer_norm(768, bf16, p, tokens=t) for t, p in ((1, 0.1), (7, 0.9), (16, 0.1), (4096, 0.5))
+        ],
         "gelu_ffn": [gelu_ffn(768, 3072, bf16, tokens=t) for t in (16384, 20000, 8191)],
         "gelu_ffn fewest": [gelu_ffn(768, 3072, bf16, tokens=t) for t in (1, 16, 37, 64)],
         "embedding_layer_norm": [embedding_layer_norm(768, bf16, 0.1, tokens=t) for t in (65, 128, 16384)],
@@ -284,7 +287,9 @@ def test_tiles_are_copied_16_bytes_at_a_time(compiled: dict[int, list[dict[str, 
 
 def test_hopper_multiplies_with_wgmma(compiled: dict[int, list[dict[str, Any]]]) -> None:
     products = [
-        k for k in compiled[90] if re.match(r"(attention_(forward|grad)|gelu_ffn_)", k["kernel"]) and "fp32" not in k["case"]
+        k
+        for k in compiled[90]
+        if re.match(r"(attention_(forward|grad)|gelu_ffn_)", k["kernel"]) and "fp32" not in k["case"]
     ]
     assert {k["kernel"] for k in products} >= {"attention_forward_kernel", "gelu_ffn_forward_kernel"}
     assert all(k["wgmma"] for k in products), [k for k in products if not k["wgmma"]]

@@ -1,4 +1,5 @@
-"""What is particular to the Triton kernels: tiles and their edges, strides, run pieces, the interpreter they are tested in.
+"""What is particular to the Triton kernels: tiles and their edges, strides, run pieces, the interpreter they are
+tested in.
 
 The op x backend matrix is in tests/ops. Here too the oracle is the reference in float64 (roberta_kernels/reference).
 """
@@ -141,7 +142,15 @@ def test_keep_mask_is_the_references(
     rows, columns = 8, 32
     out = torch.empty(rows, columns, dtype=torch.int32, device=DEVICE)
     mask_kernel[(1,)](
-        seed_tensor(), out, first_row, first_column, plane, threshold(dropout_p), ROWS=rows, COLUMNS=columns, T=transposed
+        seed_tensor(),
+        out,
+        first_row,
+        first_column,
+        plane,
+        threshold(dropout_p),
+        ROWS=rows,
+        COLUMNS=columns,
+        T=transposed,
     )
     expected = reference_philox.keep_mask(
         torch.arange(first_row, first_row + rows, device=DEVICE),
@@ -159,7 +168,9 @@ ATTENTION_NAMES = ("out", "lse", "grad_q", "grad_k", "grad_v")
 
 
 def ends(lengths: Sequence[int]) -> Tensor:
-    return torch.tensor([0, *torch.tensor(lengths, dtype=torch.int64).cumsum(0).tolist()], dtype=torch.int32, device=DEVICE)
+    return torch.tensor(
+        [0, *torch.tensor(lengths, dtype=torch.int64).cumsum(0).tolist()], dtype=torch.int32, device=DEVICE
+    )
 
 
 def check_attention(
@@ -181,7 +192,10 @@ def check_attention(
     )  # fmt: skip
     grad_out = randn(*q.shape, dtype=q.dtype) if grad_out is None else grad_out
     return check_op(
-        "attention", (q, k, v, *rest), lambda outputs: (grad_out, q, k, v, outputs[0], outputs[1], *rest), ATTENTION_NAMES
+        "attention",
+        (q, k, v, *rest),
+        lambda outputs: (grad_out, q, k, v, outputs[0], outputs[1], *rest),
+        ATTENTION_NAMES,
     )
 
 
@@ -360,7 +374,7 @@ EMBEDDING_NAMES = ("out", "mean", "rstd", "grad_word", "grad_position", "grad_to
         (1, 16, 5, 2, torch.float32, 0.1),
         (7, 24, 40, 1, torch.float16, 0.0),
         (150, 72, 11, 2, torch.bfloat16, 0.1),
-        (200, 1040, 3, 1, torch.float32, 0.0),
+        (70, 1040, 2, 1, torch.float32, 0.0),
     ],
 )
 def test_embedding_layer_norm(
@@ -384,7 +398,9 @@ def test_embedding_layer_norm(
     assert (results[4][2] == 0).all()
 
 
-@pytest.mark.parametrize("run_lengths", [(64, 64), (1, 63, 64), (63, 2, 63), (65,), (10, 300, 10), (1200,), (128, 1, 128)])
+@pytest.mark.parametrize(
+    "run_lengths", [(64, 64), (1, 63, 64), (63, 2, 63), (65,), (10, 300, 10), (1200,), (128, 1, 128)]
+)
 def test_table_gradients_of_runs_across_pieces(run_lengths: tuple[int, ...]) -> None:
     from roberta_kernels.triton.embedding_layer_norm import _table_gradient
 
