@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     old = report.load(arguments.compare) if arguments.compare else None
     if arguments.quick:
         torch.set_num_threads(1)
-    described = machine.machine(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    described = machine.machine(machine.pick_device(arguments.device))
     if old is not None:
         check_same_machine(old["machine_info"], described)  # before the minutes of measuring
     folder = (arguments.out or _default_folder(described)).resolve()
@@ -86,6 +86,12 @@ def _write_report(results_path: Path, console: Console) -> None:
         console.print(f"wrote {os.path.relpath(path)}", markup=False, highlight=False)
 
 
+def _fill_document(document: Path, results: dict[str, Any]) -> None:
+    from benchmarks import plots
+
+    report.insert(document, results, plots.write(results, document.parent / "images"))
+
+
 def _compare(old: dict[str, Any], new: dict[str, Any], threshold: float, console: Console) -> int:
     changes = compare(old, new)
     told = [change for change in changes if change.regressed(threshold) or change.improved(threshold)]
@@ -114,7 +120,12 @@ def main(argv: list[str] | None = None) -> int:
 
     renders = commands.add_parser("report", help="render a result file again")
     renders.add_argument("results", type=Path)
-    renders.add_argument("--into", type=Path, metavar="DOCUMENT.md", help="write into that document, at its markers")
+    renders.add_argument(
+        "--into",
+        type=Path,
+        metavar="DOCUMENT.md",
+        help="fill that document, at its markers; plots go to images/ beside it",
+    )
 
     compares = commands.add_parser("compare", help="look for regressions; refuses results of different machines")
     compares.add_argument("old", type=Path)
@@ -131,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
                 return run(arguments, console)
             if arguments.command == "report":
                 if arguments.into:
-                    report.insert(arguments.into, report.load(arguments.results))
+                    _fill_document(arguments.into, report.load(arguments.results))
                 else:
                     _write_report(arguments.results, console)
                 return 0

@@ -27,7 +27,7 @@ class Session:
         # Without timing (--benchmark-disable, the default here) every contender is called once: small shapes do.
         disabled = config.getoption("benchmark_disable") and not config.getoption("benchmark_enable")
         self.quick = config.getoption("--quick") or disabled
-        self.device = config.getoption("--device") or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = machine.pick_device(config.getoption("--device"))
         self.backends = tuple(config.getoption("--backend") or ())
         self.compiled = not config.getoption("--no-compile")
         self.load_average = machine.load_average()
@@ -93,7 +93,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[SESSION] = Session(config)
+    try:
+        config.stash[SESSION] = Session(config)
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from error
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

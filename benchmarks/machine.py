@@ -13,6 +13,13 @@ import torch
 from roberta_kernels import backends
 
 
+def pick_device(wanted: str | None) -> str:
+    """The device type to measure on: the wanted one, or CUDA where torch has it. Raises ValueError where it has not."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"torch {torch.__version__} finds no CUDA device")
+    return wanted or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def machine(device: str) -> dict[str, Any]:
     """The hardware and its settings, without host names or paths. Results compare only where all of this is equal."""
     cpu = cpuinfo.get_cpu_info()

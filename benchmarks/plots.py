@@ -29,13 +29,15 @@ def write(results: dict[str, Any], folder: Path) -> list[Path]:
     peers = list(dict.fromkeys(row["contender"] for row in found if not row["ours"]))
     colours = {peer: _PALETTE[i % len(_PALETTE)] for i, peer in enumerate(peers)}
     written = []
+    device = results["machine_info"]["device"]
+    folder.mkdir(parents=True, exist_ok=True)
     for backend, direction in dict.fromkeys((row["contender"], row["direction"]) for row in ours):
         chosen = [row for row in ours if (row["contender"], row["direction"]) == (backend, direction)]
         path = folder / f"ratios-{backend}-{direction}.png"
         _ratios(chosen, colours, f"{_machine(results)}: backend {backend}, {TITLES[direction]}", path)
         written.append(path)
     for dtype in dict.fromkeys(row["dtype"] for row in ours):
-        path = folder / f"roofline-{dtype}.png"
+        path = folder / f"roofline-{device}-{dtype}.png"
         _roofline([row for row in found if row["dtype"] == dtype], results, dtype, path)
         written.append(path)
     return written
@@ -77,6 +79,7 @@ def _ratio_bars(axis: Axes, cases: list[Row], colours: dict[str, str], width: fl
             axis.bar(x, middle - 1.0, bottom=1.0, width=width * 0.92, color=colours[peer])
             axis.plot([x, x], [ratio["p20"], ratio["p80"]], color="black", linewidth=0.8)
             end = max(middle, ratio["p80"]) if middle >= 1.0 else min(middle, ratio["p20"])
+            low, high = min(low, ratio["p20"]), max(high, ratio["p80"])
             axis.annotate(
                 f"{middle:.2g}" if middle < 10 else f"{middle:.0f}",
                 (x, end),
@@ -86,12 +89,10 @@ def _ratio_bars(axis: Axes, cases: list[Row], colours: dict[str, str], width: fl
                 va="bottom" if middle >= 1.0 else "top",
                 fontsize=7,
             )
-            low, high = min(low, end), max(high, end)
     axis.set_yscale("log")
-    axis.set_ylim(low / 1.25, high * 1.25)
-    marks = [0.1, 0.2, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000]
-    shown = [mark for mark in marks if low / 1.25 <= mark <= high * 1.25]
-    axis.yaxis.set_major_locator(FixedLocator(shown))
+    margin = (high / low) ** 0.12  # room for the numbers
+    axis.set_ylim(low / margin, high * margin)
+    axis.yaxis.set_major_locator(FixedLocator(_marks(low, high)))
     axis.yaxis.set_minor_locator(NullLocator())
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} x"))
     axis.axhline(1.0, color="black", linewidth=1.2)
@@ -102,6 +103,17 @@ def _ratio_bars(axis: Axes, cases: list[Row], colours: dict[str, str], width: fl
     axis.set_xticks(range(len(cases)), names, fontsize=8)
     axis.set_xlim(-0.6, len(cases) - 0.4)
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def _marks(low: float, high: float) -> list[float]:
+    """Round numbers on a logarithmic axis, no more than it has room for."""
+    if high / low < 4:
+        steps = (0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0)
+    elif high / low < 100:
+        steps = tuple(step * 10.0**power for power in range(-4, 5) for step in (1, 2, 5))
+    else:
+        steps = tuple(10.0**power for power in range(-4, 5))
+    return [step for step in steps if low <= step <= high]
 
 
 def _roofline(found: list[Row], results: dict[str, Any], dtype: str, path: Path) -> None:

@@ -52,12 +52,8 @@ def operations(flops_per_s: float) -> str:
 
 
 def noise(results: dict[str, Any]) -> float:
-    """The median over all rows of the spread between turns, (largest - smallest) / median."""
-    spreads = [
-        (max(row["turn_medians_s"]) - min(row["turn_medians_s"])) / row["median_s"]
-        for row in rows(results)
-        if len(row["turn_medians_s"]) > 1
-    ]
+    """The median over all rows of (p80 - p20) / median."""
+    spreads = [(row["p80_s"] - row["p20_s"]) / row["median_s"] for row in rows(results)]
     return statistics.median(spreads) if spreads else 0.0
 
 
@@ -84,7 +80,7 @@ def conditions(results: dict[str, Any]) -> str:
         f"Commit {commit.get('id', 'unknown')[:12]}{dirty}, {results['datetime'][:10]}.",
         f"Roofs measured in the same run: copy {memory_roof(roofs) / 1e9:.3g} GB/s from memory, "
         f"{cached / 1e9:.3g} GB/s at best from cache; largest torch.mm {products}.",
-        f"Spread between turns: {noise(results):.0%} (median over all rows).",
+        f"Noise: three calls of five lie within {noise(results):.0%} (the median over all rows).",
     ]
     if noise(results) > _NOISY:
         lines.append("**The machine was not quiet: take these ratios with care, and measure again.**")
@@ -189,12 +185,16 @@ def markdown(results: dict[str, Any], images: Iterable[str] = ()) -> str:
     )
 
 
-def insert(document: Path, results: dict[str, Any]) -> None:
-    """Puts conditions and tables between a document's markers, `<!-- results:cpu -->` and `<!-- /results:cpu -->`."""
+def insert(document: Path, results: dict[str, Any], images: Iterable[Path]) -> None:
+    """Puts conditions, tables and plots between a document's markers `<!-- results:cpu -->`, `<!-- /results:cpu -->`.
+
+    Raises ValueError where the document has no such markers.
+    """
     device = results["machine_info"]["device"]
     begin, end = f"<!-- results:{device} -->", f"<!-- /results:{device} -->"
     text = document.read_text()
-    body = "\n\n".join((begin, conditions(results), LEGEND, summary(results), notes(results), end))
+    pictures = "\n".join(f"![{image.stem}]({image.relative_to(document.parent)})" for image in images)
+    body = "\n\n".join((begin, conditions(results), LEGEND, summary(results), notes(results), pictures, end))
     changed, count = re.subn(re.escape(begin) + ".*?" + re.escape(end), lambda _: body, text, flags=re.DOTALL)
     if count != 1:
         raise ValueError(f"{document} needs one pair of the markers {begin} and {end}, and has {count}")

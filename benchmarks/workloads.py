@@ -116,7 +116,7 @@ class Cost:
 _CPU_RUN = {
     ("base", "float32"): ("1x16", "1x128", "8x128", "4x512", "mixed32"),
     ("large", "float32"): ("1x16", "8x128", "mixed32"),
-    ("base", "bfloat16"): ("1x16", "8x128", "mixed32"),
+    ("base", "bfloat16"): ("8x128", "mixed32"),
 }
 _GPU_RUN = {
     ("base", "bfloat16"): ("1x16", "1x128", "8x128", "4x512", "mixed32", "32x512", "mixed64"),

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 pytest.importorskip("pytest_benchmark")
@@ -111,7 +112,11 @@ def test_tables_and_plots_are_written(quick_run, results):
     assert "add_layer_norm, forward + backward" in report
     assert results["machine_info"]["cpu"] in report
     images = sorted(path.name for path in quick_run.glob("*.png"))
-    assert images == ["ratios-reference-forward.png", "ratios-reference-forward_backward.png", "roofline-float32.png"]
+    assert images == [
+        "ratios-reference-forward.png",
+        "ratios-reference-forward_backward.png",
+        "roofline-cpu-float32.png",
+    ]
     assert all(image in report for image in images)
     assert all((quick_run / image).read_bytes().startswith(b"\x89PNG") for image in images)
 
@@ -122,6 +127,8 @@ def test_report_goes_into_a_document_at_its_markers(quick_run, tmp_path, command
     arguments = ["report", str(quick_run / "kernels.json"), "--into", str(document)]
     assert command_line(arguments) == 0
     once = document.read_text()
+    assert "(images/ratios-reference-forward.png)" in once
+    assert (tmp_path / "images" / "ratios-reference-forward.png").is_file()
     assert "#### attention, forward" in once
     assert "old" not in once.split()
     assert once.startswith("before\n")
@@ -186,16 +193,67 @@ def test_compare_calls_nothing_a_regression_that_the_spread_covers(results, comp
     assert compare(old, _scaled(old, 2.0))[0] == 0
 
 
-def test_compare_refuses_another_machine(results, compare, tmp_path, command_line):
+def test_compare_refuses_another_machine(results, compare):
     other = copy.deepcopy(results)
     other["machine_info"]["cpu"] = "Another CPU"
     status, told = compare(results, other)
     assert status == 4
     assert "Another CPU" in told
-    # a run refuses before it measures
+
+
+def test_run_refuses_another_machine_before_it_measures(results, tmp_path, command_line):
+    other = copy.deepcopy(results)
+    other["machine_info"]["cpu"] = "Another CPU"
     path = tmp_path / "other.json"
     path.write_text(json.dumps(other))
-    assert (
-        command_line(["run", "--quick", "--device", "cpu", "--compare", str(path), "--out", str(tmp_path / "o")]) == 4
-    )
-    assert not (tmp_path / "o").exists()
+    out = tmp_path / "results"
+    threads = torch.get_num_threads()
+    try:  # a quick run sets them
+        assert command_line(["run", "--quick", "--device", "cpu", "--compare", str(path), "--out", str(out)]) == 4
+    finally:
+        torch.set_num_threads(threads)
+    assert not out.exists()
+
+
+@pytest.fixture
+def case(command_line):
+    from benchmarks.workloads import plan
+
+    [case] = plan("cpu", quick=True, ops=["add_layer_norm"], batches=["mixed8"], directions=["forward"])
+    return case
+
+
+def test_wrong_answers_get_no_time(case):
+    import dataclasses
+
+    from benchmarks.contenders import entries
+    from benchmarks.problem import Contender, Problem
+    from benchmarks.runner import run_case
+    from benchmarks.timing import QUICK, Clock
+
+    def slightly_wrong(problem: Problem) -> Contender:
+        right = found["reference"].build(problem)
+        return dataclasses.replace(right, function=lambda *arguments: right.function(*arguments) * 1.0001)
+
+    found = entries(case, wanted_backends=["reference"], compiled=False)
+    found["wrong"] = dataclasses.replace(found["reference"], build=slightly_wrong)
+    roofs = {"copy": [{"bytes": 1, "bytes_per_s": 1e9}], "matmul": {"float32": 1e9}}
+    results = run_case(case, found, roofs, Clock("cpu"), QUICK)
+    assert results["wrong"].samples is None
+    assert results["wrong"].broken
+    assert "wrong answers" in results["wrong"].reason
+    assert results["reference"].samples.calls
+    assert results["eager"].samples.calls
+
+
+def test_contenders_take_turns(command_line):
+    import contextlib
+
+    from benchmarks.timing import Call, Clock, Effort, measure
+
+    took: list[str] = []
+    calls = {name: Call(lambda name=name: took.append(name), contextlib.nullcontext) for name in "abc"}
+    effort = Effort(turns=4, min_turns=4, turn_seconds=0.0, max_calls=1, rest=0.0, budget=1.0)
+    samples = measure(calls, Clock("cpu"), effort)
+    assert "".join(took) == "aabbcc" + "abc" + "cba" + "abc" + "cba"  # two calls each to see how long one takes
+    assert all(len(s.turns) == 4 for s in samples.values())
