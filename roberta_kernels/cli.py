@@ -194,8 +194,9 @@ def verify(
     sentences = _sentences(sentence, text)
     _quiet_transformers()
     loaded, notes = _load(model, task, dtype)
+    place = _device(device)
     try:
-        loaded.to(_device(device))
+        loaded.to(place)
     except (RuntimeError, AssertionError) as error:
         _fail(f"cannot use device {device!r}: {_first_line(error)}")
     tokenizer = _tokenizer(model, required=sentences is not None)

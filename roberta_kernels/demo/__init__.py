@@ -176,7 +176,7 @@ def _random_encoder(vocabulary: int, scale: _Scale, seed: int) -> Any:
             intermediate_size=4 * scale.hidden,
             max_position_embeddings=corpus.LONGEST + 2,
             type_vocab_size=1,
-            attn_implementation="sdpa",
+            attn_implementation="sdpa",  # type: ignore[call-arg]
         ),
         add_pooling_layer=False,
     )

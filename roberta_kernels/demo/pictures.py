@@ -15,7 +15,7 @@ from roberta_kernels.demo.throughput import Throughput
 from roberta_kernels.demo.training import Training
 
 ORIGINAL, PATCHED, CONTROL = "#9a9a9a", "#d1495b", "#30638e"
-_STYLE = {
+_STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.titlelocation": "left",
@@ -70,7 +70,8 @@ def throughput_picture(result: Throughput, lengths: list[int], heading: str, pat
 
 def _powers_of_two(lengths: list[int]) -> list[float]:
     """Bin edges, four a doubling, wide enough to hold a whole number each."""
-    edges, edge = [], 2.0
+    edges: list[float] = []
+    edge = 2.0
     while edge <= max(lengths) * 1.01:
         if not edges or edge - edges[-1] >= 1:
             edges.append(edge)
