@@ -261,7 +261,7 @@ def objective(output: Any, mask: Tensor | None) -> Tensor:
 
 # Rounding floors of a whole model, in roundings of the largest value. A model is tens of ops deep; in bfloat16 four
 # of them are 3% already.
-FLOOR_ULPS = {torch.float32: 16.0, torch.bfloat16: 4.0}
+FLOOR_ULPS = {torch.bfloat16: 4.0, torch.float16: 8.0, torch.float32: 16.0, torch.float64: 16.0}
 
 
 def measured_together(name: str, head: str) -> tuple[str, ...]:
@@ -323,7 +323,7 @@ def rms(tensor: Tensor) -> float:
 def measure(ours: Tensor, original: Tensor, exact: Tensor, dtype: torch.dtype, name: str) -> Comparison:
     """tolerance.compare, for float64 tensors that hold errors of `dtype`."""
     ratio = torch.finfo(dtype).eps / torch.finfo(torch.float64).eps
-    return compare(ours, original, exact, name=name, floor_ulps=FLOOR_ULPS.get(dtype, 4.0) * ratio)
+    return compare(ours, original, exact, name=name, floor_ulps=FLOOR_ULPS[dtype] * ratio)
 
 
 def assert_promise(
