@@ -16,6 +16,8 @@ constexpr int kMaxTileVectors = 3;
 #endif
 constexpr int kMaxTileRows = 12;
 
+#define RK_LAMBDA_INLINE __attribute__((always_inline))
+
 // C starts as zero, as itself, or as itself with row r multiplied by row_scale[r].
 enum class Start { zero, accumulate, scale };
 
@@ -58,15 +60,19 @@ void gemm_tile(const SmallGemm& g, const float* a, const float* b, float* c, con
 #pragma GCC unroll 8
         for (int i = 0; i < kPointers; ++i) third[i] += kTransposedA ? lda : 1;
     }
+    const auto for_tile = [&](const auto& f) RK_LAMBDA_INLINE {
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r)
+        for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-        for (int n = 0; n < kVectors; ++n) {
-            float* to = c + r * ldc + n * kLanes;
-            if (g.start == Start::accumulate) sum[r][n] += load(to);
-            if (g.start == Start::scale) sum[r][n] = fma(load(to), set1(row_scale[r]), sum[r][n]);
-            store(to, sum[r][n]);
-        }
+            for (int n = 0; n < kVectors; ++n) f(r, n, c + r * ldc + n * kLanes);
+    };
+    if (g.start == Start::accumulate)
+        for_tile([&](int r, int n, float* to) RK_LAMBDA_INLINE { sum[r][n] += load(to); });
+    if (g.start == Start::scale)
+        for_tile([&](int r, int n, float* to) RK_LAMBDA_INLINE {
+            sum[r][n] = fma(load(to), set1(row_scale[r]), sum[r][n]);
+        });
+    for_tile([&](int r, int n, float* to) RK_LAMBDA_INLINE { store(to, sum[r][n]); });
 }
 
 template <bool kTransposedA, int kVectors>
