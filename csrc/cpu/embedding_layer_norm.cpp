@@ -32,6 +32,14 @@ struct Sum {
     }
 };
 
+// Asks for the next token's word row, which lies anywhere in the table, while this one is worked on.
+template <class T>
+RK_INLINE void prefetch_word(const EmbeddingLayerNormArgs& a, int64_t token) {
+    if (token >= a.rows) return;
+    const T* word = static_cast<const T*>(a.table[0]) + a.ids[0][token] * a.hidden;
+    for (int64_t c = 0; c < a.hidden; c += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(word + c);
+}
+
 // Plain stores: on memory that is touched for the first time, as a fresh gradient is, memset's string
 // instructions took half as long again. The empty asm keeps the compiler from making a memset of it.
 template <class T>
@@ -53,6 +61,7 @@ void forward(const EmbeddingLayerNormArgs& a) {
         const T *weight = static_cast<const T*>(a.weight), *bias = static_cast<const T*>(a.bias);
         for (int64_t row = begin; row < end; ++row) {
             const Sum<T> gather(a, row);
+            prefetch_word<T>(a, row + 1);
             const float total = sum_vectors(a.hidden, [&](int64_t c, int count) {
                 const vf32 y = gather(c, count);
                 store_some(sum + c, y, count);
@@ -156,6 +165,7 @@ void backward(const EmbeddingLayerNormArgs& a) {
                 for (int64_t c = 0; c < 2 * a.hidden; ++c) grad_weight[c] = 0.0f;
                 for (int64_t row = chunks.begin(chunk); row < chunks.end(chunk); ++row) {
                     const RowStatistics s{a.mean[row], a.rstd[row]};
+                prefetch_word<T>(a, row + 1);
                     const T* grad_out = static_cast<const T*>(a.grad_out) + row * a.hidden;
                     float* grad_sum = a.grad_sum + row * a.hidden;
                     const auto sink = [&](int64_t c, int count, vf32 value) {
