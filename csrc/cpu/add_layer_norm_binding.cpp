@@ -1,13 +1,13 @@
 #include "csrc/cpu/add_layer_norm.h"
-
 #include "csrc/cpu/tensor_checks.h"
 
 namespace rk::cpu {
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& residual, const Tensor& weight,
-                                           const Tensor& bias, double eps, const std::optional<Tensor>& x_bias,
-                                           double dropout_p, const std::optional<Tensor>& seed) {
+                                           const Tensor& bias, double eps,
+                                           const std::optional<Tensor>& x_bias, double dropout_p,
+                                           const std::optional<Tensor>& seed) {
     const char* op = "add_layer_norm";
     AddLayerNormArgs a{};
     a.bf16 = check_dtype(op, x, "x");
@@ -45,8 +45,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& residu
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor& x,
                                                             const Tensor& residual, const Tensor& weight,
-                                                            const std::optional<Tensor>& x_bias, const Tensor& mean,
-                                                            const Tensor& rstd, double dropout_p,
+                                                            const std::optional<Tensor>& x_bias,
+                                                            const Tensor& mean, const Tensor& rstd,
+                                                            double dropout_p,
                                                             const std::optional<Tensor>& seed) {
     const char* op = "add_layer_norm_backward";
     AddLayerNormArgs a{};
@@ -60,7 +61,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_o
     check_vector(op, weight, "weight", dtype, a.hidden);
     check_vector(op, mean, "mean", ScalarType::Float, a.rows);
     check_vector(op, rstd, "rstd", ScalarType::Float, a.rows);
-    const Tensor g = as_contiguous(grad_out), x_rows = as_contiguous(x), residual_rows = as_contiguous(residual);
+    const Tensor g = as_contiguous(grad_out), x_rows = as_contiguous(x),
+                 residual_rows = as_contiguous(residual);
     const Tensor w = as_contiguous(weight), m = as_contiguous(mean), r = as_contiguous(rstd);
     std::optional<Tensor> xb;
     if (x_bias.has_value()) {

@@ -1,15 +1,17 @@
-// Attention over packed sequences, online softmax (Milakov and Gimelshein 2018; Dao et al. 2022), no [S, S] in memory.
+// Attention over packed sequences, online softmax (Milakov and Gimelshein 2018; Dao et al. 2022), no [S, S]
+// in memory.
 //
-// Scores are kept transposed, [key][query], with queries in the vector lanes. So the softmax needs no sum across
-// lanes (maximum, exp and sum run down the keys, lane by lane), a ragged number of keys needs no mask (a key is a
-// row), a dropout word of Philox is a vector, and neither K nor V is ever transposed: in S^T = K Q^T elements of K
-// are broadcast against vectors of Q^T, in O = P V elements of P^T against vectors of V. Only the block of 48
-// queries is transposed, once. Keys hidden by key_mask are left out when K and V of a (sequence, head) are gathered
-// as float32, and cost nothing.
+// Scores are kept transposed, [key][query], with queries in the vector lanes. So the softmax needs no sum
+// across lanes (maximum, exp and sum run down the keys, lane by lane), a ragged number of keys needs no mask
+// (a key is a row), a dropout word of Philox is a vector, and neither K nor V is ever transposed: in S^T = K
+// Q^T elements of K are broadcast against vectors of Q^T, in O = P V elements of P^T against vectors of V.
+// Only the block of 48 queries is transposed, once. Keys hidden by key_mask are left out when K and V of a
+// (sequence, head) are gathered as float32, and cost nothing.
 //
-// A block is 48 queries x 64 keys: P^T (12 KB) and V (16 KB at head_dim 64) stay in L1 between the two products.
-// 4 S^2 head_dim flops forward; backward recomputes P from the log-sum-exp and does 10 S^2 head_dim, one task per
-// (sequence, head), which owns its dq, dk and dv: no races, no order that depends on threads.
+// A block is 48 queries x 64 keys: P^T (12 KB) and V (16 KB at head_dim 64) stay in L1 between the two
+// products. 4 S^2 head_dim flops forward; backward recomputes P from the log-sum-exp and does 10 S^2
+// head_dim, one task per (sequence, head), which owns its dq, dk and dv: no races, no order that depends on
+// threads.
 #include "csrc/cpu/attention.h"
 
 #include "csrc/cpu/scratch.h"
@@ -22,11 +24,16 @@ namespace {
 constexpr int kQueries = 48;
 constexpr int kKeys = 64;
 constexpr int kQueryVectors = kQueries / kLanes;
-constexpr int64_t kParallelWork = 1 << 20;  // multiply-adds below which waking a thread costs more than it saves
+constexpr int64_t kParallelWork =
+    1 << 20;  // multiply-adds below which waking a thread costs more than it saves
 constexpr float kInf = __builtin_inff();
 
-int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t round_up(int64_t n, int64_t to) {
+    return (n + to - 1) / to * to;
+}
+int64_t smaller(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
 
 // rows x columns of T, as float32 times factor; columns up to `width` (a multiple of kLanes) are zero.
 template <class T>
@@ -42,7 +49,8 @@ void copy_rows(const T* from, int64_t from_stride, int64_t rows, int64_t columns
 
 // The same, transposed: to[column][row], rows padded with zeros to whole vectors.
 template <class T>
-void copy_transposed(const T* from, int64_t from_stride, int64_t rows, int64_t columns, float factor, float* to) {
+void copy_transposed(const T* from, int64_t from_stride, int64_t rows, int64_t columns, float factor,
+                     float* to) {
     for (int64_t r = 0; r < rows; r += kLanes)
         for (int64_t c = 0; c < columns; c += kLanes) {
             const int width = static_cast<int>(smaller(columns - c, kLanes));
@@ -76,7 +84,9 @@ struct View {
 
     explicit View(const HeadsView& v)
         : data(static_cast<const T*>(v.data)), token_stride(v.token_stride), head_stride(v.head_stride) {}
-    const T* at(int64_t token, int64_t head) const { return data + token * token_stride + head * head_stride; }
+    const T* at(int64_t token, int64_t head) const {
+        return data + token * token_stride + head * head_stride;
+    }
 };
 
 // K and V of one (sequence, head) as float32 rows, without the keys that key_mask hides.
@@ -106,7 +116,8 @@ struct KeyBuffer {
 };
 
 template <class T>
-Keys gather_keys(const AttentionArgs& a, int64_t sequence, int64_t head, bool in_place, const KeyBuffer& buffer) {
+Keys gather_keys(const AttentionArgs& a, int64_t sequence, int64_t head, bool in_place,
+                 const KeyBuffer& buffer) {
     const int64_t begin = a.cu_seqlens_k[sequence], length = a.cu_seqlens_k[sequence + 1] - begin;
     const int64_t d = a.head_dim, width = round_up(d, kLanes);
     const View<T> k(a.k), v(a.v);
@@ -173,8 +184,8 @@ struct ForwardScratch {
 
 // One block of queries against all keys of its sequence.
 template <class T>
-void forward_block(const AttentionArgs& a, const ForwardScratch& s, const Keys& keys,
-                   int64_t sequence, int64_t head, int64_t first_query) {
+void forward_block(const AttentionArgs& a, const ForwardScratch& s, const Keys& keys, int64_t sequence,
+                   int64_t head, int64_t first_query) {
     const int64_t d = a.head_dim, width = round_up(d, kLanes);
     const int64_t begin = a.cu_seqlens_q[sequence], length = a.cu_seqlens_q[sequence + 1] - begin;
     const int64_t length_k = a.cu_seqlens_k[sequence + 1] - a.cu_seqlens_k[sequence];
@@ -186,13 +197,14 @@ void forward_block(const AttentionArgs& a, const ForwardScratch& s, const Keys& 
         store(s.max + n * kLanes, set1(-kInf));
         store(s.sum + n * kLanes, vf32{});
     }
-    const int64_t last = first_query + length_k - length;  // the last key that the first query sees, if causal
+    const int64_t last =
+        first_query + length_k - length;  // the last key that the first query sees, if causal
     const int64_t visible = a.causal ? keys.visible(last + queries - 1) : keys.count;
 
     for (int64_t j0 = 0; j0 < visible; j0 += kKeys) {
         const int64_t count = smaller(visible - j0, kKeys);
-        small_gemm<false>({keys.k + j0 * keys.k_stride, keys.k_stride, s.q_t, kQueries, s.p_t, kQueries, d, nullptr,
-                           Start::zero},
+        small_gemm<false>({keys.k + j0 * keys.k_stride, keys.k_stride, s.q_t, kQueries, s.p_t, kQueries, d,
+                           nullptr, Start::zero},
                           count, vectors * kLanes);
         if (a.causal && keys.index[j0 + count - 1] > last)
             hide_later_keys(s.p_t, keys.index + j0, count, vectors, last);
@@ -231,8 +243,8 @@ void forward_block(const AttentionArgs& a, const ForwardScratch& s, const Keys& 
                     store(p + j * kQueries, load(p + j * kQueries) * keep.multiplier(keys.index[j0 + j]));
             }
         }
-        small_gemm<true>({s.p_t, kQueries, keys.v + j0 * keys.v_stride, keys.v_stride, s.out, width, count, s.decay,
-                          j0 == 0 ? Start::zero : Start::scale},
+        small_gemm<true>({s.p_t, kQueries, keys.v + j0 * keys.v_stride, keys.v_stride, s.out, width, count,
+                          s.decay, j0 == 0 ? Start::zero : Start::scale},
                          queries, width);
     }
 
@@ -248,8 +260,8 @@ void forward_block(const AttentionArgs& a, const ForwardScratch& s, const Keys& 
     }
 }
 
-// Work is cut into contiguous runs of tasks of about equal cost, a few per thread, which threads take in turn. What
-// a task computes does not depend on who runs it.
+// Work is cut into contiguous runs of tasks of about equal cost, a few per thread, which threads take in
+// turn. What a task computes does not depend on who runs it.
 struct Plan {
     int64_t* first_task;  // [batch + 1]
     double* cost_before;  // [batch + 1]
@@ -268,7 +280,8 @@ struct Plan {
         const double share = cost_before[low + 1] - cost_before[low];
         const int64_t tasks = first_task[low + 1] - first_task[low];
         if (!(share > 0)) return first_task[low];
-        const int64_t within = static_cast<int64_t>((cost - cost_before[low]) / share * static_cast<double>(tasks));
+        const int64_t within =
+            static_cast<int64_t>((cost - cost_before[low]) / share * static_cast<double>(tasks));
         return first_task[low] + smaller(within, tasks);
     }
 };
@@ -329,13 +342,13 @@ void forward(const AttentionArgs& a) {
         [&](int64_t b) { return 2 * score_work(a, b) + 1.0; },
         [&](const Plan& plan, int64_t task, int64_t end) {
             static thread_local Scratch memory;
-            memory.reset(static_cast<size_t>(d * kQueries + kKeys * kQueries + kQueries * width + 3 * kQueries +
-                                             longest * (2 * width + 1)) *
+            memory.reset(static_cast<size_t>(d * kQueries + kKeys * kQueries + kQueries * width +
+                                             3 * kQueries + longest * (2 * width + 1)) *
                              4,
                          9);
-            ForwardScratch s{memory.take<float>(d * kQueries), memory.take<float>(kKeys * kQueries),
+            ForwardScratch s{memory.take<float>(d * kQueries),     memory.take<float>(kKeys * kQueries),
                              memory.take<float>(kQueries * width), memory.take<float>(kQueries),
-                             memory.take<float>(kQueries), memory.take<float>(kQueries)};
+                             memory.take<float>(kQueries),         memory.take<float>(kQueries)};
             KeyBuffer buffer{memory.take<float>(longest * width), memory.take<float>(longest * width),
                              memory.take<int32_t>(longest)};
             int64_t sequence = 0;
@@ -354,7 +367,7 @@ void forward(const AttentionArgs& a) {
 
 struct BackwardScratch {
     float *q, *q_t, *grad_out, *grad_out_t, *grad_q, *lse;
-    float *p_t, *ds_t;        // [keys, kQueries]
+    float *p_t, *ds_t;       // [keys, kQueries]
     float *grad_k, *grad_v;  // [keys, width]
 };
 
@@ -362,8 +375,8 @@ struct RowSums {
     vf32 p{}, p_dp{};
 };
 
-// e^(score - lse) (in place of the scores, negative where dropout drops it) and dP with its dropout factor, of one
-// vector of queries and `count` keys; adds to the row sums.
+// e^(score - lse) (in place of the scores, negative where dropout drops it) and dP with its dropout factor,
+// of one vector of queries and `count` keys; adds to the row sums.
 void probabilities(const AttentionArgs& a, float* p, float* dp, const int32_t* index, int64_t count, vf32 lse,
                    int64_t row, int64_t head, RowSums& sums) {
     if (!a.dropout.on) {
@@ -403,10 +416,11 @@ void score_gradients(const AttentionArgs& a, float* p, float* dp, int64_t count,
     }
 }
 
-// Everything of one (sequence, head). delta, the row sum of P dP, is taken from P and dP themselves and not from
-// grad_out * out: then dP - delta cancels exactly where one key has all the weight. P is divided by its own row sum,
-// so that the rounding of the log-sum-exp, large when scores are, leaves it. So e^(score - lse) and dP of 48 queries
-// and all keys are kept (in L2 up to a thousand keys or so) before the products that need the sums.
+// Everything of one (sequence, head). delta, the row sum of P dP, is taken from P and dP themselves and not
+// from grad_out * out: then dP - delta cancels exactly where one key has all the weight. P is divided by its
+// own row sum, so that the rounding of the log-sum-exp, large when scores are, leaves it. So e^(score - lse)
+// and dP of 48 queries and all keys are kept (in L2 up to a thousand keys or so) before the products that
+// need the sums.
 template <class T>
 void backward_head(const AttentionArgs& a, const BackwardScratch& s, const Keys& keys, int64_t sequence,
                    int64_t head) {
@@ -436,17 +450,17 @@ void backward_head(const AttentionArgs& a, const BackwardScratch& s, const Keys&
         for (int64_t j0 = 0; j0 < visible; j0 += kKeys) {
             const int64_t count = smaller(visible - j0, kKeys);
             float *p = s.p_t + j0 * kQueries, *dp = s.ds_t + j0 * kQueries;
-            small_gemm<false>({keys.k + j0 * keys.k_stride, keys.k_stride, s.q_t, kQueries, p, kQueries, d, nullptr,
-                               Start::zero},
-                              count, columns);
-            small_gemm<false>({keys.v + j0 * keys.v_stride, keys.v_stride, s.grad_out_t, kQueries, dp, kQueries, d,
+            small_gemm<false>({keys.k + j0 * keys.k_stride, keys.k_stride, s.q_t, kQueries, p, kQueries, d,
                                nullptr, Start::zero},
+                              count, columns);
+            small_gemm<false>({keys.v + j0 * keys.v_stride, keys.v_stride, s.grad_out_t, kQueries, dp,
+                               kQueries, d, nullptr, Start::zero},
                               count, columns);
             if (a.causal && keys.index[j0 + count - 1] > last)
                 hide_later_keys(p, keys.index + j0, count, vectors, last);
             for (int64_t n = 0; n < vectors; ++n)
-                probabilities(a, p + n * kLanes, dp + n * kLanes, keys.index + j0, count, load(s.lse + n * kLanes),
-                              row + n * kLanes, head, sums[n]);
+                probabilities(a, p + n * kLanes, dp + n * kLanes, keys.index + j0, count,
+                              load(s.lse + n * kLanes), row + n * kLanes, head, sums[n]);
         }
         for (RowSums& of : sums) {
             of.p = select(of.p == vf32{}, vf32{}, 1.0f / of.p);
@@ -461,10 +475,10 @@ void backward_head(const AttentionArgs& a, const BackwardScratch& s, const Keys&
                                Start::accumulate},
                               count, width);
             small_gemm<false>(
-                {ds, kQueries, s.q, width, s.grad_k + j0 * width, width, queries, nullptr, Start::accumulate}, count,
-                width);
-            small_gemm<true>({ds, kQueries, keys.k + j0 * keys.k_stride, keys.k_stride, s.grad_q, width, count,
-                              nullptr, j0 == 0 ? Start::zero : Start::accumulate},
+                {ds, kQueries, s.q, width, s.grad_k + j0 * width, width, queries, nullptr, Start::accumulate},
+                count, width);
+            small_gemm<true>({ds, kQueries, keys.k + j0 * keys.k_stride, keys.k_stride, s.grad_q, width,
+                              count, nullptr, j0 == 0 ? Start::zero : Start::accumulate},
                              queries, width);
         }
         T* grad_q = static_cast<T*>(a.grad_q) + (row * a.heads + head) * d;

@@ -1,5 +1,5 @@
-// The dropout arguments of a kernel: Philox-4x32-10 key, threshold and scale. The keep mask itself is in simd.h; which
-// counter belongs to which element stands in docs/design.md, section 4.
+// The dropout arguments of a kernel: Philox-4x32-10 key, threshold and scale. The keep mask itself is in
+// simd.h; which counter belongs to which element stands in docs/design.md, section 4.
 #pragma once
 #include <stdint.h>
 

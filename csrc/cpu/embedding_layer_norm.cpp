@@ -1,10 +1,12 @@
-// out = dropout(layer_norm(word[id] + position[id] + token_type[id])): gather, sum and norm with the row in L1.
+// out = dropout(layer_norm(word[id] + position[id] + token_type[id])): gather, sum and norm with the row in
+// L1.
 //
-// Backward gathers again; the gradient of the sum, [T, H] float32, is then added up per table row. The binding has
-// grouped the tokens by id, so each row of a dense table gradient is written exactly once, as a sum in token order or
-// as zeros, by whichever thread takes its block: no atomics, no separate zero fill (154 MB for a [50265, 768] table,
-// and most of the time), the same bits for any number of threads. Blocks are 64 table rows, of small tables also
-// 128 columns, so that one token type for all tokens still is work for several threads.
+// Backward gathers again; the gradient of the sum, [T, H] float32, is then added up per table row. The
+// binding has grouped the tokens by id, so each row of a dense table gradient is written exactly once, as a
+// sum in token order or as zeros, by whichever thread takes its block: no atomics, no separate zero fill (154
+// MB for a [50265, 768] table, and most of the time), the same bits for any number of threads. Blocks are 64
+// table rows, of small tables also 128 columns, so that one token type for all tokens still is work for
+// several threads.
 #include "csrc/cpu/embedding_layer_norm.h"
 
 #include "csrc/cpu/layer_norm.h"
@@ -16,18 +18,38 @@ constexpr int64_t kBlockRows = 64;
 constexpr int64_t kBlockColumns = 128;
 constexpr int64_t kSmallTable = 2048;
 
-// to = the sum of a token's three rows; returns the sum of its elements.
+// The sum of a token's three rows.
 template <class T>
-RK_INLINE float gather_rows(const EmbeddingLayerNormArgs& a, int64_t token, float* to) {
+struct Sum {
+    const T *word, *position, *token_type;
+
+    Sum(const EmbeddingLayerNormArgs& a, int64_t token)
+        : word(static_cast<const T*>(a.table[0]) + a.ids[0][token] * a.hidden),
+          position(static_cast<const T*>(a.table[1]) + a.ids[1][token] * a.hidden),
+          token_type(static_cast<const T*>(a.table[2]) + a.ids[2][token] * a.hidden) {}
+    RK_INLINE vf32 operator()(int64_t c, int count) const {
+        return load_some(word + c, count) + load_some(token_type + c, count) + load_some(position + c, count);
+    }
+};
+
+// Asks for the next token's word row, which lies anywhere in the table, while this one is worked on.
+template <class T>
+RK_INLINE void prefetch_word(const EmbeddingLayerNormArgs& a, int64_t token) {
+    if (token >= a.rows) return;
     const T* word = static_cast<const T*>(a.table[0]) + a.ids[0][token] * a.hidden;
-    const T* position = static_cast<const T*>(a.table[1]) + a.ids[1][token] * a.hidden;
-    const T* token_type = static_cast<const T*>(a.table[2]) + a.ids[2][token] * a.hidden;
-    return sum_vectors(a.hidden, [&](int64_t c, int count) {
-        const vf32 y =
-            load_some(word + c, count) + load_some(token_type + c, count) + load_some(position + c, count);
-        store_some(to + c, y, count);
-        return y;
-    });
+    for (int64_t c = 0; c < a.hidden; c += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(word + c);
+}
+
+// Plain stores: on memory that is touched for the first time, as a fresh gradient is, memset's string
+// instructions took half as long again. The empty asm keeps the compiler from making a memset of it.
+template <class T>
+void fill_zero(T* to, int64_t count) {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+        store(to + i, vf32{});
+        __asm__ volatile("" ::: "memory");
+    }
+    for (; i < count; ++i) store1(to + i, 0.0f);
 }
 
 template <class T>
@@ -38,7 +60,13 @@ void forward(const EmbeddingLayerNormArgs& a) {
         float* sum = memory.take<float>(a.hidden);
         const T *weight = static_cast<const T*>(a.weight), *bias = static_cast<const T*>(a.bias);
         for (int64_t row = begin; row < end; ++row) {
-            const float total = gather_rows<T>(a, row, sum);
+            const Sum<T> gather(a, row);
+            prefetch_word<T>(a, row + 1);
+            const float total = sum_vectors(a.hidden, [&](int64_t c, int count) {
+                const vf32 y = gather(c, count);
+                store_some(sum + c, y, count);
+                return y;
+            });
             const RowStatistics s = row_statistics(sum, a.hidden, total, a.eps);
             T* out = static_cast<T*>(a.out) + row * a.hidden;
             if (a.dropout.on)
@@ -55,7 +83,8 @@ void forward(const EmbeddingLayerNormArgs& a) {
     });
 }
 
-// to = the sum over tokens of grad_sum[token][columns], in the given order, in runs of 64 tokens whose sums are added.
+// to = the sum over tokens of grad_sum[token][columns], in the given order, in runs of 64 tokens whose sums
+// are added.
 template <class T>
 void sum_tokens(const EmbeddingLayerNormArgs& a, const int32_t* tokens, int64_t count, int64_t column,
                 int64_t columns, T* to) {
@@ -87,7 +116,8 @@ void sum_tokens(const EmbeddingLayerNormArgs& a, const int32_t* tokens, int64_t 
 }
 
 template <class T>
-void table_block(const EmbeddingLayerNormArgs& a, int t, int64_t first, int64_t end, int64_t column, int64_t columns) {
+void table_block(const EmbeddingLayerNormArgs& a, int t, int64_t first, int64_t end, int64_t column,
+                 int64_t columns) {
     int64_t group = 0;  // the first whose id is at least `first`
     for (int64_t high = a.unique_count[t]; group < high;) {
         const int64_t middle = (group + high) / 2;
@@ -101,18 +131,17 @@ void table_block(const EmbeddingLayerNormArgs& a, int t, int64_t first, int64_t 
         const bool more = group < a.unique_count[t] && a.unique[t][group] < end;
         const int64_t next = more ? a.unique[t][group] : end;
         if (columns == a.hidden)
-            __builtin_memset(table + row * a.hidden, 0, static_cast<size_t>((next - row) * a.hidden) * sizeof(T));
+            fill_zero(table + row * a.hidden, (next - row) * a.hidden);
         else
-            for (; row < next; ++row)
-                __builtin_memset(table + row * a.hidden + column, 0, static_cast<size_t>(columns) * sizeof(T));
+            for (; row < next; ++row) fill_zero(table + row * a.hidden + column, columns);
         row = next;
         if (!more) break;
         T* to = table + row * a.hidden + column;
         if (row == a.padding_idx[t])
-            __builtin_memset(to, 0, static_cast<size_t>(columns) * sizeof(T));
+            fill_zero(to, columns);
         else
-            sum_tokens(a, a.order[t] + a.start[t][group], a.start[t][group + 1] - a.start[t][group], column, columns,
-                       to);
+            sum_tokens(a, a.order[t] + a.start[t][group], a.start[t][group + 1] - a.start[t][group], column,
+                       columns, to);
         ++group;
         ++row;
     }
@@ -124,31 +153,42 @@ void backward(const EmbeddingLayerNormArgs& a) {
     static thread_local Scratch shared;
     shared.reset(static_cast<size_t>(chunks.count * 2 * a.hidden) * 4, 1);
     float* const partial = shared.take<float>(chunks.count * 2 * a.hidden);
-    parallel_for(0, chunks.count, 1 + row_grain(a.hidden) / chunks.chunk_rows, [&](int64_t begin, int64_t end) {
-        static thread_local Scratch memory;
-        memory.reset(static_cast<size_t>(a.hidden) * 4, 1);
-        float* grad = memory.take<float>(a.hidden);
-        const T* weight = static_cast<const T*>(a.weight);
-        for (int64_t chunk = begin; chunk < end; ++chunk) {
-            float *grad_weight = partial + chunk * 2 * a.hidden, *grad_bias = grad_weight + a.hidden;
-            for (int64_t c = 0; c < 2 * a.hidden; ++c) grad_weight[c] = 0.0f;
-            for (int64_t row = chunks.begin(chunk); row < chunks.end(chunk); ++row) {
-                float* sum = a.grad_sum + row * a.hidden;
-                gather_rows<T>(a, row, sum);
-                const T* grad_out = static_cast<const T*>(a.grad_out) + row * a.hidden;
-                if (a.dropout.on)
-                    for_vectors_dropout(a.hidden, a.dropout, row, [&](int64_t c, int count, vf32 multiplier) {
-                        store_some(grad + c, load_some(grad_out + c, count) * multiplier, count);
-                    });
-                else
-                    for_vectors(a.hidden, [&](int64_t c, int count) {
-                        store_some(grad + c, load_some(grad_out + c, count), count);
-                    });
-                layer_norm_row_backward(sum, grad, {a.mean[row], a.rstd[row]}, weight, a.hidden, grad_weight,
-                                        grad_bias);
+    parallel_for(
+        0, chunks.count, 1 + row_grain(a.hidden) / chunks.chunk_rows, [&](int64_t begin, int64_t end) {
+            static thread_local Scratch memory;
+            memory.reset(static_cast<size_t>(3 * a.hidden) * 4, 3);
+            float *unit = memory.take<float>(a.hidden), *g = memory.take<float>(a.hidden),
+                  *undropped = memory.take<float>(a.hidden);
+            const T* weight = static_cast<const T*>(a.weight);
+            for (int64_t chunk = begin; chunk < end; ++chunk) {
+                float *grad_weight = partial + chunk * 2 * a.hidden, *grad_bias = grad_weight + a.hidden;
+                for (int64_t c = 0; c < 2 * a.hidden; ++c) grad_weight[c] = 0.0f;
+                for (int64_t row = chunks.begin(chunk); row < chunks.end(chunk); ++row) {
+                    const RowStatistics s{a.mean[row], a.rstd[row]};
+                prefetch_word<T>(a, row + 1);
+                    const T* grad_out = static_cast<const T*>(a.grad_out) + row * a.hidden;
+                    float* grad_sum = a.grad_sum + row * a.hidden;
+                    const auto sink = [&](int64_t c, int count, vf32 value) {
+                        store_some(grad_sum + c, value, count);
+                    };
+                    if (a.dropout.on) {
+                        for_vectors_dropout(
+                            a.hidden, a.dropout, row, [&](int64_t c, int count, vf32 multiplier) {
+                                store_some(undropped + c, load_some(grad_out + c, count) * multiplier, count);
+                            });
+                        layer_norm_row_backward(
+                            a.hidden, s, weight, Sum<T>(a, row),
+                            [&](int64_t c, int count) { return load_some(undropped + c, count); }, unit, g,
+                            grad_weight, grad_bias, sink);
+                    } else {
+                        layer_norm_row_backward(
+                            a.hidden, s, weight, Sum<T>(a, row),
+                            [&](int64_t c, int count) { return load_some(grad_out + c, count); }, unit, g,
+                            grad_weight, grad_bias, sink);
+                    }
+                }
             }
-        }
-    });
+        });
     void* const to[2] = {a.grad_weight, a.grad_bias};
     reduce_chunks<T>(partial, chunks.count, 2, a.hidden, to);
 
@@ -173,14 +213,18 @@ void backward(const EmbeddingLayerNormArgs& a) {
             const int64_t column = within % column_blocks[t] * kBlockColumns;
             const int64_t left = a.hidden - column;
             table_block<T>(a, t, first, end, column,
-                           column_blocks[t] == 1 ? a.hidden : left < kBlockColumns ? left : kBlockColumns);
+                           column_blocks[t] == 1  ? a.hidden
+                           : left < kBlockColumns ? left
+                                                  : kBlockColumns);
         }
     });
 }
 
 }  // namespace
 
-void embedding_layer_norm_forward(const EmbeddingLayerNormArgs& a) { a.bf16 ? forward<bf16>(a) : forward<float>(a); }
+void embedding_layer_norm_forward(const EmbeddingLayerNormArgs& a) {
+    a.bf16 ? forward<bf16>(a) : forward<float>(a);
+}
 
 void embedding_layer_norm_backward(const EmbeddingLayerNormArgs& a) {
     a.bf16 ? backward<bf16>(a) : backward<float>(a);

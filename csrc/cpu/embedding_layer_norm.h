@@ -24,8 +24,8 @@ struct EmbeddingLayerNormArgs {
     float* rstd;  // [rows]
 
     const void* grad_out;  // [rows, hidden]; backward
-    // Tokens grouped by id: tokens order[t][start[t][i] .. start[t][i + 1]) of table t, ascending, hold its i-th
-    // smallest id, unique[t][i].
+    // Tokens grouped by id: tokens order[t][start[t][i] .. start[t][i + 1]) of table t, ascending, hold its
+    // i-th smallest id, unique[t][i].
     const int32_t* order[kTables];
     const int32_t* start[kTables];
     const int32_t* unique[kTables];

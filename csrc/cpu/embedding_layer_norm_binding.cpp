@@ -1,14 +1,14 @@
-#include "csrc/cpu/embedding_layer_norm.h"
-
 #include <vector>
 
+#include "csrc/cpu/embedding_layer_norm.h"
 #include "csrc/cpu/tensor_checks.h"
 
 namespace rk::cpu {
 namespace {
 
 constexpr const char* kIdNames[kTables] = {"input_ids", "position_ids", "token_type_ids"};
-constexpr const char* kTableNames[kTables] = {"word_embeddings", "position_embeddings", "token_type_embeddings"};
+constexpr const char* kTableNames[kTables] = {"word_embeddings", "position_embeddings",
+                                              "token_type_embeddings"};
 
 // Checked inputs; contiguous copies, where they were needed, live here.
 struct Inputs {
@@ -43,8 +43,8 @@ Inputs check(const char* op, const Tensor* const (&ids)[kTables], const Tensor* 
         in.args.table[t] = in.tables[t].const_data_ptr();
         for (int64_t i = 0; i < a.rows; ++i) {
             const int64_t id = in.args.ids[t][i];
-            STD_TORCH_CHECK(id >= 0 && id < a.table_rows[t], "index out of range in self: ", kIdNames[t], "[", i,
-                                  "] = ", id, ", but ", kTableNames[t], " has ", a.table_rows[t], " rows");
+            STD_TORCH_CHECK(id >= 0 && id < a.table_rows[t], "index out of range in self: ", kIdNames[t], "[",
+                            i, "] = ", id, ", but ", kTableNames[t], " has ", a.table_rows[t], " rows");
         }
     }
     in.args.weight = in.weight.const_data_ptr();
@@ -53,10 +53,11 @@ Inputs check(const char* op, const Tensor* const (&ids)[kTables], const Tensor* 
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input_ids, const Tensor& position_ids,
                                            const Tensor& token_type_ids, const Tensor& word_embeddings,
-                                           const Tensor& position_embeddings, const Tensor& token_type_embeddings,
-                                           const Tensor& weight, const Tensor& bias, double eps,
-                                           int64_t /*word_padding_idx*/, int64_t /*position_padding_idx*/,
-                                           double dropout_p, const std::optional<Tensor>& seed) {
+                                           const Tensor& position_embeddings,
+                                           const Tensor& token_type_embeddings, const Tensor& weight,
+                                           const Tensor& bias, double eps, int64_t /*word_padding_idx*/,
+                                           int64_t /*position_padding_idx*/, double dropout_p,
+                                           const std::optional<Tensor>& seed) {
     const char* op = "embedding_layer_norm";
     Inputs in = check(op, {&input_ids, &position_ids, &token_type_ids},
                       {&word_embeddings, &position_embeddings, &token_type_embeddings}, weight);
@@ -112,7 +113,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     constexpr int64_t kIntMax = 2147483647;
     STD_TORCH_CHECK(a.rows < kIntMax, op, ": at most 2**31 - 2 tokens");
     for (int t = 0; t < kTables; ++t)
-        STD_TORCH_CHECK(a.table_rows[t] <= kIntMax, op, ": ", kTableNames[t], " may have at most 2**31 - 1 rows");
+        STD_TORCH_CHECK(a.table_rows[t] <= kIntMax, op, ": ", kTableNames[t],
+                        " may have at most 2**31 - 1 rows");
     check_matrix(op, grad_out, "grad_out", in.dtype, a.rows, a.hidden);
     check_vector(op, mean, "mean", ScalarType::Float, a.rows);
     check_vector(op, rstd, "rstd", ScalarType::Float, a.rows);
@@ -143,8 +145,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     a.grad_weight = grad_weight.mutable_data_ptr();
     a.grad_bias = grad_bias.mutable_data_ptr();
     RK_DISPATCH(embedding_layer_norm_backward, a);
-    return {std::move(grad_tables[0]), std::move(grad_tables[1]), std::move(grad_tables[2]), std::move(grad_weight),
-            std::move(grad_bias)};
+    return {std::move(grad_tables[0]), std::move(grad_tables[1]), std::move(grad_tables[2]),
+            std::move(grad_weight), std::move(grad_bias)};
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
-// Layer normalisation (Ba et al. 2016) of one row that is in L1 as float32, and the fixed-order reduction of what
-// its backward sums over rows: shared by add_layer_norm and embedding_layer_norm, which differ in how a row comes to
-// be.
+// Layer normalisation (Ba et al. 2016) of one row that is in L1 as float32, and the fixed-order reduction of
+// what its backward sums over rows: shared by add_layer_norm and embedding_layer_norm, which differ in how a
+// row comes to be.
 #pragma once
 #include "csrc/cpu/dispatch.h"
 #include "csrc/cpu/scratch.h"
@@ -71,39 +71,40 @@ RK_INLINE RowStatistics row_statistics(const float* row, int64_t columns, float 
 }
 
 template <class T>
-RK_INLINE vf32 normalised(const float* row, RowStatistics s, const T* weight, const T* bias, int64_t c, int count) {
+RK_INLINE vf32 normalised(const float* row, RowStatistics s, const T* weight, const T* bias, int64_t c,
+                          int count) {
     const vf32 unit = (load_some(row + c, count) - s.mean) * s.rstd;
     return fma(unit, load_some(weight + c, count), load_some(bias + c, count));
 }
 
-// row: the normalised input, becomes its gradient; grad: the gradient of the output, is overwritten. Adds to
-// grad_weight and grad_bias.
-template <class T>
-RK_INLINE void layer_norm_row_backward(float* row, float* grad, RowStatistics s, const T* weight, int64_t columns,
-                                       float* grad_weight, float* grad_bias) {
-    vf32 sum_g[2] = {}, sum_gx[2] = {};
-    int chain = 0;
+// row(column, count) and grad(column, count) give the normalised row's input and its output's gradient, each
+// once; sink(column, count, value) takes the input's gradient. unit and g: scratch rows. Adds to grad_weight
+// and grad_bias.
+template <class T, class Row, class Grad, class Sink>
+RK_INLINE void layer_norm_row_backward(int64_t columns, RowStatistics s, const T* weight, const Row& row,
+                                       const Grad& grad, float* unit, float* g, float* grad_weight,
+                                       float* grad_bias, const Sink& sink) {
+    vf32 sum_g{}, sum_gx{};
     for_vectors(columns, [&](int64_t c, int count) {
-        const vf32 x = (load_some(row + c, count) - s.mean) * s.rstd, dy = load_some(grad + c, count);
-        const vf32 g = dy * load_some(weight + c, count);
+        const vf32 x = (row(c, count) - s.mean) * s.rstd, dy = grad(c, count);
+        const vf32 dx = dy * load_some(weight + c, count);
         store_some(grad_weight + c, fma(dy, x, load_some(grad_weight + c, count)), count);
         store_some(grad_bias + c, dy + load_some(grad_bias + c, count), count);
-        sum_g[chain] += g;  // zero beyond count, as the weight is there
-        sum_gx[chain] = fma(g, x, sum_gx[chain]);
-        chain ^= 1;
-        store_some(row + c, x, count);
-        store_some(grad + c, g, count);
+        sum_g += dx;  // zero beyond count, as the weight is there
+        sum_gx = fma(dx, x, sum_gx);
+        store_some(unit + c, x, count);
+        store_some(g + c, dx, count);
     });
     const float n = static_cast<float>(columns);
-    const vf32 mean_g = set1(hsum(sum_g[0] + sum_g[1]) / n), mean_gx = set1(hsum(sum_gx[0] + sum_gx[1]) / n);
+    const vf32 mean_g = set1(hsum(sum_g) / n), mean_gx = set1(hsum(sum_gx) / n);
     for_vectors(columns, [&](int64_t c, int count) {
-        const vf32 centred = load_some(grad + c, count) - mean_g;
-        store_some(row + c, (centred - load_some(row + c, count) * mean_gx) * s.rstd, count);
+        const vf32 centred = load_some(g + c, count) - mean_g;
+        sink(c, count, (centred - load_some(unit + c, count) * mean_gx) * s.rstd);
     });
 }
 
-// Rows are summed in chunks that depend on their number alone, then chunk by chunk: the same bits for any number of
-// threads.
+// Rows are summed in chunks that depend on their number alone, then chunk by chunk: the same bits for any
+// number of threads.
 struct RowChunks {
     int64_t rows, chunk_rows, count;
 
@@ -113,7 +114,9 @@ struct RowChunks {
         count = (n + chunk_rows - 1) / chunk_rows;
     }
     int64_t begin(int64_t chunk) const { return chunk * chunk_rows; }
-    int64_t end(int64_t chunk) const { return (chunk + 1) * chunk_rows < rows ? (chunk + 1) * chunk_rows : rows; }
+    int64_t end(int64_t chunk) const {
+        return (chunk + 1) * chunk_rows < rows ? (chunk + 1) * chunk_rows : rows;
+    }
 };
 
 // to[i][column] = sum over chunks of partial[chunk][i][column], i < sums.
@@ -129,7 +132,8 @@ void reduce_chunks(const float* partial, int64_t chunks, int sums, int64_t colum
             for (int64_t chunk = 0; chunk < chunks; ++chunk) {
                 const float* p = partial + (chunk * sums + i) * columns + first;
                 for (int64_t c = 0; c < width; c += kLanes)
-                    sum[c / kLanes] += load_some(p + c, width - c < kLanes ? static_cast<int>(width - c) : kLanes);
+                    sum[c / kLanes] +=
+                        load_some(p + c, width - c < kLanes ? static_cast<int>(width - c) : kLanes);
             }
             for (int64_t c = 0; c < width; c += kLanes)
                 store_some(static_cast<T*>(to[i]) + first + c, sum[c / kLanes],
@@ -139,6 +143,8 @@ void reduce_chunks(const float* partial, int64_t chunks, int sums, int64_t colum
 }
 
 // Rows below which a second thread does not pay.
-RK_INLINE int64_t row_grain(int64_t columns) { return 1 + 24576 / (columns + 1); }
+RK_INLINE int64_t row_grain(int64_t columns) {
+    return 1 + 24576 / (columns + 1);
+}
 
 }  // namespace rk::cpu::RK_CPU_ISA

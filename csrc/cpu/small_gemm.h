@@ -1,7 +1,7 @@
-// The matrix products inside attention: small enough that both operands are in cache, so nothing is packed beyond
-// what the caller did. C[rows, columns] = A B with rows of B and C in whole vectors; an element of A is broadcast.
-// A tile of C stays in registers over the whole depth: with 32 registers 6 x 4, 8 x 3 or 12 x 2 vectors (24
-// accumulators, so 24 multiply-adds for 10 to 14 loads), with 16 registers 4 x 3 or 6 x 2.
+// The matrix products inside attention: small enough that both operands are in cache, so nothing is packed
+// beyond what the caller did. C[rows, columns] = A B with rows of B and C in whole vectors; an element of A
+// is broadcast. A tile of C stays in registers over the whole depth: with 32 registers 6 x 4, 8 x 3 or 12 x 2
+// vectors (24 accumulators, so 24 multiply-adds for 10 to 14 loads), with 16 registers 4 x 3 or 6 x 2.
 #pragma once
 #include "csrc/cpu/simd.h"
 
@@ -15,6 +15,8 @@ constexpr int kTileRegisters = 12;
 constexpr int kMaxTileVectors = 3;
 #endif
 constexpr int kMaxTileRows = 12;
+
+#define RK_LAMBDA_INLINE __attribute__((always_inline))
 
 // C starts as zero, as itself, or as itself with row r multiplied by row_scale[r].
 enum class Start { zero, accumulate, scale };
@@ -58,21 +60,23 @@ void gemm_tile(const SmallGemm& g, const float* a, const float* b, float* c, con
 #pragma GCC unroll 8
         for (int i = 0; i < kPointers; ++i) third[i] += kTransposedA ? lda : 1;
     }
+    const auto for_tile = [&](const auto& f) RK_LAMBDA_INLINE {
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r)
+        for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-        for (int n = 0; n < kVectors; ++n) {
-            float* to = c + r * ldc + n * kLanes;
-            if (g.start == Start::accumulate) sum[r][n] += load(to);
-            if (g.start == Start::scale) sum[r][n] = fma(load(to), set1(row_scale[r]), sum[r][n]);
-            store(to, sum[r][n]);
-        }
+            for (int n = 0; n < kVectors; ++n) f(r, n, c + r * ldc + n * kLanes);
+    };
+    if (g.start == Start::accumulate)
+        for_tile([&](int r, int n, float* to) RK_LAMBDA_INLINE { sum[r][n] += load(to); });
+    if (g.start == Start::scale)
+        for_tile([&](int r, int n, float* to)
+                     RK_LAMBDA_INLINE { sum[r][n] = fma(load(to), set1(row_scale[r]), sum[r][n]); });
+    for_tile([&](int r, int n, float* to) RK_LAMBDA_INLINE { store(to, sum[r][n]); });
 }
 
 template <bool kTransposedA, int kVectors>
 void gemm_columns(const SmallGemm& g, int64_t rows, int64_t column) {
-    constexpr int kMost =
-        kTileRegisters / kVectors < kMaxTileRows ? kTileRegisters / kVectors : kMaxTileRows;
+    constexpr int kMost = kTileRegisters / kVectors < kMaxTileRows ? kTileRegisters / kVectors : kMaxTileRows;
     const int64_t tiles = (rows + kMost - 1) / kMost;
     const float* b = g.b + column;
     for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -80,9 +84,9 @@ void gemm_columns(const SmallGemm& g, int64_t rows, int64_t column) {
         const float* a = g.a + (kTransposedA ? r0 : r0 * g.lda);
         float* c = g.c + r0 * g.ldc + column;
         const float* row_scale = g.row_scale + r0;
-#define RK_TILE(n)                                                                          \
-    case n:                                                                                 \
-        gemm_tile<kTransposedA, (n <= kMost ? n : 1), kVectors>(g, a, b, c, row_scale);     \
+#define RK_TILE(n)                                                                      \
+    case n:                                                                             \
+        gemm_tile<kTransposedA, (n <= kMost ? n : 1), kVectors>(g, a, b, c, row_scale); \
         break;
         switch (r1 - r0) {
             RK_TILE(1)
@@ -113,10 +117,18 @@ void small_gemm(const SmallGemm& g, int64_t rows, int64_t columns) {
         else
             vectors = left == 3 ? 3 : left >= 2 ? 2 : 1;
         switch (vectors) {
-            case 1: gemm_columns<kTransposedA, 1>(g, rows, column); break;
-            case 2: gemm_columns<kTransposedA, 2>(g, rows, column); break;
-            case 3: gemm_columns<kTransposedA, 3>(g, rows, column); break;
-            case 4: gemm_columns<kTransposedA, (kMaxTileVectors == 4 ? 4 : 1)>(g, rows, column); break;
+            case 1:
+                gemm_columns<kTransposedA, 1>(g, rows, column);
+                break;
+            case 2:
+                gemm_columns<kTransposedA, 2>(g, rows, column);
+                break;
+            case 3:
+                gemm_columns<kTransposedA, 3>(g, rows, column);
+                break;
+            case 4:
+                gemm_columns<kTransposedA, (kMaxTileVectors == 4 ? 4 : 1)>(g, rows, column);
+                break;
         }
         column += vectors * kLanes;
         left -= vectors;

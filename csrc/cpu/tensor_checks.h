@@ -1,4 +1,5 @@
-// What the row bindings share: checks that name the argument at fault, and allocation. For *_binding.cpp only: it includes torch's stable headers.
+// What the row bindings share: checks that name the argument at fault, and allocation. For *_binding.cpp
+// only: it includes torch's stable headers.
 #pragma once
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
@@ -27,12 +28,14 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
                          : dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
                                                          : aoti_torch_dtype_int64();
     AtenTensorHandle handle;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
-                                                    code, aoti_torch_device_type_cpu(), 0, &handle));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
+                                                    strides, code, aoti_torch_device_type_cpu(), 0, &handle));
     return Tensor(handle);
 }
 
-inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+inline Tensor as_contiguous(const Tensor& t) {
+    return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
 
 // float32 or bfloat16, by the first tensor; returns true for bfloat16.
 inline bool check_dtype(const char* op, const Tensor& first, const char* name) {
