@@ -11,8 +11,8 @@
 // memory once and its packed form never leaves the core.
 //
 // Dot path (few rows; both operands contiguous along K). Packing a weight costs about as much as multiplying
-// it with ten rows. So below that, rows of A meet rows of the weight directly: accumulators are vectors along
-// K, summed across at the end. The weight is read once, straight.
+// it with ten rows. So up to kFewRows, rows of A meet rows of the weight directly: accumulators are vectors
+// along K, summed across at the end. The weight is read once, straight.
 //
 // Every kChunk steps along K the accumulators are added to the tile and start again from zero: the error of a
 // sum of K terms then grows as that of a blocked sum, not as that of a serial one.
@@ -44,7 +44,7 @@ constexpr int kVectors = kColumns / kLanes;
 constexpr int64_t kChunk = 384;             // words along K between two additions to the tile
 constexpr int64_t kDepth = 768;             // words along K of a packed block of B
 constexpr int64_t kBlockWords = 96 * 1024;  // and all of its words: 384 KB
-constexpr int64_t kWordsAtOnce = 4 << 20;   // of A, packed together (and at most 1024 rows): 16 MB
+constexpr int64_t kWordsAtOnce = 2 << 20;   // of A, packed together (and at most 1024 rows): 8 MB
 static_assert(kRows <= kLanes, "an A panel is packed by one transposition");
 
 #if defined(RK_CPU_ISA_AVX512_BF16)
@@ -85,6 +85,11 @@ struct Scratch {
     }
     ~Scratch() { free(data); }
 };
+enum class Use { column_block, left_operand, activation, sums };
+inline Scratch& thread_scratch(Use use) {
+    static thread_local Scratch scratch[4];
+    return scratch[int(use)];
+}
 
 RK_INLINE int64_t ceil_div(int64_t a, int64_t b) {
     return (a + b - 1) / b;
@@ -276,6 +281,7 @@ RK_INLINE void multiply_tile_of(int height, int64_t k_words, const float* a, con
 template <class T, class Epilogue>
 inline void multiply_packed(const RowPanels& panels, const float* packed_a, const Matrix<T>& bt,
                             const Epilogue& epilogue) {
+    if (bt.rows == 0) return;
     const int64_t k_words = panels.k_words;
     const int64_t k_blocks = max64(1, ceil_div(k_words, kDepth));
     const int64_t depth = ceil_div(ceil_div(k_words, k_blocks), kChunk) * kChunk;  // words along K of a block
@@ -289,7 +295,6 @@ inline void multiply_packed(const RowPanels& panels, const float* packed_a, cons
     const int64_t tiles = k_blocks == 1 ? 1 : ceil_div(panels.count, row_blocks) * block;
     int64_t next = 0;
     parallel_for(0, min64(threads, blocks * row_blocks), 1, [&](int64_t, int64_t) {
-        static thread_local Scratch scratch;
         constexpr int64_t kTile = kRows * kColumns;
         float* const packed_b = scratch.words(block * kColumns * min64(depth, k_words) + tiles * kTile);
         float* const c = packed_b + block * kColumns * min64(depth, k_words);
@@ -336,12 +341,11 @@ RK_INLINE int64_t rows_at_once(int64_t k_size) {
 // C = A B; bt is B transposed, [N, K].
 template <class T, class Epilogue>
 inline void multiply(const Matrix<T>& a, const Matrix<T>& bt, const Epilogue& epilogue) {
-    static thread_local Scratch scratch;
     const int64_t step = rows_at_once<T>(a.columns);
     for (int64_t first = 0; first < a.rows; first += step) {
         const int64_t rows = min64(step, a.rows - first);
         const RowPanels panels(rows, words_of<T>(a.columns));
-        float* packed_a = scratch.words(rows * panels.k_words);
+        float* packed_a = thread_scratch(Use::left_operand).words(rows * panels.k_words);
         pack_a(a.some_rows(first, rows), panels, packed_a);
         multiply_packed(panels, packed_a, bt,
                         [&](int64_t row, int64_t column, int height, int width, const float* tile) {
@@ -359,6 +363,17 @@ constexpr int kDotRows = 3, kDotColumns = 4;
 #else
 constexpr int kDotRows = 2, kDotColumns = 4;
 #endif
+
+// Up to this many rows the dot path is the faster one. Dot against packed, GFLOP/s on one Zen 4 core, K = 768
+// (3072): AVX-512 float32 58 (51) against 32 (23) at 4 rows, 68 (82) against 67 (59) at 16, 79 (88) against
+// 79 (75) at 32; AVX2 48 (55) against 37 (35), 75 (77) against 72 (69), 66 (78) against 66 (77). bfloat16 by
+// vdpbf16ps 174 (179) against 79 (80), 180 (184) against 150 (144), 159 (207) against 162 (180); converted to
+// float32, which the dot path does over again for every few rows, 31 (33) against 29 (30) at 4 rows and 35
+// (37) against 41 (46) at 8.
+template <class T>
+constexpr int64_t kFewRows = sizeof(T) == 2 && kPerWord<T> == 1 ? 4
+                             : kLanes == 16                     ? 24
+                                                                : 16;
 
 // tile[i][j] = sum over k of a[i][k] b[j][k]
 template <class T, int kHeight>
