@@ -134,14 +134,9 @@ def _roofline(found: list[Row], results: dict[str, Any], dtype: str, path: Path)
         ridge = compute / bandwidth
         label = f"copy, {name}: {bandwidth / 1e9:.3g} GB/s"
         axis.plot([left, ridge], [left * bandwidth, compute], style, color="black", linewidth=1.3, label=label)
-    axis.plot([compute / max(memory, cached), right], [compute, compute], color="black", linewidth=1.3)
-    axis.annotate(
-        f"torch.mm {operations(compute)}",
-        (right, compute),
-        xytext=(-4, 5),
-        textcoords="offset points",
-        ha="right",
-        fontsize=8,
+    label = f"torch.mm: {operations(compute)}"
+    axis.plot(
+        [compute / max(memory, cached), right], [compute, compute], "-.", color="black", linewidth=1.3, label=label
     )
     for row in shown:
         colour = colours.get(row["contender"], "#666666")
