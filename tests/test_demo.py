@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 
@@ -75,11 +76,13 @@ def test_batches_are_the_same_from_the_same_seed(tokenizer):
     assert not all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(one, other, strict=True))
 
 
-def test_as_many_batches_as_fit():
-    assert throughput._as_many_as_fit([1.0] * 10, 100.0) == list(range(10))
-    chosen = throughput._as_many_as_fit([1.0] * 100, 5.0)
-    assert chosen == [0, 20, 40, 60, 80]
-    assert len(throughput._as_many_as_fit([9.0] * 100, 5.0)) == 2
+def test_every_beginning_of_the_order_is_spread_evenly():
+    assert sorted(throughput.spread(457)) == list(range(457))
+    assert throughput.spread(1) == [0]
+    for count in (4, 10, 40):
+        some = sorted(throughput.spread(457)[:count])
+        gaps = [b - a for a, b in itertools.pairwise(some)]
+        assert max(gaps) < 3 * 457 / count
 
 
 def test_smoothing_starts_at_the_first_value():
@@ -96,7 +99,7 @@ def test_quick_demo_from_end_to_end(tmp_path):
         assert data.startswith(b"\x89PNG")
         assert len(data) > 10_000
     embedding, trained = summary["embedding"], summary["training"]
-    assert len(embedding["each"]) == embedding["batches"] >= 2
+    assert len(embedding["each"]) == embedding["batches"] >= throughput.FEWEST_BATCHES
     assert embedding["real_tokens"] == sum(batch["real"] for batch in embedding["each"])
     assert 0 < embedding["padding"] < 1
     assert all(comparison["holds"] for comparison in embedding["three_way"])

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 from roberta_kernels import tolerance
 from roberta_kernels.patching import PatchReport, patch
 
 EXACT_BATCHES = 2  # so many also run in float64
+FEWEST_BATCHES = 4  # whatever the time they take
 
 
 @dataclass
@@ -74,51 +75,53 @@ class Throughput:
 def measure(
     model: Any, encoded: list[list[int]], *, pad: int, batch_size: int, budget: float, console: Console
 ) -> Throughput:
-    """Times model and its patched copy on batches spread evenly over `encoded`, as many as `budget` seconds allow."""
+    """Times model and its patched copy on batches spread evenly over `encoded`, for `budget` seconds."""
     model.eval()
     device = model.device
     fast = copy.deepcopy(model)
     report = patch(fast)
     chunks = [encoded[i : i + batch_size] for i in range(0, len(encoded), batch_size)]
     chunks = [chunk for chunk in chunks if len(chunk) == batch_size] or chunks
-    sizes = [BatchTime(len(chunk) * max(map(len, chunk)), sum(map(len, chunk))) for chunk in chunks]
-
-    # Two ordinary batches tell how fast this machine is; the first is for warming up.
-    by_cost = sorted(range(len(chunks)), key=lambda i: sizes[i].padded)
-    probe = BatchTime(0, 0)
-    for i in (by_cost[len(chunks) // 3], by_cost[len(chunks) // 2]):
-        batch = collate(chunks[i], pad, device)
-        probe = BatchTime(sizes[i].padded, sizes[i].real, timed(model, batch)[0], timed(fast, batch)[0])
-    costs = [s.padded * probe.original / probe.padded + s.real * probe.patched / probe.real for s in sizes]
-    chosen = _as_many_as_fit(costs, budget)
-    exact_for = set(sorted(chosen, key=lambda i: sizes[i].padded)[:EXACT_BATCHES])
+    order = spread(len(chunks))
+    warming_up = collate(
+        min((chunks[i] for i in order[:FEWEST_BATCHES]), key=lambda rows: max(map(len, rows))), pad, device
+    )
+    for runner in (model, fast):
+        timed(runner, warming_up)
 
     times: list[BatchTime] = []
-    kept: list[tuple[dict[str, Tensor], Tensor, Tensor]] = []
+    kept: list[tuple[int, dict[str, Tensor], Tensor, Tensor]] = []  # the smallest batches, for the float64 model
     difference = 0.0
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[rate]}"), console=console) as progress:
-        task = progress.add_task("embedding", total=len(chosen), rate="")
-        for turn, i in enumerate(chosen):
+    columns = ("{task.description}", BarColumn(24), TimeElapsedColumn(), TextColumn("{task.fields[rate]}"))
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("embedding", total=budget, rate="")
+        begin = time.perf_counter()
+        for turn, i in enumerate(order):
+            if turn >= FEWEST_BATCHES and time.perf_counter() - begin >= budget:
+                break
             batch = collate(chunks[i], pad, device)
             seconds, outputs = {}, {}
             # Who goes first changes every batch: what one leaves in caches and clocks, the other inherits in turn.
             for name, runner in (("original", model), ("patched", fast))[:: 1 if turn % 2 == 0 else -1]:
                 time.sleep(0.02)  # worker threads spin for a while after a call
                 seconds[name], outputs[name] = timed(runner, batch)
-            times.append(BatchTime(sizes[i].padded, sizes[i].real, seconds["original"], seconds["patched"]))
             real = batch["attention_mask"].bool()
+            times.append(BatchTime(real.numel(), int(real.sum()), seconds["original"], seconds["patched"]))
             ours, theirs = outputs["patched"][real], outputs["original"][real]
             difference = max(difference, float((ours.double() - theirs.double()).abs().max()))
-            if i in exact_for:
-                kept.append((batch, ours, theirs))
+            kept = sorted([*kept, (real.numel(), batch, ours, theirs)], key=lambda item: item[0])[:EXACT_BATCHES]
             so_far = Throughput(times, 0, 0.0, [], report)
-            rates = (so_far.real / so_far.original_seconds, so_far.real / so_far.patched_seconds)
-            progress.update(task, advance=1, rate="{:,.0f} against {:,.0f} tokens/s".format(*reversed(rates)))
+            progress.update(
+                task,
+                completed=min(budget, time.perf_counter() - begin),
+                rate=f"{len(times)} batches, {so_far.real / so_far.patched_seconds:,.0f} tokens/s "
+                f"against {so_far.real / so_far.original_seconds:,.0f}",
+            )
+        progress.update(task, completed=budget)
 
     exact_model = copy.deepcopy(model).double()
     comparisons = []
-    for number, (batch, ours, theirs) in enumerate(kept):
+    for number, (_, batch, ours, theirs) in enumerate(kept):
         exact = timed(exact_model, batch)[1][batch["attention_mask"].bool()]
         comparisons.append(tolerance.compare(ours, theirs, exact, name=f"batch {number}"))
     return Throughput(
@@ -132,13 +135,11 @@ def measure(
     )
 
 
-def _as_many_as_fit(costs: list[float], budget: float) -> list[int]:
-    """Indices spread evenly, the most whose cost is within the budget; two at least, so that both go first once."""
-    for count in range(len(costs), 2, -1):
-        chosen = [i * len(costs) // count for i in range(count)]
-        if sum(costs[i] for i in chosen) <= budget:
-            return chosen
-    return sorted({0, len(costs) // 2})
+def spread(count: int) -> list[int]:
+    """All of range(count), in an order of which every beginning is spread evenly: steps of the golden ratio."""
+    places = ((k * 0.6180339887498949) % 1.0 for k in range(8 * count))
+    order = list(dict.fromkeys(int(place * count) for place in places))
+    return order + sorted(set(range(count)) - set(order))
 
 
 def collate(rows: list[list[int]], pad: int, device: torch.device) -> dict[str, Tensor]:

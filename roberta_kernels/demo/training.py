@@ -176,7 +176,7 @@ def train(
     seconds = 0.0
     for model in models.values():
         student = Student(copy.deepcopy(model), 10)
-        student.step(rehearsal[0])
+        student.step(rehearsal[0])  # warming up
         student.seconds = 0.0
         for batch in rehearsal[1:]:
             student.step(batch)
@@ -186,7 +186,7 @@ def train(
     students = {name: Student(model, steps) for name, model in models.items()}
     made = batches(training_rows, tokenizer, steps, seed)
     padding = 1 - sum(int(b["attention_mask"].sum()) for b in made) / sum(b["input_ids"].numel() for b in made)
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = ("{task.description}", BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.fields[loss]}"), console=console) as progress:
         task = progress.add_task("training ", total=steps, loss="")
         for i, batch in enumerate(made):
