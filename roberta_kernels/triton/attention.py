@@ -34,7 +34,7 @@ from roberta_kernels.triton.philox import keep_mask, keep_mask_transposed, keep_
 
 LOG2E = tl.constexpr(1.0 / math.log(2.0))
 LN2 = tl.constexpr(math.log(2.0))
-_DELTA_ROWS = 64
+_DELTA_ROWS = 32
 
 
 @triton.jit
@@ -599,7 +599,7 @@ _Config = tuple[int, int, int, int]
 def forward_config(block_d: int, dtype: torch.dtype, asynchronous: bool, short: bool, dropout: bool) -> _Config:
     """Tiles of the forward kernel."""
     if dtype == torch.float32:
-        return (32, 32, 8, 1) if block_d > 64 else (64, 32, 8, 2)
+        return (32, 16, 8, 2) if block_d > 64 else (64, 32, 8, 2)
     if block_d > 64:
         return (128, 64, 8, 3) if asynchronous else (128, 32, 8, 3)
     if short:
@@ -612,20 +612,20 @@ def forward_config(block_d: int, dtype: torch.dtype, asynchronous: bool, short: 
 def grad_kv_config(block_d: int, dtype: torch.dtype, asynchronous: bool, short: bool, dropout: bool) -> _Config:
     """Tiles of the kernel for dk and dv."""
     if dtype == torch.float32:
-        return (16, 32, 4, 1) if block_d > 64 else (32, 32, 8, 1)
+        return (16, 32, 8, 1) if block_d > 64 else (32, 32, 8, 1)
     if block_d > 64:
         return (32, 64, 8, 2) if asynchronous and dropout else (64, 64, 8, 2)
     if short:
-        return (32, 64, 4, 2) if asynchronous else (32, 64, 4, 1)
-    return (64, 128, 8, 2) if asynchronous else (32, 128, 8, 1)
+        return 32, 64, 4, 2
+    return (64, 128, 8, 2) if asynchronous else (32, 128, 8, 2)
 
 
 def grad_q_config(block_d: int, dtype: torch.dtype, asynchronous: bool, short: bool) -> _Config:
     """Tiles of the kernel for dq."""
     if dtype == torch.float32:
-        return (32, 16, 4, 1) if block_d > 64 else (64, 32, 8, 1)
+        return (32, 16, 4, 1) if block_d > 64 else (32, 16, 8, 2)
     if block_d > 64:
-        return (128, 64, 8, 2) if asynchronous else (64, 64, 8, 2)
+        return (128, 64, 8, 3) if asynchronous else (64, 64, 8, 2)
     if short:
         return (64, 64, 4, 2) if asynchronous else (64, 64, 8, 2)
     return (128, 64, 8, 2) if asynchronous else (128, 32, 8, 2)
