@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import activations
 
-from roberta_kernels import ops
+from roberta_kernels import backends, ops
 from roberta_kernels.ops.attention import supported_head_dim
 from roberta_kernels.packing import Sequences
 
@@ -75,8 +75,8 @@ def foreign_hooks(module: Any) -> bool:
     """Whether something would notice that this module's own call is skipped: a hook, or a forward bound to the
     instance.
 
-    The hooks that transformers leaves behind to record hidden states and attentions do not count: models.py handles
-    these outputs itself.
+    Two of transformers' own do not count. Those that record hidden states and attentions: models.py handles these
+    outputs itself. That of enable_input_require_grads, which gradient checkpointing sets: `embed` does what it does.
     """
     if (
         module._backward_hooks
@@ -87,15 +87,25 @@ def foreign_hooks(module: Any) -> bool:
         return True
     if not module._forward_hooks:
         return False
-    return any(
-        getattr(hook, "__module__", None) != "transformers.utils.output_capturing"
-        for hook in module._forward_hooks.values()
-    )
+    return not all(_own_hook(hook) for hook in module._forward_hooks.values())
+
+
+def _own_hook(hook: Any) -> bool:
+    return getattr(hook, "__module__", None) == "transformers.utils.output_capturing" or _input_grads_hook(hook)
+
+
+def _input_grads_hook(hook: Any) -> bool:
+    """PreTrainedModel.enable_input_require_grads' hook on the word embeddings: what they give shall require grad."""
+    name = getattr(hook, "__qualname__", "")
+    return name.endswith("enable_input_require_grads.<locals>.make_inputs_require_grads")
 
 
 def _plain(tensor: Any) -> bool:
     """An ordinary weight: not quantised, not distributed, not on the meta device."""
-    return type(tensor) in (nn.Parameter, Tensor) and tensor.device.type != "meta"
+    if type(tensor) not in (nn.Parameter, Tensor):
+        # torch.export puts fake tensors in the place of weights.
+        return torch.compiler.is_exporting() and type(tensor).__module__.startswith("torch._subclasses.")
+    return tensor.device.type != "meta"
 
 
 def plain_linear(module: Any) -> bool:
@@ -278,6 +288,19 @@ class FastLayer(HuggingFaceModule):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> Tensor:
+        backend = state_of(self).backend
+        if backend not in ("auto", backends.current_backend()) and not torch.compiler.is_compiling():
+            # Gradient checkpointing runs a layer again in backward, outside of its model's forward.
+            with backends.backend(backend):
+                return FastLayer.forward(
+                    self,
+                    hidden_states,
+                    attention_mask,
+                    encoder_hidden_states,
+                    encoder_attention_mask,
+                    past_key_values,
+                    **kwargs,
+                )
         if type(attention_mask) is not FusedMask:
             # Called with a Hugging Face mask: the model chose the original attention.
             return super().forward(
@@ -457,7 +480,7 @@ class FastEmbeddings(HuggingFaceModule):
         """`[T]` ids -> `[T, H]`."""
         word, position = self.word_embeddings, self.position_embeddings
         layer_norm, dropout_p = self.LayerNorm, dropout_of(self.dropout)
-        return ops.embedding_layer_norm(
+        hidden_states = ops.embedding_layer_norm(
             input_ids,
             position_ids,
             token_type_ids,
@@ -472,3 +495,11 @@ class FastEmbeddings(HuggingFaceModule):
             word_padding_idx=word.padding_idx,
             position_padding_idx=position.padding_idx,
         )
+        if (
+            word._forward_hooks
+            and torch.is_grad_enabled()
+            and not hidden_states.requires_grad
+            and any(_input_grads_hook(hook) for hook in word._forward_hooks.values())
+        ):
+            hidden_states.requires_grad_(True)  # frozen tables: reentrant checkpointing needs an input with a gradient
+        return hidden_states
