@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch._dynamo.testing
 from model_cases import Case, assert_promise, batch_for, batches_for, build, exact_copy, patched, run
 
 import roberta_kernels as rk
