@@ -60,19 +60,25 @@ def check_dropout(dropout_p: float, seed: Tensor | None, like: Tensor) -> None:
         check_device("seed", seed, like)
 
 
+_functions: dict[Any, type[torch.autograd.Function]] = {}  # *_forward op -> the same as an autograd function
+
+
 def call(op: Callable[..., Any], *args: Any) -> Any:
-    """Runs a `*_forward` op. Where nothing can need a gradient, autograd's part of the call (some 15 us) is left
-    out.
+    """Runs a `*_forward` op by the cheapest way that is right for the call.
+
+    Traced, or inside a torch.func transform: the plain op, with the formula that torch.library has of it. Else,
+    where a gradient is needed, as an autograd function (some 30 us cheaper than torch.library's way to the same
+    formula); where none is, without autograd.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
         return op(*args)
     # torch would take the derivative of an op without a forward-mode formula for zero, and say nothing.
     if forward_ad._current_level >= 0 and any(
         isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None for arg in args
     ):
         raise NotImplementedError(f"{op} has no forward-mode derivative (jvp)")
-    if torch.is_grad_enabled():
-        return op(*args)
+    if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+        return _functions[op].apply(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
 
@@ -99,3 +105,17 @@ def register(
             return backward(_kernels, ctx, *grads)
 
         torch.library.register_autograd(f"{kernels.namespace}::{op}_forward", formula, setup_context=setup_context)
+        overload = getattr(kernels, f"{op}_forward")
+        _functions[overload] = _autograd_function(op, overload, setup_context, formula)
+
+
+def _autograd_function(
+    name: str, overload: Callable[..., Any], setup_context: Callable[..., None], formula: Callable[..., Any]
+) -> type[torch.autograd.Function]:
+    def forward(ctx: Any, *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = overload(*args)
+        setup_context(ctx, args, output)
+        return output
+
+    return type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(formula)})
