@@ -70,13 +70,15 @@ def call(op: Callable[..., Any], *args: Any) -> Any:
     where a gradient is needed, as an autograd function (some 30 us cheaper than torch.library's way to the same
     formula); where none is, without autograd.
     """
-    if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
+    if torch.compiler.is_compiling():
         return op(*args)
     # torch would take the derivative of an op without a forward-mode formula for zero, and say nothing.
     if forward_ad._current_level >= 0 and any(
         isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None for arg in args
     ):
         raise NotImplementedError(f"{op} has no forward-mode derivative (jvp)")
+    if torch._C._functorch.maybe_current_level() is not None:
+        return op(*args)
     if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
         return _functions[op].apply(*args)
     with torch._C._AutoDispatchBelowAutograd():
