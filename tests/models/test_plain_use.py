@@ -1,0 +1,212 @@
+"""The plainest use: a tokenizer, a sentence, a saved model; pipelines and Trainer around a patched one."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from model_cases import assert_promise, randomise
+from torch.utils.data import Dataset
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    RobertaForSequenceClassification,
+    pipeline,
+)
+
+import roberta_kernels as rk
+
+tokenizers = pytest.importorskip("tokenizers")
+
+SENTENCE = "苹果是水果"
+SENTENCES = (
+    SENTENCE,
+    "An apple is a fruit, and a fruit is not always an apple.",
+    "水果不都是苹果",
+    "Fruit flies like a banana.",
+    "x",
+    "Яблоко, pomme, τό μῆλον",
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A byte-level BPE tokenizer as RoBERTa's, and a classifier, saved as from_pretrained expects them."""
+    path = tmp_path_factory.mktemp("plain")
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    bpe.train_from_iterator(
+        SENTENCES, vocab_size=290, min_frequency=1, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    )
+    bpe.post_processor = tokenizers.processors.RobertaProcessing(
+        ("</s>", bpe.token_to_id("</s>")), ("<s>", bpe.token_to_id("<s>"))
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer,
+        bos_token="<s>",
+        cls_token="<s>",
+        eos_token="</s>",
+        sep_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        mask_token="<mask>",
+        model_max_length=64,
+    )
+    tokenizer.save_pretrained(path)
+    config = RobertaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        intermediate_size=80,
+        max_position_embeddings=66,
+        type_vocab_size=1,
+        num_labels=3,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = RobertaForSequenceClassification(config)
+    randomise(model, 5)
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def test_one_sentence_without_labels(folder, tokenizer):
+    inputs = dict(tokenizer(SENTENCE, return_tensors="pt"))
+    assert inputs["input_ids"][0, 0] == tokenizer.bos_token_id
+    assert inputs["input_ids"][0, -1] == tokenizer.eos_token_id
+    assert inputs["input_ids"].shape[1] > 3
+    original = RobertaForSequenceClassification.from_pretrained(folder)
+    ours = rk.FastRobertaForSequenceClassification.from_pretrained(folder)
+    assert_promise(ours, original, inputs)
+    with torch.no_grad():
+        got, want = ours(**inputs), original(**inputs)
+    assert got.loss is None
+    assert want.loss is None
+    assert type(got) is type(want)
+    assert got.keys() == want.keys()
+    assert got.logits.shape == (1, 3)
+
+
+def test_one_sentence_with_a_label(folder, tokenizer):
+    inputs = dict(tokenizer(SENTENCE, return_tensors="pt")) | {"labels": torch.tensor([2])}
+    original = RobertaForSequenceClassification.from_pretrained(folder)
+    ours = rk.FastRobertaForSequenceClassification.from_pretrained(folder)
+    for model in (original, ours):
+        model.train()
+    # One sentence is one draw of the rounding errors: the sentence is joined by its own beginnings.
+    batches = [
+        {name: t if name == "labels" else t[:, : t.shape[1] - cut] for name, t in inputs.items()} for cut in range(6)
+    ]
+    assert_promise(ours, original, batches, head="single_label", backward=True)
+    assert ours(**inputs).loss.requires_grad
+
+
+def test_sentences_of_many_lengths(folder, tokenizer):
+    original = AutoModelForSequenceClassification.from_pretrained(folder)
+    ours = copy.deepcopy(original)
+    report = rk.patch(ours)
+    for side in ("right", "left"):
+        inputs = dict(tokenizer(list(SENTENCES), padding=True, padding_side=side, return_tensors="pt"))
+        assert_promise(ours, original, inputs)
+        if side == "right":  # with padding on the left the classifier reads padding, in the original as here
+            with torch.no_grad():
+                alone = torch.cat([ours(**tokenizer(s, return_tensors="pt")).logits for s in SENTENCES])
+                torch.testing.assert_close(ours(**inputs).logits, alone, rtol=2e-4, atol=2e-5)
+    assert report.fallbacks() == {}
+    assert list(report.padded()) == ["a sequence does not start with a real token"]  # the left-padded batch
+    with torch.no_grad():
+        want = original(**inputs).logits
+        rk.unpatch(ours)
+        assert torch.equal(ours(**inputs).logits, want)
+
+
+def test_pipelines(folder, tokenizer):
+    original = RobertaForSequenceClassification.from_pretrained(folder)
+    ours = copy.deepcopy(original)
+    rk.patch(ours)
+    for batch_size in (1, 3):
+        want, got = (
+            pipeline("text-classification", model=model, tokenizer=tokenizer, device="cpu", top_k=None)(
+                list(SENTENCES), batch_size=batch_size
+            )
+            for model in (original, ours)
+        )
+        for row, expected in zip(got, want, strict=True):
+            assert [label["label"] for label in row] == [label["label"] for label in expected]
+            for a, b in zip(row, expected, strict=True):
+                assert a["score"] == pytest.approx(b["score"], rel=1e-4)
+    masked = RobertaForMaskedLM(original.config).eval()
+    randomise(masked, 6)
+    fast = rk.FastRobertaForMaskedLM(original.config).eval()
+    fast.load_state_dict(masked.state_dict())
+    texts = ["苹果是<mask>", "An apple is a <mask>, and a fruit is not."]
+    want, got = (
+        pipeline("fill-mask", model=model, tokenizer=tokenizer, device="cpu")(texts, batch_size=2)
+        for model in (masked, fast)
+    )
+    assert [[guess["token"] for guess in row] for row in got] == [[guess["token"] for guess in row] for row in want]
+
+
+class Sentences(Dataset):
+    def __init__(self, tokenizer):
+        self.rows = [tokenizer(sentence) for sentence in SENTENCES]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return dict(self.rows[index]) | {"labels": index % 3}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_trainer(folder, tokenizer, tmp_path, checkpointing):
+    pytest.importorskip("accelerate")
+    from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
+
+    original = RobertaForSequenceClassification.from_pretrained(folder)
+    ours = copy.deepcopy(original)
+    report = rk.patch(ours)
+    losses = []
+    for name, model in (("original", original), ("ours", ours)):
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path / name),
+            max_steps=3,
+            per_device_train_batch_size=4,
+            learning_rate=1e-3,
+            logging_steps=1,
+            report_to=[],
+            save_strategy="no",
+            use_cpu=True,
+            seed=1,
+            gradient_checkpointing=checkpointing,
+            disable_tqdm=True,
+        )
+        trainer = Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=Sentences(tokenizer),
+            data_collator=DataCollatorWithPadding(tokenizer),
+        )
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        trainer.save_model(str(tmp_path / name))
+    assert len(losses[0]) == 3
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3)
+    assert report.fallbacks() == {}
+    assert report.padded() == {}, "a right-padded batch is packed, with gradient checkpointing too"
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "ours")
+    assert type(again) is RobertaForSequenceClassification
+    for (key, got), want in zip(again.state_dict().items(), original.state_dict().values(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-2, atol=2e-3, msg=key)

@@ -1,0 +1,82 @@
+"""Properties that hold for any batch: any mask, any ids, any lengths."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from model_cases import Case, build, patched
+
+pytest.importorskip("hypothesis")
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+SMALL = {
+    "vocab_size": 30,
+    "hidden_size": 16,
+    "num_attention_heads": 1,
+    "num_hidden_layers": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 24,
+    "hidden_act": "gelu",
+}
+
+
+@functools.cache
+def models(head):
+    original = build(Case(seed=1, head=head, config=SMALL | {"pad_token_id": 1}))
+    return original, patched(original), patched(original, packed=False)
+
+
+@st.composite
+def batches(draw):
+    batch, length = draw(st.integers(1, 4)), draw(st.integers(1, 9))
+    # Any id, the padding id among them, wherever it may stand; any mask, an empty one among them.
+    ids = draw(st.lists(st.integers(0, 29), min_size=batch * length, max_size=batch * length))
+    mask = draw(st.lists(st.booleans(), min_size=batch * length, max_size=batch * length))
+    return torch.tensor(ids).view(batch, length), torch.tensor(mask).view(batch, length).long()
+
+
+@settings(max_examples=60, deadline=None)
+@given(batches())
+def test_real_positions_are_the_originals(drawn):
+    ids, mask = drawn
+    original, packed, padded = models("no_pooler")
+    with torch.no_grad():
+        want, got, also = (m(input_ids=ids, attention_mask=mask).last_hidden_state for m in (original, packed, padded))
+    real = mask.bool()
+    torch.testing.assert_close(got[real], want[real], rtol=2e-4, atol=2e-5)
+    torch.testing.assert_close(also[real], want[real], rtol=2e-4, atol=2e-5)
+    assert got.isfinite().all()
+    assert also.isfinite().all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(batches())
+def test_what_reads_the_first_position_gets_the_originals(drawn):
+    ids, mask = drawn
+    some = mask.any(1)  # of a sequence that is all padding, nothing is known
+    original, packed, padded = models("single_label")
+    with torch.no_grad():
+        want, got, also = (m(input_ids=ids, attention_mask=mask).logits[some] for m in (original, packed, padded))
+    torch.testing.assert_close(got, want, rtol=2e-4, atol=2e-5)
+    torch.testing.assert_close(also, want, rtol=2e-4, atol=2e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(batches(), st.booleans())
+def test_losses_over_positions_are_the_originals(drawn, ignore_padding):
+    ids, mask = drawn
+    labels = torch.where(mask.bool(), ids, -100) if ignore_padding else ids
+    mask[:, 0] = 1
+    for head in ("masked_lm", "token", "causal_lm"):
+        original, packed, _ = models(head)
+        wanted = labels % 3 if head == "token" else labels
+        wanted = torch.where(labels == -100, -100, wanted)
+        kwargs = {"use_cache": False} if head == "causal_lm" else {}
+        with torch.no_grad():
+            want, got = (
+                m(input_ids=ids, attention_mask=mask, labels=wanted, **kwargs).loss for m in (original, packed)
+            )
+        torch.testing.assert_close(got, want, rtol=2e-4, atol=2e-5, equal_nan=True)
