@@ -232,11 +232,17 @@ def select(tensor: Tensor) -> Kernels:
 
     Raises BackendError when the backend that was asked for cannot, or when none can.
     """
-    key = (tensor.device.type, tensor.dtype)
-    kernels = _chosen.get(key)
-    if kernels is None:
-        kernels = _chosen[key] = _choose(*key)
-    return kernels
+    kernels = _chosen.get((tensor.device.type, tensor.dtype))
+    return _choose(tensor.device.type, tensor.dtype) if kernels is None else kernels
+
+
+def _fill_chosen() -> None:
+    """Not as calls come in: torch.compile would guard on the table as the first call found it, and compile twice."""
+    _chosen.clear()
+    for device_type in _PREFERENCE:
+        for dtype in _DTYPES["reference"]:
+            with contextlib.suppress(BackendError):
+                _chosen[device_type, dtype] = _choose(device_type, dtype)
 
 
 def set_backend(name: str) -> str:
@@ -251,7 +257,7 @@ def set_backend(name: str) -> str:
         if not _status[name]:
             raise BackendError(f"backend {name!r} is not available: {_status[name].detail}")
     before, _override = _override, name
-    _chosen.clear()
+    _fill_chosen()
     return before
 
 

@@ -71,6 +71,11 @@ def _mismatch(cls: type, role: str, parameters: tuple[str, ...]) -> str | None:
     return None
 
 
+def part_class(cls: type, part: str) -> type | None:
+    """The Hugging Face class that stands beside `cls`: for XLMRobertaLayer and "Output", XLMRobertaOutput."""
+    return getattr(importlib.import_module(cls.__module__), FAMILIES[cls.__module__] + part, None)
+
+
 def family_class(name: str) -> type | None:
     """The Hugging Face class of that name, e.g. "XLMRobertaLayer", or None."""
     for module, prefix in sorted(FAMILIES.items(), key=lambda item: -len(item[1])):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import activations
 
-from roberta_kernels import ops
+from roberta_kernels import backends, ops
 from roberta_kernels.ops.attention import supported_head_dim
 from roberta_kernels.packing import Sequences
 
@@ -34,6 +34,7 @@ _GELU = {
     "PytorchGELUTanh": "tanh",
     "GELUTanh": "tanh",
 }
+_OWN_CODE = "a part of the layer has code of its own"
 _FUSABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -74,8 +75,8 @@ def foreign_hooks(module: Any) -> bool:
     """Whether something would notice that this module's own call is skipped: a hook, or a forward bound to the
     instance.
 
-    The hooks that transformers leaves behind to record hidden states and attentions do not count: models.py handles
-    these outputs itself.
+    Two of transformers' own do not count. Those that record hidden states and attentions: models.py handles these
+    outputs itself. That of enable_input_require_grads, which gradient checkpointing sets: `embed` does what it does.
     """
     if (
         module._backward_hooks
@@ -86,20 +87,30 @@ def foreign_hooks(module: Any) -> bool:
         return True
     if not module._forward_hooks:
         return False
-    return any(
-        getattr(hook, "__module__", None) != "transformers.utils.output_capturing"
-        for hook in module._forward_hooks.values()
-    )
+    return not all(_own_hook(hook) for hook in module._forward_hooks.values())
+
+
+def _own_hook(hook: Any) -> bool:
+    return getattr(hook, "__module__", None) == "transformers.utils.output_capturing" or _input_grads_hook(hook)
+
+
+def _input_grads_hook(hook: Any) -> bool:
+    """PreTrainedModel.enable_input_require_grads' hook on the word embeddings: what they give shall require grad."""
+    name = getattr(hook, "__qualname__", "")
+    return name.endswith("enable_input_require_grads.<locals>.make_inputs_require_grads")
 
 
 def _plain(tensor: Any) -> bool:
     """An ordinary weight: not quantised, not distributed, not on the meta device."""
-    return type(tensor) in (nn.Parameter, Tensor) and tensor.device.type != "meta"
+    if type(tensor) not in (nn.Parameter, Tensor):
+        # torch.export puts fake tensors in the place of weights.
+        return torch.compiler.is_exporting() and type(tensor).__module__.startswith("torch._subclasses.")
+    return tensor.device.type != "meta"
 
 
 def plain_linear(module: Any) -> bool:
     """Exactly nn.Linear (adapters subclass it or take its name), with an ordinary weight."""
-    return type(module) is nn.Linear and _plain(module._parameters["weight"])
+    return type(module) is nn.Linear and _plain(module._parameters.get("weight"))  # pruning takes it out
 
 
 def plain_layer_norm(module: Any, hidden: int) -> bool:
@@ -142,6 +153,11 @@ def _dtype_reason(hidden_states: Tensor, layer_norm: Any) -> str | None:
     if layer_norm.weight.dtype != hidden_states.dtype:
         return f"hidden states are {hidden_states.dtype} and LayerNorm is {layer_norm.weight.dtype}"
     return None
+
+
+def tracing() -> bool:
+    """Whether a graph is being recorded, which must not depend on the data."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def _functorch_active() -> bool:
@@ -213,11 +229,22 @@ class FastSelfOutput(HuggingFaceModule):
 class FastLayer(HuggingFaceModule):
     """A Transformer layer: fused attention where the model hands it Sequences, fused feed-forward always."""
 
+    # The classes of the parts that fusing steps over; a part of any other class has code of its own.
+    _rk_attention: Any
+    _rk_self_attention: Any
+    _rk_self_outputs: Any
+    _rk_intermediate: Any
+    _rk_output: Any
+
     def attention_reason(self, hidden_states: Tensor) -> str | None:
         """Why the attention half cannot be fused for such hidden states, or None."""
         modules = self._modules
         attention = modules["attention"]
+        if type(attention) is not self._rk_attention:
+            return _OWN_CODE
         core, output = attention._modules["self"], attention._modules["output"]
+        if type(core) is not self._rk_self_attention or type(output) not in self._rk_self_outputs:
+            return _OWN_CODE
         if not supported_head_dim(core.attention_head_size):
             return f"head_dim {core.attention_head_size} is not served"
         if core.dropout.p >= 1.0:
@@ -236,8 +263,11 @@ class FastLayer(HuggingFaceModule):
         """
         modules = self._modules
         intermediate = modules["intermediate"]
-        for module in (intermediate, intermediate._modules["dense"]):
-            if foreign_hooks(module):
+        if type(intermediate) is not self._rk_intermediate or type(modules["output"]) is not self._rk_output:
+            return _OWN_CODE
+        parts = intermediate._modules
+        for module in (intermediate, parts["dense"], parts.get("intermediate_act_fn")):
+            if module is not None and foreign_hooks(module):
                 return "hooks on a module that fusing would skip"
         if _functorch_active():
             return "inside a torch.func transform"
@@ -258,6 +288,19 @@ class FastLayer(HuggingFaceModule):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> Tensor:
+        backend = state_of(self).backend
+        if backend not in ("auto", backends.current_backend()) and not torch.compiler.is_compiling():
+            # Gradient checkpointing runs a layer again in backward, outside of its model's forward.
+            with backends.backend(backend):
+                return FastLayer.forward(
+                    self,
+                    hidden_states,
+                    attention_mask,
+                    encoder_hidden_states,
+                    encoder_attention_mask,
+                    past_key_values,
+                    **kwargs,
+                )
         if type(attention_mask) is not FusedMask:
             # Called with a Hugging Face mask: the model chose the original attention.
             return super().forward(
@@ -402,7 +445,7 @@ class FastEmbeddings(HuggingFaceModule):
         if position_ids is None:
             position_ids = self.positions(input_ids, past_key_values_length)
         batch, length = input_ids.shape
-        if not torch.compiler.is_compiling():
+        if not tracing():
             self.check_positions(position_ids)
         hidden_states = self.embed(
             input_ids.reshape(-1),
@@ -437,7 +480,7 @@ class FastEmbeddings(HuggingFaceModule):
         """`[T]` ids -> `[T, H]`."""
         word, position = self.word_embeddings, self.position_embeddings
         layer_norm, dropout_p = self.LayerNorm, dropout_of(self.dropout)
-        return ops.embedding_layer_norm(
+        hidden_states = ops.embedding_layer_norm(
             input_ids,
             position_ids,
             token_type_ids,
@@ -452,3 +495,11 @@ class FastEmbeddings(HuggingFaceModule):
             word_padding_idx=word.padding_idx,
             position_padding_idx=position.padding_idx,
         )
+        if (
+            word._forward_hooks
+            and torch.is_grad_enabled()
+            and not hidden_states.requires_grad
+            and any(_input_grads_hook(hook) for hook in word._forward_hooks.values())
+        ):
+            hidden_states.requires_grad_(True)  # frozen tables: reentrant checkpointing needs an input with a gradient
+        return hidden_states

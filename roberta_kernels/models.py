@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 from roberta_kernels import backends, packing
-from roberta_kernels.families import family_class, role_of
+from roberta_kernels.families import family_class, part_class, role_of
 from roberta_kernels.layers import (
     FastEmbeddings,
     FastLayer,
@@ -30,10 +30,15 @@ from roberta_kernels.layers import (
     PatchState,
     foreign_hooks,
     state_of,
+    tracing,
 )
 
 # Attention implementations that are the same mathematics as ours. Any other is somebody's own, and is left alone.
 _SAME_ATTENTION = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+# Arguments that reach the attention function, and change what it computes.
+_ATTENTION_ARGUMENTS = ("position_bias", "softcap", "sliding_window", "s_aux")
+# What tells flash attention that a row of the batch holds several sequences.
+_FLASH_ARGUMENTS = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,14 +58,29 @@ def _requested(mask: Any) -> MaskRequest:
     return mask if type(mask) is MaskRequest else MaskRequest(mask)
 
 
+def _by_name(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of forward by name."""
+    names = model._rk_parameters
+    if len(args) > len(names):
+        raise TypeError(
+            f"{type(model).__name__}.forward() takes {len(names)} positional arguments but {len(args)} were given"
+        )
+    named = dict(zip(names, args, strict=False))
+    for name in named:
+        if name in kwargs:
+            raise TypeError(f"{type(model).__name__}.forward() got multiple values for argument {name!r}")
+    return named | kwargs
+
+
 class FastModel(HuggingFaceModule):
     """RobertaModel: packed from the embeddings to the last layer where it can be, else padded, else the original."""
 
-    _rk_parameters: tuple[str, ...]  # names of forward's parameters, in order
+    _rk_parameters: tuple[str, ...]  # names of forward's positional parameters, in order
+    _rk_encoder: Any
 
     def _rk_forward(self, *args: Any, **kwargs: Any) -> Any:
         if args:
-            kwargs.update(zip(self._rk_parameters, args, strict=False))
+            kwargs = _by_name(self, args, kwargs)
         state = state_of(self)
         if state.backend != "auto":
             with backends.backend(state.backend):
@@ -69,11 +89,13 @@ class FastModel(HuggingFaceModule):
 
     def _rk_run(self, state: PatchState, kwargs: dict[str, Any]) -> Any:
         request = _requested(kwargs.get("attention_mask"))
-        if self._wants("output_attentions", kwargs):
-            # Attention weights are what the fused kernel never makes.
-            state.fell_back(self, "attention weights were asked for")
+        reason = self._original_attention(kwargs)
+        if reason is not None:
+            state.fell_back(self, reason)
             request = MaskRequest(request.attention_mask, fused=False, packed=False)
-        elif state.packed is not False and request.packed:
+        elif not request.packed:
+            state.stayed_padded("a head reads padded rows")
+        elif state.packed is not False:
             reason = self._unpackable(request, kwargs)
             packed = self._pack(request.attention_mask, kwargs) if reason is None else None
             if packed is not None:
@@ -82,13 +104,35 @@ class FastModel(HuggingFaceModule):
         kwargs["attention_mask"] = request
         return super().forward(**kwargs)
 
+    def _original_attention(self, kwargs: dict[str, Any]) -> str | None:
+        """Why only the original attention can give what this call asks for, or None."""
+        config = self.config
+        if self._wants("output_attentions", kwargs):
+            return "attention weights were asked for"  # which the fused kernel never makes
+        causal = kwargs.get("is_causal", getattr(config, "is_causal", None))
+        if causal is not None and bool(causal) != bool(config.is_decoder):
+            return f"is_causal={causal}"
+        for name in _ATTENTION_ARGUMENTS:
+            if kwargs.get(name) is not None:
+                return f"{name} was given"
+        if str(config._attn_implementation).startswith("flash_attention"):
+            for name in _FLASH_ARGUMENTS:
+                if kwargs.get(name) is not None:
+                    return f"{name} was given, which flash attention takes sequence boundaries from"
+        return None
+
+    def _known_layers(self) -> bool:
+        """Whether the encoder and all its layers are what the fused pass stands in for."""
+        encoder = self._modules["encoder"]
+        return type(encoder) is self._rk_encoder and all(isinstance(layer, FastLayer) for layer in encoder.layer)
+
     def _wants(self, output: str, kwargs: dict[str, Any]) -> bool:
         wish = kwargs.get(output)
         return bool(getattr(self.config, output, False) if wish is None else wish)
 
     def _unpackable(self, request: MaskRequest, kwargs: dict[str, Any]) -> str | None:
         """Why this call stays in the padded layout, or None. Cheap reasons come first."""
-        if torch.compiler.is_compiling():
+        if tracing():
             return "traced"
         input_ids = kwargs.get("input_ids")
         if input_ids is None or input_ids.dim() != 2 or kwargs.get("inputs_embeds") is not None:
@@ -115,12 +159,12 @@ class FastModel(HuggingFaceModule):
         embeddings, encoder = self._modules["embeddings"], self._modules["encoder"]
         if not isinstance(embeddings, FastEmbeddings) or foreign_hooks(embeddings) or embeddings.fused_reason():
             return "the embeddings cannot be fused"
-        if foreign_hooks(encoder) or foreign_hooks(encoder.layer):
+        if not self._known_layers():
+            return "an encoder or layer with code of its own"
+        if foreign_hooks(encoder):
             return "hooks on the encoder"
         weight = embeddings.word_embeddings.weight
         for layer in encoder.layer:
-            if not isinstance(layer, FastLayer):
-                return "a layer is not a known one"
             reason = layer.packed_reason(weight.shape[1], weight)
             if reason is not None:
                 return reason
@@ -191,6 +235,8 @@ class FastModel(HuggingFaceModule):
             reason = f"attention implementation {config._attn_implementation!r}"
         elif batch * length == 0:
             reason = "an empty batch"
+        elif not self._known_layers():
+            reason = "an encoder or layer with code of its own"
         if reason is not None:
             state_of(self).fell_back(self, f"attention: {reason}")
             return original()
@@ -210,20 +256,26 @@ class FastTokenHead(HuggingFaceModule):
 
     def _reads_padding(self, mask: Tensor, kwargs: dict[str, Any]) -> bool:
         labels = kwargs.get("labels")
-        if labels is None or labels.shape != mask.shape:
+        if labels is None:
             return False
+        if hasattr(self, "_loss_function"):  # the user's own
+            return bool((mask == 0).any())
         shift, length = self._rk_shift, mask.shape[1]
-        read = labels[:, shift:].to(mask.device) != -100
+        if shift and kwargs.get("shift_labels") is not None:
+            labels, shift = kwargs["shift_labels"], 0
+        if labels.shape != mask.shape:
+            return False
+        read = labels[:, shift:].to(mask.device) != kwargs.get("ignore_index", -100)
         return bool((read & (mask[:, : length - shift] == 0)).any())
 
     def _rk_forward(self, *args: Any, **kwargs: Any) -> Any:
         if args:
-            kwargs.update(zip(self._rk_parameters, args, strict=False))
+            kwargs = _by_name(self, args, kwargs)
         mask = kwargs.get("attention_mask")
         if (
             isinstance(mask, Tensor)
             and mask.dim() == 2
-            and not torch.compiler.is_compiling()
+            and not tracing()
             and state_of(self).packed == "auto"
             and self._reads_padding(mask, kwargs)
         ):
@@ -273,8 +325,25 @@ def fast_class(original: Any) -> Any:
         "__qualname__": f"Fast{original.__name__}",  # pickle finds the class by this
         "__doc__": original.__doc__,
         "_rk_original": original,
-        "_rk_parameters": tuple(inspect.signature(original.forward).parameters)[1:],
+        "_rk_parameters": tuple(
+            name
+            for name, parameter in inspect.signature(original.forward).parameters.items()
+            if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        )[1:],
     }
+    if role.role == "model":
+        namespace["_rk_encoder"] = part_class(original, "Encoder")
+    elif role.role == "layer":
+        self_output = part_class(original, "SelfOutput")
+        known = role_of(self_output) if self_output else None
+        fused = () if known is None or known.mismatch else (fast_class(self_output),)
+        namespace |= {
+            "_rk_attention": part_class(original, "Attention"),
+            "_rk_self_attention": part_class(original, "SelfAttention"),
+            "_rk_self_outputs": (self_output, *fused),
+            "_rk_intermediate": part_class(original, "Intermediate"),
+            "_rk_output": part_class(original, "Output"),
+        }
     bases = (mixin, original)
     forward = getattr(mixin, "_rk_forward", None)
     if forward is not None:

@@ -114,12 +114,9 @@ def patch(model: nn.Module, *, packed: str | bool = "auto", backend: str = "auto
     Raises:
         ValueError: an unknown value of `packed`. BackendError: an unknown or unavailable backend.
     """
-    if packed not in ("auto", True, False):
-        raise ValueError(f'packed is {packed!r}, and must be "auto", True or False')
+    _check_options(packed, backend)
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch needs a torch.nn.Module, not {type(model).__name__}")
-    with backends.backend(backend):
-        pass  # raises for a backend that is unknown or not available
     state = PatchState(packed=packed, backend=backend)
     report = PatchReport(backend=backend, state=state)
     before: list[tuple[nn.Module, type, PatchState | None]] = []
@@ -156,6 +153,13 @@ def patch(model: nn.Module, *, packed: str | bool = "auto", backend: str = "auto
     return report
 
 
+def _check_options(packed: Any, backend: str) -> None:
+    if packed != "auto" and not isinstance(packed, bool):
+        raise ValueError(f'packed is {packed!r}, and must be "auto", True or False')
+    with backends.backend(backend):
+        pass  # raises for a backend that is unknown or not available
+
+
 def _why_left(cls: type) -> str | None:
     """Why a module was left that a reader would expect to see replaced; None for the many that nobody would."""
     for base in cls.__mro__[1:]:
@@ -190,6 +194,7 @@ def is_patched(model: nn.Module) -> bool:
 
 
 _wrapped: list[tuple[Any, Callable[..., None]]] = []
+_options: tuple[str | bool, str] = ("auto", "auto")  # packed and backend of the last patch_transformers
 
 
 def patch_transformers(
@@ -197,21 +202,27 @@ def patch_transformers(
 ) -> contextlib.AbstractContextManager[None]:
     """Patches every model of a known family that is created from now on, by whatever route.
 
-    As a context manager, `with patch_transformers(): ...`, only those created inside the block.
+    As a context manager, `with patch_transformers(): ...`, only those created inside the block; the options of an outer
+    block hold again after an inner one.
     """
+    global _options
+    _check_options(packed, backend)
+    before = _options if _wrapped else None
+    _options = (packed, backend)
     if not _wrapped:
         cls: Any
         for cls in family_classes("model", "token_head", "next_token_head", "span_head", "head"):
             _wrapped.append((cls, cls.__init__))
-            cls.__init__ = _patching_init(cls, cls.__init__, packed, backend)
-    return _unpatch_on_exit()
+            cls.__init__ = _patching_init(cls, cls.__init__)
+    return _back_on_exit(before)
 
 
-def _patching_init(cls: type, original: Callable[..., None], packed: str | bool, backend: str) -> Callable[..., None]:
+def _patching_init(cls: type, original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def init(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         if type(self) is cls:
+            packed, backend = _options
             patch(self, packed=packed, backend=backend)
 
     return init
@@ -225,8 +236,12 @@ def unpatch_transformers() -> None:
 
 
 @contextlib.contextmanager
-def _unpatch_on_exit() -> Iterator[None]:
+def _back_on_exit(before: tuple[str | bool, str] | None) -> Iterator[None]:
+    global _options
     try:
         yield
     finally:
-        unpatch_transformers()
+        if before is None:
+            unpatch_transformers()
+        else:
+            _options = before

@@ -6,9 +6,9 @@ user calls it (padding taken out before the embeddings), and once more asked for
 layer.
 
 The original's own error is the yardstick, and where it is one draw of luck (a loss, the scores of one sentence; a
-gradient, all of whose elements share the rounding of one loss) it is at times small by chance. Where the plain rule fails
-on such a tensor, the original is therefore measured again with its weights moved by at most one rounding, several times,
-and its largest error counts: `SMALL` and `REDRAWS`.
+gradient, all of whose elements share the rounding of one loss) it is at times small by chance. Where the plain rule
+fails on such a tensor, the original is therefore measured again with its weights moved by at most one rounding,
+several times, and its largest error counts: `SMALL` and `REDRAWS`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
@@ -140,7 +140,7 @@ class VerificationReport:
                 rms,
                 Text("holds", "green") if entry.holds else Text("BROKEN", "bold red"),
             )
-        lines = [
+        lines: list[RenderableType] = [
             Text(f"{self.model}, {self.dtype} on {self.device}, {self.batch}"),
             Text(f"served by: {self.backend}"),
             *self._patched(),
@@ -420,10 +420,9 @@ def _to_float64(arguments: dict[str, Any]) -> dict[str, Any]:
 def _float64_attention(model: nn.Module) -> None:
     """FlashAttention has no float64; the plain implementations compute the same function."""
     config = getattr(model, "config", None)
-    if getattr(config, "_attn_implementation", "sdpa") not in ("sdpa", "eager") and hasattr(
-        model, "set_attn_implementation"
-    ):
-        model.set_attn_implementation("sdpa")
+    choose: Any = getattr(model, "set_attn_implementation", None)
+    if choose is not None and getattr(config, "_attn_implementation", "sdpa") not in ("sdpa", "eager"):
+        choose("sdpa")
 
 
 # -- models ------------------------------------------------------------------------------------------------------------
@@ -490,7 +489,8 @@ def generated_batch(model: nn.Module) -> dict[str, Any]:
 
 def complete_batch(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
     """The two, `[B, S]`, as this model's task takes them, with labels where the task is known."""
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    unwrap: Any = getattr(model, "get_base_model", None)
+    base: Any = unwrap() if unwrap is not None else model
     task = re.search(r"For([A-Za-z]+)$", type(base).__name__)
     known = task.group(1) if task else ""
     config = base.config

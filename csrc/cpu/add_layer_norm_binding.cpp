@@ -1,1 +1,102 @@
-// placeholder
+#include "csrc/cpu/add_layer_norm.h"
+#include "csrc/cpu/tensor_checks.h"
+
+namespace rk::cpu {
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& residual, const Tensor& weight,
+                                           const Tensor& bias, double eps,
+                                           const std::optional<Tensor>& x_bias, double dropout_p,
+                                           const std::optional<Tensor>& seed) {
+    const char* op = "add_layer_norm";
+    AddLayerNormArgs a{};
+    a.bf16 = check_dtype(op, x, "x");
+    const ScalarType dtype = x.scalar_type();
+    STD_TORCH_CHECK(x.dim() == 2, op, ": x must have shape [T, H]");
+    a.rows = x.size(0);
+    a.hidden = x.size(1);
+    check_matrix(op, residual, "residual", dtype, a.rows, a.hidden);
+    check_vector(op, weight, "weight", dtype, a.hidden);
+    check_vector(op, bias, "bias", dtype, a.hidden);
+    const Tensor x_rows = as_contiguous(x), residual_rows = as_contiguous(residual);
+    const Tensor w = as_contiguous(weight), b = as_contiguous(bias);
+    std::optional<Tensor> xb;
+    if (x_bias.has_value()) {
+        check_vector(op, *x_bias, "x_bias", dtype, a.hidden);
+        xb = as_contiguous(*x_bias);
+        a.x_bias = xb->const_data_ptr();
+    }
+    a.x = x_rows.const_data_ptr();
+    a.residual = residual_rows.const_data_ptr();
+    a.weight = w.const_data_ptr();
+    a.bias = b.const_data_ptr();
+    a.eps = static_cast<float>(eps);
+    a.dropout = check_dropout(op, dropout_p, seed);
+
+    Tensor out = empty({a.rows, a.hidden}, dtype);
+    Tensor mean = empty({a.rows}, ScalarType::Float);
+    Tensor rstd = empty({a.rows}, ScalarType::Float);
+    a.out = out.mutable_data_ptr();
+    a.mean = static_cast<float*>(mean.mutable_data_ptr());
+    a.rstd = static_cast<float*>(rstd.mutable_data_ptr());
+    RK_DISPATCH(add_layer_norm_forward, a);
+    return {std::move(out), std::move(mean), std::move(rstd)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor& x,
+                                                            const Tensor& residual, const Tensor& weight,
+                                                            const std::optional<Tensor>& x_bias,
+                                                            const Tensor& mean, const Tensor& rstd,
+                                                            double dropout_p,
+                                                            const std::optional<Tensor>& seed) {
+    const char* op = "add_layer_norm_backward";
+    AddLayerNormArgs a{};
+    a.bf16 = check_dtype(op, x, "x");
+    const ScalarType dtype = x.scalar_type();
+    STD_TORCH_CHECK(x.dim() == 2, op, ": x must have shape [T, H]");
+    a.rows = x.size(0);
+    a.hidden = x.size(1);
+    check_matrix(op, grad_out, "grad_out", dtype, a.rows, a.hidden);
+    check_matrix(op, residual, "residual", dtype, a.rows, a.hidden);
+    check_vector(op, weight, "weight", dtype, a.hidden);
+    check_vector(op, mean, "mean", ScalarType::Float, a.rows);
+    check_vector(op, rstd, "rstd", ScalarType::Float, a.rows);
+    const Tensor g = as_contiguous(grad_out), x_rows = as_contiguous(x),
+                 residual_rows = as_contiguous(residual);
+    const Tensor w = as_contiguous(weight), m = as_contiguous(mean), r = as_contiguous(rstd);
+    std::optional<Tensor> xb;
+    if (x_bias.has_value()) {
+        check_vector(op, *x_bias, "x_bias", dtype, a.hidden);
+        xb = as_contiguous(*x_bias);
+        a.x_bias = xb->const_data_ptr();
+    }
+    a.grad_out = g.const_data_ptr();
+    a.x = x_rows.const_data_ptr();
+    a.residual = residual_rows.const_data_ptr();
+    a.weight = w.const_data_ptr();
+    a.mean = static_cast<float*>(m.data_ptr());
+    a.rstd = static_cast<float*>(r.data_ptr());
+    a.dropout = check_dropout(op, dropout_p, seed);
+
+    Tensor grad_residual = empty({a.rows, a.hidden}, dtype);
+    Tensor grad_x = a.dropout.on ? empty({a.rows, a.hidden}, dtype) : empty({0}, dtype);
+    Tensor grad_weight = empty({a.hidden}, dtype);
+    Tensor grad_bias = empty({a.hidden}, dtype);
+    Tensor grad_x_bias = empty({xb.has_value() ? a.hidden : 0}, dtype);
+    a.grad_residual = grad_residual.mutable_data_ptr();
+    a.grad_x = a.dropout.on ? grad_x.mutable_data_ptr() : nullptr;
+    a.grad_weight = grad_weight.mutable_data_ptr();
+    a.grad_bias = grad_bias.mutable_data_ptr();
+    a.grad_x_bias = xb.has_value() ? grad_x_bias.mutable_data_ptr() : nullptr;
+    RK_DISPATCH(add_layer_norm_backward, a);
+    return {std::move(grad_x), std::move(grad_residual), std::move(grad_weight), std::move(grad_bias),
+            std::move(grad_x_bias)};
+}
+
+}  // namespace
+}  // namespace rk::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(roberta_kernels_cpu, CPU, m) {
+    m.impl("add_layer_norm_forward", TORCH_BOX(&rk::cpu::forward));
+    m.impl("add_layer_norm_backward", TORCH_BOX(&rk::cpu::backward));
+}

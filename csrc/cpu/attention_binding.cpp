@@ -1,1 +1,137 @@
-// placeholder
+#include "csrc/cpu/attention.h"
+#include "csrc/cpu/tensor_checks.h"
+
+namespace rk::cpu {
+namespace {
+
+HeadsView heads_view(const char* op, const Tensor& t, const char* name, ScalarType dtype, int64_t tokens,
+                     int64_t heads, int64_t head_dim) {
+    check_same_dtype(op, t, name, dtype);
+    STD_TORCH_CHECK(t.dim() == 3, op, ": ", name, " must have shape [T, heads, head_dim]");
+    const auto sizes = t.sizes();
+    STD_TORCH_CHECK(sizes[0] == tokens && sizes[1] == heads && sizes[2] == head_dim, op, ": ", name,
+                    " must have shape [", tokens, ", ", heads, ", ", head_dim, "], not [", sizes[0], ", ",
+                    sizes[1], ", ", sizes[2], "]");
+    const auto strides = t.strides();
+    STD_TORCH_CHECK(strides[2] == 1 || tokens == 0, op, ": ", name,
+                    " must have unit stride in head_dim, not ", strides[2]);
+    return {t.const_data_ptr(), strides[0], strides[1]};
+}
+
+// Every offset that the kernels use comes from cu_seqlens, so its values are checked here, on the host.
+Tensor check_cu_seqlens(const char* op, const Tensor& cu_seqlens, const char* name, int64_t tokens,
+                        int64_t max_seqlen, const char* max_name) {
+    check_same_dtype(op, cu_seqlens, name, ScalarType::Int);
+    STD_TORCH_CHECK(cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1, op, ": ", name,
+                    " must have shape [B + 1]");
+    Tensor contiguous = as_contiguous(cu_seqlens);
+    const auto* cu = static_cast<const int32_t*>(contiguous.const_data_ptr());
+    const int64_t batch = contiguous.size(0) - 1;
+    STD_TORCH_CHECK(cu[0] == 0, op, ": ", name, " must start at 0, not ", cu[0]);
+    for (int64_t b = 0; b < batch; ++b) {
+        STD_TORCH_CHECK(cu[b + 1] >= cu[b], op, ": ", name, " must not decrease: ", name, "[", b,
+                        "] = ", cu[b], " and ", name, "[", b + 1, "] = ", cu[b + 1]);
+        STD_TORCH_CHECK(cu[b + 1] - cu[b] <= max_seqlen, op, ": sequence ", b, " of ", name, " has length ",
+                        cu[b + 1] - cu[b], ", more than ", max_name, " = ", max_seqlen);
+    }
+    STD_TORCH_CHECK(cu[batch] == tokens, op, ": ", name, " must end at the number of tokens, ", tokens,
+                    ", not ", cu[batch]);
+    return contiguous;
+}
+
+// The arguments that forward and backward share, checked; `owned` keeps contiguous copies alive.
+struct Checked {
+    AttentionArgs args{};
+    ScalarType dtype;
+    Tensor cu_seqlens_q, cu_seqlens_k;
+    std::optional<Tensor> key_mask;
+    int64_t total_k;
+};
+
+Checked check(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
+              const Tensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, double scale,
+              bool causal, const std::optional<Tensor>& key_mask, double dropout_p,
+              const std::optional<Tensor>& seed) {
+    AttentionArgs a{};
+    a.bf16 = check_dtype(op, q, "q");
+    STD_TORCH_CHECK(q.dim() == 3, op, ": q must have shape [Tq, heads, head_dim]");
+    STD_TORCH_CHECK(k.dim() == 3, op, ": k must have shape [Tk, heads, head_dim]");
+    a.total_q = q.size(0);
+    a.heads = q.size(1);
+    a.head_dim = q.size(2);
+    STD_TORCH_CHECK(a.head_dim >= 16 && a.head_dim <= 128 && a.head_dim % 8 == 0, op,
+                    ": head_dim must be a multiple of 8 from 16 to 128, not ", a.head_dim);
+    const ScalarType dtype = q.scalar_type();
+    const int64_t total_k = k.size(0);
+    a.q = heads_view(op, q, "q", dtype, a.total_q, a.heads, a.head_dim);
+    a.k = heads_view(op, k, "k", dtype, total_k, a.heads, a.head_dim);
+    a.v = heads_view(op, v, "v", dtype, total_k, a.heads, a.head_dim);
+    Tensor cu_q = check_cu_seqlens(op, cu_seqlens_q, "cu_seqlens_q", a.total_q, max_seqlen_q, "max_seqlen_q");
+    Tensor cu_k = check_cu_seqlens(op, cu_seqlens_k, "cu_seqlens_k", total_k, max_seqlen_k, "max_seqlen_k");
+    a.batch = cu_q.size(0) - 1;
+    STD_TORCH_CHECK(cu_k.size(0) - 1 == a.batch, op, ": cu_seqlens_k must have ", a.batch + 1,
+                    " elements, as cu_seqlens_q, not ", cu_k.size(0));
+    a.cu_seqlens_q = static_cast<const int32_t*>(cu_q.const_data_ptr());
+    a.cu_seqlens_k = static_cast<const int32_t*>(cu_k.const_data_ptr());
+    std::optional<Tensor> mask;
+    if (key_mask.has_value()) {
+        check_vector(op, *key_mask, "key_mask", ScalarType::Bool, total_k);
+        mask = as_contiguous(*key_mask);
+        a.key_mask = static_cast<const bool*>(mask->const_data_ptr());
+    }
+    a.scale = static_cast<float>(scale);
+    a.causal = causal;
+    a.dropout = check_dropout(op, dropout_p, seed);
+    return {a, dtype, std::move(cu_q), std::move(cu_k), std::move(mask), total_k};
+}
+
+std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
+                                   const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                                   int64_t max_seqlen_q, int64_t max_seqlen_k, double scale, bool causal,
+                                   const std::optional<Tensor>& key_mask, double dropout_p,
+                                   const std::optional<Tensor>& seed) {
+    Checked c = check("attention", q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale,
+                      causal, key_mask, dropout_p, seed);
+    AttentionArgs& a = c.args;
+    Tensor out = empty({a.total_q, a.heads, a.head_dim}, c.dtype);
+    Tensor lse = empty({a.heads, a.total_q}, ScalarType::Float);
+    a.out = out.mutable_data_ptr();
+    a.lse = static_cast<float*>(lse.mutable_data_ptr());
+    RK_DISPATCH(attention_forward, a);
+    return {std::move(out), std::move(lse)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor& q, const Tensor& k,
+                                            const Tensor& v, const Tensor& /*out*/, const Tensor& lse,
+                                            const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                                            int64_t max_seqlen_q, int64_t max_seqlen_k, double scale,
+                                            bool causal, const std::optional<Tensor>& key_mask,
+                                            double dropout_p, const std::optional<Tensor>& seed) {
+    const char* op = "attention_backward";
+    Checked c = check(op, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal,
+                      key_mask, dropout_p, seed);
+    AttentionArgs& a = c.args;
+    // autograd may hand over any strides (an expanded scalar, say)
+    Tensor g =
+        grad_out.dim() == 3 && grad_out.stride(2) == 1 ? grad_out : torch::stable::contiguous(grad_out);
+    a.grad_out = heads_view(op, g, "grad_out", c.dtype, a.total_q, a.heads, a.head_dim);
+    check_matrix(op, lse, "lse", ScalarType::Float, a.heads, a.total_q);
+    Tensor saved_lse = as_contiguous(lse);
+    a.lse = static_cast<float*>(saved_lse.data_ptr());
+    Tensor grad_q = empty({a.total_q, a.heads, a.head_dim}, c.dtype);
+    Tensor grad_k = empty({c.total_k, a.heads, a.head_dim}, c.dtype);
+    Tensor grad_v = empty({c.total_k, a.heads, a.head_dim}, c.dtype);
+    a.grad_q = grad_q.mutable_data_ptr();
+    a.grad_k = grad_k.mutable_data_ptr();
+    a.grad_v = grad_v.mutable_data_ptr();
+    RK_DISPATCH(attention_backward, a);
+    return {std::move(grad_q), std::move(grad_k), std::move(grad_v)};
+}
+
+}  // namespace
+}  // namespace rk::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(roberta_kernels_cpu, CPU, m) {
+    m.impl("attention_forward", TORCH_BOX(&rk::cpu::forward));
+    m.impl("attention_backward", TORCH_BOX(&rk::cpu::backward));
+}

@@ -1,6 +1,7 @@
 """The ops as Triton kernels, for NVIDIA GPUs from Ampere on, and for CPU tensors under Triton's interpreter.
 
-Importing this package does not import triton: `available` says whether it can serve, and reading `KERNELS` loads the kernels.
+Importing this package does not import triton: `available` says whether it can serve, and reading `KERNELS` loads
+the kernels.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ KERNELS: dict[str, Callable[..., Any]]
 
 def available() -> tuple[bool, str]:
     """(True, what serves), or (False, why Triton kernels cannot run here)."""
-    if importlib.util.find_spec("triton") is None:
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:  # no origin: a stray directory of that name
         return False, "triton is not installed (pip install triton)"
     if interpreting():
         return True, "interpreted (TRITON_INTERPRET=1): for tests, slow"

@@ -1,16 +1,18 @@
 """layer_norm(residual + dropout(x + x_bias)) in one pass over memory.
 
-Forward: a program owns ROWS whole rows. They are read once, summed, masked and normalised in registers (two passes over the
-registers for mean and variance, so no cancellation), and written once: 3 * T * H elements move, plus 8 bytes of statistics a
-row. The work is all bandwidth; ROWS keeps several 16-byte loads in flight a thread and shares the read of weight and bias.
+Forward: a program owns ROWS whole rows. They are read once, summed, masked and normalised in registers (two passes
+over the registers for mean and variance, so no cancellation), and written once: 3 * T * H elements move, plus 8
+bytes of statistics a row. The work is all bandwidth; ROWS keeps several 16-byte loads in flight a thread and shares
+the read of weight and bias.
 
 Backward: the sum z is computed again from x and residual, so forward writes nothing but its output. A fixed number of
 programs (a few for each multiprocessor) stride over the rows. With g = grad_out * weight and n = (z - mean) * rstd,
 
     grad_z = rstd * (g - mean(g) - n * mean(g * n))
 
-needs two row sums; the column sums (weight, bias and x_bias gradients) grow in registers and leave once, as `[programs, H]`
-partials that column_sum adds in a fixed order. 4 * T * H elements move, 5 with dropout (grad_x and grad_residual differ).
+needs two row sums; the column sums (weight, bias and x_bias gradients) grow in registers and leave once, as
+`[programs, H]` partials that column_sum adds in a fixed order. 4 * T * H elements move, 5 with dropout (grad_x and
+grad_residual differ).
 """
 
 from __future__ import annotations
@@ -51,7 +53,10 @@ def _load_sum(
     return z + tl.load(residual_ptr + offset, mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["mean_ptr", "rstd_ptr", "seed_ptr"])
+@triton.jit(
+    do_not_specialize=["tokens", "dropout_threshold"],
+    do_not_specialize_on_alignment=["mean_ptr", "rstd_ptr", "seed_ptr"],
+)
 def add_layer_norm_forward_kernel(
     x_ptr,  # [T, H]
     residual_ptr,  # [T, H]
@@ -81,7 +86,7 @@ def add_layer_norm_forward_kernel(
     if DROPOUT:
         keep = keep_mask(tl.load(seed_ptr), row, 0, 0, dropout_threshold, BLOCK_H)
     z = _load_sum(x_ptr, residual_ptr, x_bias_ptr, offset, column, mask, keep, dropout_scale, DROPOUT, H)
-    mean = tl.sum(z, 1) / H
+    mean = tl.div_rn(tl.sum(z, 1), H * 1.0)
     centred = z - mean[:, None]
     if BLOCK_H != H:
         centred = tl.where(in_columns[None, :], centred, 0.0)
@@ -127,7 +132,10 @@ def add_to_partial(
     tl.store(place, tl.load(place, mask=mask, other=0.0) + value, mask=mask)
 
 
-@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["mean_ptr", "rstd_ptr", "seed_ptr"])
+@triton.jit(
+    do_not_specialize=["tokens", "dropout_threshold"],
+    do_not_specialize_on_alignment=["mean_ptr", "rstd_ptr", "seed_ptr"],
+)
 def add_layer_norm_backward_kernel(
     grad_out_ptr,  # [T, H]
     x_ptr,  # [T, H]
@@ -203,7 +211,7 @@ def row_config(width: int) -> tuple[int, int, int]:
 
 
 def backward_programs(tokens: int, rows: int, device: torch.device) -> int:
-    """Programs of a backward pass over rows: enough to fill the device, few enough that their partial sums are cheap."""
+    """Programs of a backward pass over rows: enough to fill the device, with few partial sums to add up."""
     return min(triton.cdiv(tokens, rows), _PROGRAMS_PER_MULTIPROCESSOR * device_facts.multiprocessors(device))
 
 

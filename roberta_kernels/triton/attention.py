@@ -2,20 +2,22 @@
 
 FlashAttention-2 (Dao 2023, algorithms 1 and 2) with variable lengths. All sums are float32.
 
-Forward: a program owns BLOCK_M queries of one head of one sequence. Its q tile, the running row maximum, row sum and output
-stay in registers while k and v stream by in tiles of BLOCK_N, fetched ahead through shared memory. A head's k and v are at
-most 256 KiB at 512 tokens, so all programs but the first find them in L2. Scores live in units of log2: exp2 with log2(e)
-folded into the scale. Tiles that every query sees in full run without any mask; only the last tile, the causal diagonal and
-batches with a key_mask pay for one. 4 * len_q * len_k * head_dim flops a head.
+Forward: a program owns BLOCK_M queries of one head of one sequence. Its q tile, the running row maximum, row sum
+and output stay in registers while k and v stream by in tiles of BLOCK_N, fetched ahead through shared memory. A
+head's k and v are at most 256 KiB at 512 tokens, so all programs but the first find them in L2. Scores live in
+units of log2: exp2 with log2(e) folded into the scale. Tiles that every query sees in full run without any mask;
+only the last tile, the causal diagonal and batches with a key_mask pay for one. 4 * len_q * len_k * head_dim flops
+a head.
 
-Backward recomputes the probabilities from the log-sum-exp, in two kernels, so that every gradient has one owner and no
-atomics are needed: a program of one owns a tile of keys and sums dk and dv over the queries, a program of the other owns a
-tile of queries and sums dq over the keys (7 products instead of 5, and bitwise the same result every time). A small kernel
-first writes delta = rowsum(grad_out * out).
+Backward recomputes the probabilities from the log-sum-exp, in two kernels, so that every gradient has one owner and
+no atomics are needed: a program of one owns a tile of keys and sums dk and dv over the queries, a program of the
+other owns a tile of queries and sums dq over the keys (7 products instead of 5, and bitwise the same result every
+time). A small kernel first writes delta = rowsum(grad_out * out).
 
-Programs are laid out flat: tile fastest, then head, then sequence; those past the end of their sequence leave at once. Lengths
-and counts are plain arguments that no compilation is keyed on. Strides are passed in units of 8 elements where they allow it,
-which tells the compiler that rows are 16-byte aligned whatever the projection they are views of.
+Programs are laid out flat: tile fastest, then head, then sequence; those past the end of their sequence leave at
+once. Lengths and counts are plain arguments that no compilation is keyed on. Strides are passed in units of 8
+elements where they allow it, which tells the compiler that rows are 16-byte aligned whatever the projection they
+are views of.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from roberta_kernels.triton.philox import keep_mask, keep_mask_transposed, keep_
 
 LOG2E = tl.constexpr(1.0 / math.log(2.0))
 LN2 = tl.constexpr(math.log(2.0))
-_DELTA_ROWS = 64
+_DELTA_ROWS = 32
 
 
 @triton.jit
@@ -63,9 +65,7 @@ def _load_rows(
 
 
 @triton.jit
-def _store_rows(
-    base, tile, in_rows, heads, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
-):
+def _store_rows(base, tile, in_rows, heads, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Stores `[ROWS, BLOCK_D]` to rows of a contiguous `[T, heads, HEAD_DIM]`."""
     d = tl.arange(0, BLOCK_D)
     pointers = base + (tl.arange(0, ROWS) * heads * HEAD_DIM)[:, None] + d[None, :]
@@ -156,7 +156,8 @@ def _forward_tiles(
     return acc, row_sum, row_max
 
 
-_PLAIN_INTEGERS = ["heads", "tokens_q", "tiles", *(f"stride_{t}{axis}" for t in "qkvg" for axis in "th")]
+_PLAIN_INTEGERS = ["heads", "tokens_q", "tiles", "dropout_threshold"]
+_PLAIN_INTEGERS += [f"stride_{t}{axis}" for t in "qkvg" for axis in "th"]
 _PLAIN_POINTERS = ["lse_ptr", "delta_ptr", "cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "key_mask_ptr", "seed_ptr"]
 
 
@@ -587,42 +588,47 @@ def attention_grad_q_kernel(
     _store_rows(grad_q_ptr + offset, grad_q * scale, in_rows, heads, BLOCK_M, HEAD_DIM, BLOCK_D)
 
 
-# (BLOCK_M, BLOCK_N, num_warps, num_stages) of each kernel. Chosen so that nothing spills on sm_80, sm_90 and sm_100
-# (tests/triton/test_compile.py holds them to it) and that two blocks fit a multiprocessor where registers allow.
+# (BLOCK_M, BLOCK_N, num_warps, num_stages) of each kernel, chosen so that nothing spills on sm_80, sm_90 and sm_100:
+# tests/triton/test_compile.py holds them to it. `asynchronous`: products read their operands from shared memory
+# (wgmma, tcgen05); elsewhere they take registers, and at most 99 KiB of shared memory are used, which every GPU has.
+# `short`: no sequence has more than 64 rows of what the kernel's programs own. float32 products run on CUDA cores,
+# with small tiles.
 _Config = tuple[int, int, int, int]
 
 
-def forward_config(block_d: int, dtype: torch.dtype, large_memory: bool, short: bool) -> _Config:
-    """Tiles of the forward kernel. short: no sequence has more than 64 queries."""
+def forward_config(block_d: int, dtype: torch.dtype, asynchronous: bool, short: bool, dropout: bool) -> _Config:
+    """Tiles of the forward kernel."""
     if dtype == torch.float32:
-        return (32, 32, 4, 2) if block_d > 64 else (64, 32, 4, 2)
+        return (32, 16, 8, 2) if block_d > 64 else (64, 32, 8, 2)
+    if block_d > 64:
+        return (128, 64, 8, 3) if asynchronous else (128, 32, 8, 3)
     if short:
         return 64, 64, 4, 2
-    if block_d > 64:
-        return (128, 64, 8, 3) if large_memory else (128, 32, 8, 2)
+    if dropout:
+        return (128, 64, 8, 3) if asynchronous else (128, 32, 4, 3)
     return 128, 64, 4, 3
 
 
-def grad_kv_config(block_d: int, dtype: torch.dtype, large_memory: bool, short: bool) -> _Config:
-    """Tiles of the kernel for dk and dv. short: no sequence has more than 64 keys."""
+def grad_kv_config(block_d: int, dtype: torch.dtype, asynchronous: bool, short: bool, dropout: bool) -> _Config:
+    """Tiles of the kernel for dk and dv."""
     if dtype == torch.float32:
-        return (16, 32, 4, 1) if block_d > 64 else (32, 32, 4, 1)
-    if short:
-        return 64, 64, 4, 2
+        return (16, 32, 8, 1) if block_d > 64 else (32, 32, 8, 1)
     if block_d > 64:
-        return (32, 128, 8, 2) if large_memory else (32, 64, 8, 1)
-    return 64, 128, 8, 2
+        return (32, 64, 8, 2) if asynchronous and dropout else (64, 64, 8, 2)
+    if short:
+        return 32, 64, 4, 2
+    return (64, 128, 8, 2) if asynchronous else (32, 128, 8, 2)
 
 
-def grad_q_config(block_d: int, dtype: torch.dtype, large_memory: bool, short: bool) -> _Config:
-    """Tiles of the kernel for dq. short: no sequence has more than 64 queries."""
+def grad_q_config(block_d: int, dtype: torch.dtype, asynchronous: bool, short: bool) -> _Config:
+    """Tiles of the kernel for dq."""
     if dtype == torch.float32:
-        return (32, 16, 4, 1) if block_d > 64 else (32, 32, 4, 1)
-    if short:
-        return 64, 64, 4, 2
+        return (32, 16, 4, 1) if block_d > 64 else (32, 16, 8, 2)
     if block_d > 64:
-        return (128, 64, 8, 2) if large_memory else (64, 32, 8, 2)
-    return 128, 64, 8, 2
+        return (128, 64, 8, 3) if asynchronous else (64, 64, 8, 2)
+    if short:
+        return (64, 64, 4, 2) if asynchronous else (64, 64, 8, 2)
+    return (128, 64, 8, 2) if asynchronous else (128, 32, 8, 2)
 
 
 _SHORT = 64
@@ -659,8 +665,9 @@ def attention_forward(
     if tokens_q == 0 or sequences == 0 or max_seqlen_q == 0:
         return out, lse
     block_d = max(16, triton.next_power_of_2(head_dim))
+    asynchronous = device_facts.has_asynchronous_products(q.device)
     block_m, block_n, warps, stages = forward_config(
-        block_d, q.dtype, device_facts.has_large_shared_memory(q.device), max_seqlen_q <= _SHORT
+        block_d, q.dtype, asynchronous, max_seqlen_q <= _SHORT, dropout_p > 0
     )
     tiles = triton.cdiv(max_seqlen_q, block_m)
     unit = _stride_unit(q, k, v)
@@ -701,7 +708,7 @@ def attention_backward(
         grad_out = grad_out.contiguous()
     out, lse = out.contiguous(), lse.contiguous()
     block_d = max(16, triton.next_power_of_2(head_dim))
-    large = device_facts.has_large_shared_memory(q.device)
+    asynchronous = device_facts.has_asynchronous_products(q.device)
     unit = _stride_unit(grad_out, q, k, v)
     strides = _strides(unit, grad_out, q, k, v)
     delta = torch.empty_like(lse)
@@ -721,14 +728,16 @@ def attention_backward(
             BLOCK_M=_DELTA_ROWS, STRIDE_UNIT=unit, num_warps=4,
         )  # fmt: skip
         if max_seqlen_k > 0:
-            block_m, block_n, warps, stages = grad_kv_config(block_d, q.dtype, large, max_seqlen_k <= _SHORT)
+            block_m, block_n, warps, stages = grad_kv_config(
+                block_d, q.dtype, asynchronous, max_seqlen_k <= _SHORT, dropout_p > 0
+            )
             tiles = triton.cdiv(max_seqlen_k, block_n)
             attention_grad_kv_kernel[(tiles * heads * sequences,)](
                 grad_out, q, k, v, lse, delta, grad_k, grad_v, cu_seqlens_q, cu_seqlens_k, key_mask, seed, *strides,
                 heads, tokens_q, tiles, *shared, BLOCK_M=block_m, BLOCK_N=block_n, **constants, num_warps=warps,
                 num_stages=stages,
             )  # fmt: skip
-        block_m, block_n, warps, stages = grad_q_config(block_d, q.dtype, large, max_seqlen_q <= _SHORT)
+        block_m, block_n, warps, stages = grad_q_config(block_d, q.dtype, asynchronous, max_seqlen_q <= _SHORT)
         tiles = triton.cdiv(max_seqlen_q, block_m)
         attention_grad_q_kernel[(tiles * heads * sequences,)](
             grad_out, q, k, v, lse, delta, grad_q, cu_seqlens_q, cu_seqlens_k, key_mask, seed, *strides, heads,

@@ -1,8 +1,8 @@
 """The second half of every column reduction: partial sums of float32, added in a fixed order.
 
-The first half lives in the kernels: each of P programs writes the sums of its own rows to row `program` of `[P, H]`. Here one
-program owns BLOCK_C columns of one of up to three such arrays and walks the P rows from first to last. No atomics, so the
-same launch gives the same bits. P * H floats are read once, and come from L2.
+The first half lives in the kernels: each of P programs writes the sums of its own rows to row `program` of `[P,
+H]`. Here one program owns BLOCK_C columns of one of up to three such arrays and walks the P rows from first to
+last. No atomics, so the same launch gives the same bits. P * H floats are read once, and come from L2.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK_P = 32
-_BLOCK_C = 64
+_BLOCK_P = 128
+_BLOCK_C = 32
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -39,11 +39,11 @@ def add_partials_kernel(
     result = tl.sum(total, 0)
     if array == 0:
         tl.store(out0_ptr + columns, result.to(out0_ptr.dtype.element_ty), mask=in_columns)
-    if out1_ptr is not None:
-        if array == 1:  # noqa: SIM102 (the outer test is made at compile time)
+    if out1_ptr is not None:  # noqa: SIM102 (this test is made at compile time, the next one is not)
+        if array == 1:
             tl.store(out1_ptr + columns, result.to(out1_ptr.dtype.element_ty), mask=in_columns)
-    if out2_ptr is not None:
-        if array == 2:  # noqa: SIM102
+    if out2_ptr is not None:  # noqa: SIM102
+        if array == 2:
             tl.store(out2_ptr + columns, result.to(out2_ptr.dtype.element_ty), mask=in_columns)
 
 
@@ -53,7 +53,7 @@ def add_partials(partials: Tensor, *outs: Tensor) -> None:
     out0, out1, out2 = (*outs, None, None)[:3]
     grid = (triton.cdiv(width, _BLOCK_C), len(outs))
     add_partials_kernel[grid](
-        partials, out0, out1, out2, rows, H=width, BLOCK_P=_BLOCK_P, BLOCK_C=_BLOCK_C, num_warps=4
+        partials, out0, out1, out2, rows, H=width, BLOCK_P=_BLOCK_P, BLOCK_C=_BLOCK_C, num_warps=8
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 _INTERPRETED_PROGRAMS = 4  # of a persistent kernel under the interpreter: enough to exercise its reduction
-_LARGE_SHARED_MEMORY = (80, 87, 90, 100, 103, 110)
+_ASYNCHRONOUS_PRODUCTS = (90, 100, 103, 110)
 
 
 def interpreting() -> bool:
@@ -28,9 +28,9 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def has_large_shared_memory(device: torch.device) -> bool:
-    """True for the data-centre parts, with 160 KiB and more for a block; the others have 100 KiB."""
-    return capability(device) in _LARGE_SHARED_MEMORY
+def has_asynchronous_products(device: torch.device) -> bool:
+    """True for Hopper and data-centre Blackwell: wgmma and tcgen05 read shared memory, of which there is 227 KiB."""
+    return capability(device) in _ASYNCHRONOUS_PRODUCTS
 
 
 @functools.cache

@@ -1,19 +1,20 @@
 """dropout(layer_norm(word[input_ids] + token_type[token_type_ids] + position[position_ids])) in one kernel.
 
-Forward: a program owns ROWS tokens. It reads their three ids, gathers the three table rows, and sums, normalises, drops and
-writes them from registers: 4 * T * H elements move (the position and token-type rows mostly from L2). A token with an id
-outside of its table becomes a row of NaN; nothing is read there.
+Forward: a program owns ROWS tokens. It reads their three ids, gathers the three table rows, and sums, normalises,
+drops and writes them from registers: 4 * T * H elements move (the position and token-type rows mostly from L2). A
+token with an id outside of its table becomes a row of NaN; nothing is read there.
 
 Backward, in two steps:
 
-1. A fixed number of programs stride over the tokens, gather again and write grad_z (`[T, H]` float32), the gradient of the sum,
-   while the weight and bias gradients grow in registers, as in add_layer_norm. A token-type table of one row, RoBERTa's usual
-   one, gets the column sum of grad_z: a third such accumulator, and no step 2.
-2. Every table is given the sum of the grad_z rows of each id, without atomics. The ids are sorted (stably), so that equal ids
-   form runs. A run is cut where it crosses a multiple of PIECE positions. One program for each position (and block of columns)
-   looks whether a piece starts there, and if so adds up its rows, in order. A piece that is a whole run is final. The others,
-   at most two for each PIECE positions, go to a buffer, from which the program of the position block in which a run starts adds
-   up the run's pieces, in order. So a table row that every token shares costs no more time than rows that each token has alone.
+1. A fixed number of programs stride over the tokens, gather again and write grad_z (`[T, H]` float32), the gradient
+   of the sum, while the weight and bias gradients grow in registers, as in add_layer_norm. A token-type table of one
+   row, RoBERTa's usual one, gets the column sum of grad_z: a third such accumulator, and no step 2.
+2. Every table is given the sum of the grad_z rows of each id, without atomics. The ids are sorted (stably), so that
+   equal ids form runs. A run is cut where it crosses a multiple of PIECE positions. One program for each position
+   (and block of columns) looks whether a piece starts there, and if so adds up its rows, in order. A piece that is a
+   whole run is final. The others, at most two for each PIECE positions, go to a buffer, from which the program of the
+   position block in which a run starts adds up the run's pieces, in order. So a table row that every token shares
+   costs no more time than rows that each token has alone.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from roberta_kernels.triton.column_sum import add_partials, empty_partials
 from roberta_kernels.triton.philox import keep_mask, keep_scale, threshold
 
 _PIECE = 64
-_ROWS_AT_ONCE = 8
+_ROWS_AT_ONCE = 4
 _PIECES_AT_ONCE = 16
 
 
@@ -49,7 +50,7 @@ def _gather(table_ptr, ids_ptr, table_rows, token, column, mask, in_tokens, H: t
     return tl.where(inside[:, None], values, float("nan"))
 
 
-_SIZES = ["tokens", "words", "positions", "types"]
+_SIZES = ["tokens", "words", "positions", "types", "dropout_threshold"]
 _PLAIN_POINTERS = ["input_ids_ptr", "position_ids_ptr", "token_type_ids_ptr", "mean_ptr", "rstd_ptr", "seed_ptr"]
 
 
@@ -86,7 +87,7 @@ def embedding_layer_norm_forward_kernel(
     z = _gather(word_ptr, input_ids_ptr, words, token, column, mask, in_tokens, H)
     z += _gather(token_type_ptr, token_type_ids_ptr, types, token, column, mask, in_tokens, H)
     z += _gather(position_ptr, position_ids_ptr, positions, token, column, mask, in_tokens, H)
-    mean = tl.sum(z, 1) / H
+    mean = tl.div_rn(tl.sum(z, 1), H * 1.0)
     centred = z - mean[:, None]
     if BLOCK_H != H:
         centred = tl.where(in_columns[None, :], centred, 0.0)
@@ -243,10 +244,9 @@ def join_pieces_kernel(
     if tl.load(ids_ptr + following) != row:
         return  # the last run of this block ends with it
     start = block * PIECE
-    if tl.load(ids_ptr + start) == row:
-        if start > 0:  # noqa: SIM102 (the load below must not come before this test)
-            if tl.load(ids_ptr + start - 1) == row:
-                return  # the run began in an earlier block, whose program joins it
+    before = tl.load(ids_ptr + tl.maximum(start - 1, 0))
+    if (start > 0) & (before == row):
+        return  # the run began in an earlier block, whose program joins it
     if (row == padding_idx) | (row < 0) | (row >= table_rows):
         return
     column = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -341,7 +341,7 @@ def embedding_layer_norm_backward(
     dropout_p: float,
     seed: Tensor | None,  # [1] int64
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the word, position and token-type tables, weight and bias. Padding rows get none (-1: no such row)."""
+    """Gradients of the word, position and token-type tables, weight and bias. Padding rows (-1: none) get zeros."""
     tokens, width = grad_out.shape
     device = word_embeddings.device
     tables = (word_embeddings, position_embeddings, token_type_embeddings)
@@ -349,9 +349,7 @@ def embedding_layer_norm_backward(
         word, position, token_type = (torch.zeros_like(table) for table in tables)
         return word, position, token_type, torch.zeros_like(weight), torch.zeros_like(weight)
     grad_out = grad_out.contiguous()
-    input_ids, position_ids, token_type_ids = (
-        ids.contiguous() for ids in (input_ids, position_ids, token_type_ids)
-    )
+    input_ids, position_ids, token_type_ids = (ids.contiguous() for ids in (input_ids, position_ids, token_type_ids))
     one_type = token_type_embeddings.shape[0] == 1
     grad_z = torch.empty((tokens, width), dtype=torch.float32, device=device)
     grad_weight = torch.empty(width, dtype=weight.dtype, device=device)

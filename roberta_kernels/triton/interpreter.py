@@ -1,8 +1,8 @@
 """Makes Triton's interpreter (TRITON_INTERPRET=1) compute what the hardware does. Compiled kernels never come here.
 
-As of Triton 3.6 the interpreter keeps bfloat16 in numpy's uint16: `tl.dot` multiplies those bit patterns as integers, and the
-cast from float32 cuts the low bits off instead of rounding to nearest even. And a loop bound, an array of one element there,
-no longer converts to an int with numpy 2.4. `repair` replaces the three.
+As of Triton 3.6 the interpreter keeps bfloat16 in numpy's uint16: `tl.dot` multiplies those bit patterns as
+integers, and the cast from float32 cuts the low bits off instead of rounding to nearest even. And a loop bound, an
+array of one element there, no longer converts to an int with numpy 2.4. `repair` replaces the three.
 """
 
 from __future__ import annotations

@@ -1,13 +1,15 @@
-"""Dropout masks from Philox-4x32-10 (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011), never stored.
+"""Dropout masks from Philox-4x32-10 (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011), never
+stored.
 
-The mask is a function of (seed, row, column, plane) alone, so backward draws again what forward drew, whatever the tiling:
+The mask is a function of (seed, row, column, plane) alone, so backward draws again what forward drew, whatever the
+tiling:
 
     key = (low word of seed, high word of seed), counter = (column // 4, row, plane, 0), word = column % 4 of the four
     keep when word >= floor(p * 2**32), unsigned
 
-One counter serves four adjacent columns: a tile of `[rows, columns]` costs rows * columns / 4 Philox evaluations, whose four
-words are compared at once and laid side by side as booleans. The first round only sees one coordinate a side, so broadcasting
-leaves it at `[1, columns / 4]` and `[rows, 1]`.
+One counter serves four adjacent columns: a tile of `[rows, columns]` costs rows * columns / 4 Philox evaluations,
+whose four words are compared at once and laid side by side as booleans. The first round only sees one coordinate a
+side, so broadcasting leaves it at `[1, columns / 4]` and `[rows, 1]`.
 """
 
 from __future__ import annotations

@@ -54,11 +54,11 @@ class Served:
         return backends.namespaces()[self.backend]
 
 
-def served_by(dtypes: Iterable[torch.dtype] | None = None) -> list[Any]:
+def served_by(dtypes: Iterable[torch.dtype] | None = None, *, every_isa: bool = True) -> list[Any]:
     """pytest parameters: every backend x instruction set x dtype of this machine.
 
     dtypes: only these, where the backend has them; None: float32, bfloat16 and float16 wherever the backend has them. A
-    backend that is not there appears once, skipped, with what it needs.
+    backend that is not there appears once, skipped, with what it needs. every_isa: all instruction sets, or the best.
     """
     wanted = (FLOAT32, BFLOAT16, FLOAT16) if dtypes is None else tuple(dtypes)
     combinations: list[Any] = []
@@ -66,7 +66,7 @@ def served_by(dtypes: Iterable[torch.dtype] | None = None) -> list[Any]:
         device = "cpu" if name == "cpu" else DEVICE
         if name == "cpu":
             served = (FLOAT32, BFLOAT16)
-            isas: tuple[str | None, ...] = backends.cpu_isas()
+            isas: tuple[str | None, ...] = backends.cpu_isas()[slice(None) if every_isa else slice(-1, None)]
         else:
             served = (FLOAT32, BFLOAT16, FLOAT16, FLOAT64) if name == "reference" else (FLOAT32, BFLOAT16, FLOAT16)
             isas = (None,)
@@ -84,9 +84,9 @@ def served_by(dtypes: Iterable[torch.dtype] | None = None) -> list[Any]:
     return combinations
 
 
-def on_every_backend(dtypes: Iterable[torch.dtype] | None = None) -> pytest.MarkDecorator:
+def on_every_backend(dtypes: Iterable[torch.dtype] | None = None, *, every_isa: bool = True) -> pytest.MarkDecorator:
     """Runs the test once for each combination; its `served` argument says which."""
-    return pytest.mark.parametrize("served", served_by(dtypes), indirect=True)
+    return pytest.mark.parametrize("served", served_by(dtypes, every_isa=every_isa), indirect=True)
 
 
 def cases_on_every_backend(

@@ -174,7 +174,8 @@ def test_rows_do_not_see_each_other(served: Served, draw: Draw) -> None:
     got = run(dirty, grad)
     for name in ("output", "gradient of x", "gradient of residual"):
         assert torch.equal(got[name][:4], clean[name][:4]), name
-        assert got[name][6].isnan().all(), name
+    for name in ("output", "gradient of residual"):  # (the gradient of a dropped x may be 0)
+        assert got[name][4:].isnan().all(), name
     short = run({name: t[:4].clone() if t.dim() == 2 else t for name, t in inputs.items()}, grad[:4].clone())
     for name in ("output", "gradient of x", "gradient of residual"):
         assert torch.equal(short[name], clean[name][:4]), name

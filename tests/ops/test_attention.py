@@ -41,9 +41,7 @@ class Case:
     causal: bool = False
     mask: str | None = None  # "left", "holes", "none of some"
     dropout_p: float = 0.0
-    layout: str = (
-        "contiguous"  # or "projection": q, k, v are views of one [T, 3, heads, head_dim]; or one of `poisoned`
-    )
+    layout: str = "contiguous"  # or "projection", views of one [T, 3, heads, head_dim]; or one of `poisoned`
     grad: str = "random"  # or "expanded": the gradient of out.sum(); or one of `poisoned`
     scale: float | None = None
     spread: float = 1.0  # of q and k: large makes the softmax sharp

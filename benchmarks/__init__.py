@@ -1,0 +1,1 @@
+"""Benchmarks of the fused kernels: `python -m benchmarks run`, or `pytest benchmarks` (docs/performance.md)."""

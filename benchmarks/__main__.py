@@ -1,0 +1,159 @@
+"""`python -m benchmarks run`: measures the kernels and writes JSON, tables and plots. Also `report` and `compare`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks import machine, options, report
+from benchmarks.compare import THRESHOLD, DifferentMachine, check_same_machine, compare
+
+HERE = Path(__file__).parent
+REGRESSED, REFUSED = 3, 4
+
+
+class _Bar:
+    """A pytest plugin that shows how far the run is; pytest's own report goes to a file."""
+
+    def __init__(self, console: Console) -> None:
+        columns = (TextColumn("[bold]{task.description:<60}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self.progress = Progress(*columns, console=console)
+        self._task = self.progress.add_task("collecting", total=None)
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self.progress.update(self._task, total=len(session.items))
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.progress.update(self._task, description=nodeid.partition("[")[2].rstrip("]") or nodeid)
+
+    def pytest_runtest_logfinish(self) -> None:
+        self.progress.advance(self._task)
+
+
+def _default_folder(described: dict[str, Any]) -> Path:
+    name = described.get("gpu") or f"{described['cpu']}-{described['cores']}cores-{described['isa_kernels'] or 'torch'}"
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return HERE / "results" / f"{slug}-{datetime.date.today()}"
+
+
+def run(arguments: argparse.Namespace, console: Console) -> int:
+    """Measures, then writes the report; returns pytest's exit status, or that of the comparison."""
+    old = report.load(arguments.compare) if arguments.compare else None
+    if arguments.quick:
+        torch.set_num_threads(1)
+    described = machine.machine(machine.pick_device(arguments.device))
+    if old is not None:
+        check_same_machine(old["machine_info"], described)  # before the minutes of measuring
+    folder = (arguments.out or _default_folder(described)).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    results, log = folder / "kernels.json", folder / "pytest.txt"
+    results.unlink(missing_ok=True)
+    command = [str(HERE / "test_kernels.py"), "-p", "no:cacheprovider"]
+    command += ["--benchmark-enable", f"--benchmark-json={results}", *options.as_arguments(arguments)]
+    bar = _Bar(console)
+    with log.open("w") as stream, contextlib.redirect_stdout(stream), bar.progress:
+        status = pytest.main(command, plugins=[bar])
+    if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) or not results.is_file():
+        console.print(log.read_text()[-4000:], markup=False, highlight=False)
+        return int(status) or 1
+    _write_report(results, console)
+    if status == pytest.ExitCode.TESTS_FAILED:
+        console.print(f"[red]A backend failed, or gave wrong answers: see {log.name} and the notes in the report.")
+    if old is not None:
+        return _compare(old, report.load(results), arguments.threshold, console) or int(status)
+    return int(status)
+
+
+def _write_report(results_path: Path, console: Console) -> None:
+    from benchmarks import plots
+
+    results = report.load(results_path)
+    folder = results_path.parent
+    images = plots.write(results, folder)
+    (folder / "kernels.md").write_text(report.markdown(results, [image.name for image in images]))
+    for path in (results_path, folder / "kernels.md", *images):
+        console.print(f"wrote {os.path.relpath(path)}", markup=False, highlight=False)
+
+
+def _fill_document(document: Path, results: dict[str, Any]) -> None:
+    from benchmarks import plots
+
+    report.insert(document, results, plots.write(results, document.parent / "images"))
+
+
+def _compare(old: dict[str, Any], new: dict[str, Any], threshold: float, console: Console) -> int:
+    changes = compare(old, new)
+    told = [change for change in changes if change.regressed(threshold) or change.improved(threshold)]
+    for change in sorted(told, key=lambda change: -change.slowdown):
+        colour, word = ("red", "SLOWER") if change.regressed(threshold) else ("green", "faster")
+        console.print(
+            f"[{colour}]{word}[/] {change.case} {change.contender}: {report.seconds(change.old)} -> "
+            f"{report.seconds(change.new)}, {change.slowdown:.2f} times as long once the peers' own "
+            f"change ({change.drift:.2f}) is taken out",
+            highlight=False,
+            soft_wrap=True,
+        )
+    regressed = sum(change.regressed(threshold) for change in changes)
+    console.print(f"{len(changes)} measurements compared, {regressed} regressed by more than {threshold:.0%}")
+    return REGRESSED if regressed else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    runs = commands.add_parser("run", help="measure, and write JSON, tables and plots")
+    runs.add_argument("--out", type=Path, help="folder to write; default: benchmarks/results/<machine>-<date>")
+    runs.add_argument("--compare", type=Path, metavar="OLD.json", help="then look for regressions, as compare does")
+    options.add_options(runs.add_argument)
+
+    renders = commands.add_parser("report", help="render a result file again")
+    renders.add_argument("results", type=Path)
+    renders.add_argument(
+        "--into",
+        type=Path,
+        metavar="DOCUMENT.md",
+        help="fill that document, at its markers; plots go to images/ beside it",
+    )
+
+    compares = commands.add_parser("compare", help="look for regressions; refuses results of different machines")
+    compares.add_argument("old", type=Path)
+    compares.add_argument("new", type=Path)
+    for command in (runs, compares):
+        command.add_argument("--threshold", type=float, default=THRESHOLD, help="default: %(default)s")
+
+    arguments = parser.parse_args(argv)
+    # A descriptor of its own: pytest captures the usual ones.
+    with os.fdopen(os.dup(sys.stderr.fileno()), "w") as stream:
+        console = Console(file=stream)
+        try:
+            if arguments.command == "run":
+                return run(arguments, console)
+            if arguments.command == "report":
+                if arguments.into:
+                    _fill_document(arguments.into, report.load(arguments.results))
+                else:
+                    _write_report(arguments.results, console)
+                return 0
+            return _compare(report.load(arguments.old), report.load(arguments.new), arguments.threshold, console)
+        except DifferentMachine as error:
+            console.print(f"refused: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+            return REFUSED
+        except (ValueError, OSError) as error:
+            console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+            return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

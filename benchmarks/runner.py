@@ -1,0 +1,159 @@
+"""One case from data to figures: builds the contenders, checks their answers, times them, relates them to the roof."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.ops import OPS
+from benchmarks.problem import Contender, Entry
+from benchmarks.roofs import roof_seconds
+from benchmarks.timing import Call, Clock, Effort, Samples, measure
+from benchmarks.workloads import Case
+from roberta_kernels import tolerance
+from roberta_kernels.backends import BackendError
+
+# Answers are compared with float64 where that is cheap; the other cases run the same code on more rows.
+_CHECKED_FLOPS, _CHECKED_BYTES = 4e9, 1e8
+_CHECKED_BATCHES = ("1x16",)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one contender: its samples and figures, or why it has none.
+
+    broken: the fault is ours (a backend under test raised, or its answers are wrong), and not a gap or a peer's fault.
+    """
+
+    samples: Samples | None
+    figures: dict[str, Any]
+    reason: str = ""
+    broken: bool = False
+
+
+def checked(case: Case) -> bool:
+    cost = OPS[case.op].cost(case)
+    return case.batch.name in _CHECKED_BATCHES or (cost.flops < _CHECKED_FLOPS and cost.bytes < _CHECKED_BYTES)
+
+
+@contextlib.contextmanager
+def _turn(contender: Contender, case: Case) -> Iterator[None]:
+    with contender.active(), contextlib.nullcontext() if case.backward else torch.no_grad():
+        yield
+
+
+def run_case(
+    case: Case, entries: dict[str, Entry], roofs: dict[str, Any], clock: Clock, effort: Effort
+) -> dict[str, Result]:
+    """Times all contenders of one case together."""
+    problem = OPS[case.op].problem(case)
+    exact = eager_answers = None
+    if checked(case):
+        exact = OPS[case.op].eager(problem.in_float64()).answers(case.backward)
+        eager_answers = OPS[case.op].eager(problem).answers(case.backward)
+    results: dict[str, Result] = {}
+    contenders: dict[str, Contender] = {}
+    errors: dict[str, float] = {}
+    for name, entry in entries.items():
+        try:
+            contender = entry.build(problem)
+            with _turn(contender, case):
+                answers = contender.answers(case.backward)
+                clock.synchronize()
+        except Exception as error:
+            # A peer that cannot be had (no compiler, no kernel for this dtype) is a row that says so.
+            gap = isinstance(error, (NotImplementedError, BackendError))
+            results[name] = Result(None, {}, _first_line(error), broken=entry.ours and not gap)
+            continue
+        if exact is not None and eager_answers is not None and entry.same_work:
+            errors[name] = max(_relative_error(a, e) for a, e in zip(answers, exact, strict=True))
+            if entry.ours and (wrong := _broken_promise(answers, eager_answers, exact)):
+                # A speed of wrong answers is no speed.
+                results[name] = Result(None, {}, f"wrong answers: {wrong}", broken=True)
+                continue
+        contenders[name] = contender
+        del answers
+    del exact, eager_answers
+    calls = {name: Call(c.call(case.backward), _active(c, case)) for name, c in contenders.items()}
+    for name, samples in measure(calls, clock, effort).items():
+        figures = _figures(case, samples, roofs, contenders[name], entries[name], errors.get(name))
+        results[name] = Result(samples, figures)
+    contenders.clear()
+    gc.collect()
+    return {name: results[name] for name in entries}
+
+
+def call_once(case: Case, entry: Entry) -> None:
+    """Runs a contender without timing it (pytest --benchmark-disable)."""
+    contender = entry.build(OPS[case.op].problem(case))
+    with _turn(contender, case):
+        contender.call(case.backward)()
+
+
+def _active(contender: Contender, case: Case) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    return lambda: _turn(contender, case)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"[:200]
+
+
+def _relative_error(answer: Tensor, exact: Tensor) -> float:
+    """The largest absolute error over the largest absolute value."""
+    scale = float(exact.abs().max()) if exact.numel() else 0.0
+    return float((answer.double() - exact).abs().max()) / scale if scale > 0 else 0.0
+
+
+def _broken_promise(answers: list[Tensor], eager: list[Tensor], exact: list[Tensor]) -> str:
+    for index, tensors in enumerate(zip(answers, eager, exact, strict=True)):
+        comparison = tolerance.compare(*tensors, name="output" if len(answers) == 1 else f"gradient {index}")
+        if not comparison.holds:
+            return str(comparison)
+    return ""
+
+
+def _percentile(values: list[float], percent: int) -> float:
+    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1] if len(values) > 1 else values[0]
+
+
+def _figures(
+    case: Case, samples: Samples, roofs: dict[str, Any], contender: Contender, entry: Entry, error: float | None
+) -> dict[str, Any]:
+    cost = OPS[case.op].cost(case)
+    seconds = statistics.median(samples.calls)
+    floor, bound = roof_seconds(roofs, cost, case.dtype_name)
+    return {
+        "ours": entry.ours,
+        "same_work": entry.same_work,
+        "note": entry.note,
+        "median_s": seconds,
+        "p20_s": _percentile(samples.calls, 20),
+        "p80_s": _percentile(samples.calls, 80),
+        "turn_medians_s": samples.turn_medians,
+        "calls": len(samples.calls),
+        "flops": cost.flops,
+        "bytes": cost.bytes,
+        "useful_tokens": case.batch.tokens,
+        "computed_tokens": contender.tokens,
+        "flops_per_s": cost.flops / seconds,
+        "bytes_per_s": cost.bytes / seconds,
+        "useful_tokens_per_s": case.batch.tokens / seconds,
+        "bound": bound,
+        "roof_s": floor,
+        "roof_fraction": floor / seconds,
+        "error": error,
+    }
+
+
+def ratio(ours: dict[str, Any], peer: dict[str, Any]) -> dict[str, float]:
+    """How many times as long the peer took, turn by turn: contenders of one turn met the same machine."""
+    turns = [p / o for o, p in zip(ours["turn_medians_s"], peer["turn_medians_s"], strict=True)]
+    return {"median": statistics.median(turns), "p20": _percentile(turns, 20), "p80": _percentile(turns, 80)}

@@ -1,0 +1,129 @@
+"""Interleaved timing: the contenders of a case take turns, so that what disturbs the machine disturbs them alike.
+
+A turn of a contender is: a rest (on a CPU: the worker threads of whoever ran before go on spinning for a while and
+would take a core away), calls that are not counted (they wake this contender's own threads and fill the caches), then
+some timed calls. The turns go round-robin, and the order is reversed from round to round, so that nobody always comes
+after the same neighbour.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure a case: `turns` rounds, or fewer (but min_turns) once `budget` seconds are spent."""
+
+    turns: int
+    min_turns: int
+    turn_seconds: float
+    max_calls: int
+    rest: float
+    budget: float
+
+
+FULL = Effort(turns=7, min_turns=3, turn_seconds=0.02, max_calls=50, rest=0.1, budget=5.0)
+QUICK = Effort(turns=3, min_turns=3, turn_seconds=0.003, max_calls=10, rest=0.01, budget=1.0)
+
+
+@dataclass
+class Samples:
+    """Seconds of each timed call, turn by turn."""
+
+    turns: list[list[float]] = field(default_factory=list)
+
+    @property
+    def calls(self) -> list[float]:
+        return [seconds for turn in self.turns for seconds in turn]
+
+    @property
+    def turn_medians(self) -> list[float]:
+        return [statistics.median(turn) for turn in self.turns]
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is timed, and the context that its turns run in."""
+
+    run: Callable[[], Any]
+    active: Callable[[], AbstractContextManager[None]]
+
+
+class Clock:
+    """Times calls on one device.
+
+    On a GPU each call lies between two CUDA events, and before each one a buffer larger than the L2 cache is
+    overwritten (flush), so that inputs come from memory, as they do in a model; that write also hides the launch cost
+    of the first kernel.
+    """
+
+    def __init__(self, device: str, flush: bool = True) -> None:
+        self.device = device
+        self._flush = None
+        if device == "cuda" and flush:
+            size = 4 * torch.cuda.get_device_properties(0).L2_cache_size
+            self._flush = torch.empty(size, dtype=torch.int8, device=device)
+
+    def synchronize(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def calls(self, run: Callable[[], Any], count: int) -> list[float]:
+        """Seconds of `count` calls, one after another."""
+        return self._cuda(run, count) if self.device == "cuda" else self._cpu(run, count)
+
+    def _cpu(self, run: Callable[[], Any], count: int) -> list[float]:
+        now = time.perf_counter
+        seconds = []
+        for _ in range(count):
+            start = now()
+            run()
+            seconds.append(now() - start)
+        return seconds
+
+    def _cuda(self, run: Callable[[], Any], count: int) -> list[float]:
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+        for start, end in events:
+            if self._flush is not None:
+                self._flush.zero_()
+            start.record()
+            run()
+            end.record()
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) / 1e3 for start, end in events]
+
+
+def measure(calls: dict[str, Call], clock: Clock, effort: Effort) -> dict[str, Samples]:
+    """Times all calls round-robin. They have run once before (compiled, checked)."""
+    samples = {name: Samples() for name in calls}
+    counts = {}
+    for name, call in calls.items():
+        with call.active():
+            seconds = min(clock.calls(call.run, 2))
+        counts[name] = max(1, min(effort.max_calls, round(effort.turn_seconds / max(seconds, 1e-7))))
+    rest = effort.rest if clock.device == "cpu" else 0.0
+    order = list(calls)
+    gc.collect()
+    gc.disable()
+    try:
+        started = time.perf_counter()
+        for turn in range(effort.turns):
+            if turn >= effort.min_turns and time.perf_counter() - started > effort.budget:
+                break
+            for name in order if turn % 2 == 0 else reversed(order):
+                time.sleep(rest)
+                with calls[name].active():
+                    clock.calls(calls[name].run, 1 + counts[name] // 4 if counts[name] > 1 else 0)
+                    samples[name].turns.append(clock.calls(calls[name].run, counts[name]))
+    finally:
+        gc.enable()
+    return samples

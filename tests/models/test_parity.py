@@ -1,0 +1,180 @@
+"""Every class, on random configs and batches: outputs, losses and gradients keep the numerical promise."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+import torch
+from model_cases import (
+    FAST,
+    HEADS,
+    MASKS,
+    Case,
+    all_pairs,
+    assert_case,
+    assert_promise,
+    batch_for,
+    batches_for,
+    build,
+    fast_class,
+    patched,
+)
+
+import roberta_kernels as rk
+
+FACTORS = {
+    "head": tuple(HEADS),
+    "mask": MASKS,
+    "family": ("roberta", "xlm_roberta"),
+    "dtype": ("float32", "bfloat16"),
+    "train": (False, True),
+    "attention": ("sdpa", "eager"),
+    "packed": ("auto", "auto", False),
+}
+MATRIX = [Case(seed=index, **row) for index, row in enumerate(all_pairs(FACTORS, seed=20))]
+
+
+def check(case: Case, **options) -> rk.PatchReport:
+    original = build(case)
+    ours = patched(original, packed=case.packed, **options)
+    report = rk.patch(ours, packed=case.packed, **options)
+    assert_case(case, ours, original)
+    return report
+
+
+def name(case: Case) -> str:
+    return "-".join(
+        str(part) for part in (case.head, case.mask, case.family, case.dtype, case.train, case.attention, case.packed)
+    )
+
+
+@pytest.mark.parametrize("case", MATRIX, ids=name)
+def test_outputs_loss_and_every_gradient(case):
+    report = check(case)
+    assert report.fallbacks() == {}
+
+
+@pytest.mark.parametrize("draw", range(20))
+def test_fresh_random_cases(draw):
+    # New ones on every run; a failure prints the case, from which check(case) repeats it.
+    fresh = random.Random(os.urandom(8))
+    check(Case(seed=fresh.randrange(2**31), **{factor: fresh.choice(values) for factor, values in FACTORS.items()}))
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+def test_every_head_on_every_backend(backend, head):
+    if not rk.available_backends()[backend]:
+        pytest.skip(rk.available_backends()[backend].detail)
+    small = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "hidden_act": "gelu"}
+    mask = MASKS[list(HEADS).index(head) % len(MASKS)]
+    case = Case(seed=5, head=head, mask=mask, train=True, config=small)
+    report = check(case, backend=backend)
+    assert report.fallbacks() == {}
+
+
+@pytest.mark.parametrize("family", ["roberta", "xlm_roberta"])
+@pytest.mark.parametrize("head", HEADS)
+def test_drop_in_class_is_the_patched_model(head, family):
+    case = Case(seed=3, head=head, family=family, train=True)
+    original = build(case)
+    ours = build(case, fast_class(family, head))
+    assert list(ours.state_dict()) == list(original.state_dict())
+    assert rk.is_patched(ours)
+    assert isinstance(ours, type(original))
+    assert_case(case, ours, original)
+    inputs = batch_for(case, original.config)
+    with torch.no_grad():
+        # The same code runs in both, so that nothing but bitwise equality will do.
+        for ours_out, patched_out in zip(
+            ours(**inputs).to_tuple(), patched(original)(**inputs).to_tuple(), strict=True
+        ):
+            if isinstance(ours_out, torch.Tensor):
+                assert torch.equal(ours_out, patched_out)
+
+
+def test_every_drop_in_class_is_exported():
+    for exported in FAST.values():
+        assert exported in rk.__all__
+
+
+@pytest.mark.parametrize("mask", ["right", "holes"])
+@pytest.mark.parametrize("head", ["masked_lm", "causal_lm", "token", "span"])
+def test_a_loss_that_reads_padded_positions(head, mask):
+    case = Case(seed=11, head=head, mask=mask, train=True)
+    original = build(case)
+    batches = batches_for(case, original.config)
+    for inputs in batches:
+        if head != "span":
+            inputs["labels"] = torch.randint(0, 3, inputs["input_ids"].shape)
+    ours = patched(original)
+    report = rk.patch(ours)
+    kwargs = {"use_cache": False} if head == "causal_lm" else {}
+    assert_promise(ours, original, batches, head=head, backward=True, **kwargs)
+    assert any("head" in reason for reason in report.padded()), report.padded()
+    assert report.fallbacks() == {}
+
+
+@pytest.mark.parametrize("head", ["masked_lm", "causal_lm", "token"])
+def test_a_loss_that_ignores_padding_stays_packed(head):
+    case = Case(seed=12, head=head, mask="right")
+    original = build(case)
+    ours = patched(original)
+    report = rk.patch(ours)
+    kwargs = {"use_cache": False} if head == "causal_lm" else {}
+    inputs = batch_for(case, original.config)
+    ours(**inputs, **kwargs)
+    assert report.padded() == {}
+    assert report.fallbacks() == {}
+
+
+def test_question_answering_keeps_the_logits_of_padded_positions():
+    # Answers are picked by a softmax or an argmax over all positions, so that padded ones must not turn to zeros.
+    case = Case(seed=13, head="span", mask="right")
+    original = build(case)
+    inputs = batch_for(case, original.config)
+    del inputs["start_positions"], inputs["end_positions"]
+    with torch.no_grad():
+        want, got = original(**inputs), patched(original)(**inputs)
+    assert got.loss is None
+    torch.testing.assert_close(got.start_logits, want.start_logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got.end_logits, want.end_logits, rtol=1e-4, atol=1e-5)
+
+
+def test_packed_true_takes_padded_logits_from_zeros():
+    case = Case(seed=13, head="span", mask="right")
+    original = build(case)
+    inputs = batch_for(case, original.config)
+    ours = patched(original)
+    report = rk.patch(ours, packed=True)
+    with torch.no_grad():
+        got = ours(**inputs).start_logits
+    assert report.padded() == {}
+    padded = inputs["attention_mask"] == 0
+    assert torch.equal(got[padded], original.qa_outputs.bias[0].expand(int(padded.sum())))
+
+
+def test_shift_labels_that_read_padding():
+    # Trainer hands a causal head labels that are shifted already.
+    case = Case(seed=14, head="causal_lm", mask="right")
+    original = build(case)
+    inputs = batch_for(case, original.config)
+    inputs["labels"] = torch.full_like(inputs["labels"], -100)
+    shift_labels = torch.randint(0, 9, inputs["labels"].shape)
+    with torch.no_grad():
+        want = original(**inputs, shift_labels=shift_labels).loss
+        got = patched(original)(**inputs, shift_labels=shift_labels).loss
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["single_label", "regression", "multi_label"])
+def test_problem_type_is_found_as_in_the_original(kind):
+    case = Case(seed=15, head=kind, config={"problem_type": None})
+    original = build(case)
+    inputs = batch_for(case, original.config)
+    ours = patched(original)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(**inputs).loss, original(**inputs).loss, rtol=1e-4, atol=1e-5)
+    assert ours.config.problem_type == original.config.problem_type is not None

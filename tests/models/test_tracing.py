@@ -1,0 +1,159 @@
+"""torch.compile and torch.export: one graph, whatever is in the batch."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch._dynamo.testing
+from model_cases import Case, assert_promise, batch_for, batches_for, build, exact_copy, patched, run
+
+import roberta_kernels as rk
+
+SMALL = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "hidden_act": "gelu"}
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def case_of(head="single_label", mask="right", **kwargs):
+    return Case(seed=3, head=head, mask=mask, config=SMALL, **kwargs)
+
+
+@pytest.mark.parametrize("head", ["pooler", "masked_lm", "single_label", "span"])
+@pytest.mark.parametrize("train", [False, True])
+def test_compiled_in_one_graph(head, train):
+    case = case_of(head, train=train)
+    original = build(case)
+    ours = patched(original)
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    compiled.zero_grad, compiled.named_parameters = ours.zero_grad, ours.named_parameters
+    batches = [batch_for(Case(seed=3 + i, head=head, mask=mask, config=SMALL), original.config, length=9)
+               for i, mask in enumerate(["right", "left", "holes", "full"])]  # fmt: skip
+    for inputs in batches:
+        inputs.pop("token_type_ids", None)
+    assert_promise(compiled, original, batches, exact=exact_copy(original), head=head, backward=train)
+
+
+def test_compiled_without_a_mask():
+    case = case_of("pooler", "none")
+    original = build(case)
+    compiled = torch.compile(patched(original), fullgraph=True, backend="aot_eager")
+    for inputs in batches_for(case, original.config, 2):
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(**inputs)[0], original(**inputs)[0], rtol=2e-4, atol=2e-5)
+
+
+def test_a_new_length_is_no_new_graph():
+    case = case_of("pooler")
+    original = build(case)
+    ours = patched(original)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(ours, fullgraph=True, dynamic=True, backend=counter)
+    for batch, length in ((4, 9), (3, 12), (5, 17), (2, 30)):
+        inputs = batch_for(case, original.config, batch=batch, length=length)
+        inputs.pop("token_type_ids", None)
+        real = inputs["attention_mask"].bool()
+        with torch.no_grad():
+            got, want = compiled(**inputs), original(**inputs)
+        torch.testing.assert_close(got[0][real], want[0][real], rtol=2e-4, atol=2e-5)
+        torch.testing.assert_close(got[1], want[1], rtol=2e-4, atol=2e-5)
+    assert counter.frame_count == 1
+
+
+def test_compiled_with_dropout():
+    case = case_of("masked_lm", train=True)
+    original = build(case)
+    for module in original.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.2
+    ours = patched(original)
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    compiled.zero_grad, compiled.named_parameters = ours.zero_grad, ours.named_parameters
+    inputs = batch_for(case, original.config)
+    results = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        results.append(run(compiled, inputs, backward=True))
+    assert torch.equal(results[0]["loss"], results[1]["loss"])
+    assert not torch.equal(results[0]["loss"], results[2]["loss"])
+    name = "grad of roberta.encoder.layer.0.output.dense.weight"
+    assert torch.equal(results[0][name], results[1][name])
+
+
+def test_compiled_with_a_backend_of_its_own():
+    case = case_of("pooler")
+    original = build(case)
+    ours = patched(original, backend="reference")
+    compiled = torch.compile(ours, backend="aot_eager")
+    inputs = batch_for(case, original.config)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**inputs)[1], original(**inputs)[1], rtol=2e-4, atol=2e-5)
+
+
+def test_exported_with_a_mask():
+    case = case_of("single_label")
+    original = build(case)
+    ours = patched(original)
+    inputs = batch_for(case, original.config, length=9)
+    example = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    size, length = torch.export.Dim("batch", min=2, max=64), torch.export.Dim("length", min=2, max=40)
+    shapes = {name: {0: size, 1: length} for name in example}
+    program = torch.export.export(ours, (), example, dynamic_shapes=shapes, strict=False)
+    targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert any("roberta_kernels" in target and "attention" in target for target in targets)
+    module = program.module()
+    for mask in ("right", "left", "holes"):
+        for batch, other in ((4, 9), (3, 14)):
+            inputs = batch_for(case_of("single_label", mask), original.config, batch=batch, length=other)
+            example = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+            with torch.no_grad():
+                torch.testing.assert_close(module(**example).logits, original(**example).logits, rtol=2e-4, atol=2e-5)
+
+
+def test_a_traced_model_does_not_keep_the_padding_it_saw():
+    case = case_of("no_pooler")
+    original = build(case)
+    ours = patched(original)
+    ours.config.return_dict = False
+    inputs = batch_for(case, original.config, length=9)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    with torch.no_grad():
+        traced = torch.jit.trace(ours, (ids, mask), strict=False, check_trace=False)
+        for kind in ("right", "left", "holes", "full"):
+            other = batch_for(case_of("no_pooler", kind), original.config, length=9)
+            real = other["attention_mask"].bool()
+            got = traced(other["input_ids"], other["attention_mask"])[0]
+            want = original(input_ids=other["input_ids"], attention_mask=other["attention_mask"])[0]
+            torch.testing.assert_close(got[real], want[real], rtol=2e-4, atol=2e-5)
+
+
+def test_compiling_does_not_disturb_what_is_not_compiled():
+    case = case_of("pooler")
+    original = build(case)
+    ours = patched(original)
+    inputs = batch_for(case, original.config)
+    with torch.no_grad():
+        want = ours(**inputs)[0]
+        torch.compile(ours, fullgraph=True, backend="aot_eager")(**inputs)
+        assert torch.equal(ours(**inputs)[0], want)
+    report = rk.patch(ours)
+    ours(**inputs)
+    assert report.padded() == {}
+
+
+@pytest.mark.slow
+def test_compiled_for_real():
+    case = case_of("single_label", train=True)
+    original = build(case)
+    ours = patched(copy.deepcopy(original))
+    compiled = torch.compile(ours, fullgraph=True)
+    compiled.zero_grad, compiled.named_parameters = ours.zero_grad, ours.named_parameters
+    inputs = batch_for(case, original.config)
+    assert_promise(compiled, original, inputs, exact=exact_copy(original), head="single_label", backward=True)
