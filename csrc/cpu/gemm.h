@@ -296,7 +296,8 @@ inline void multiply_packed(const RowPanels& panels, const float* packed_a, cons
     int64_t next = 0;
     parallel_for(0, min64(threads, blocks * row_blocks), 1, [&](int64_t, int64_t) {
         constexpr int64_t kTile = kRows * kColumns;
-        float* const packed_b = thread_scratch(Use::column_block).words(block * kColumns * min64(depth, k_words) + tiles * kTile);
+        float* const packed_b =
+            thread_scratch(Use::column_block).words(block * kColumns * min64(depth, k_words) + tiles * kTile);
         float* const c = packed_b + block * kColumns * min64(depth, k_words);
         for (;;) {
             const int64_t task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);

@@ -77,6 +77,13 @@ def test_inner_size_beyond_one_block(kernels, dtype):
     check(kernels, inputs(30, 24, 5001, 24, dtype), torch.randn(30, 24).to(dtype), False)
 
 
+@pytest.mark.parametrize(("hidden", "inner", "outer"), [(0, 4, 3), (4, 0, 3), (4, 5, 0)])
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_empty_sizes(kernels, tokens, hidden, inner, outer):
+    leaves = [torch.randn(s) for s in ((tokens, hidden), (inner, hidden), (inner,), (outer, inner), (outer,))]
+    check(kernels, leaves, torch.randn(tokens, outer), False)
+
+
 @DTYPES
 def test_preactivation(kernels, dtype):
     for tokens in (4, 40):
