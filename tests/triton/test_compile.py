@@ -26,8 +26,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = (80, 90, 100)
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
-# What one block may use: CUDA C++ Programming Guide, table of technical specifications per compute capability. An A100 has
-# 163 KiB, but its tiles also serve the GPUs of its kind that have 99.
+# What one block may use: CUDA C++ Programming Guide, table of technical specifications per compute capability. An
+# A100 has 163 KiB, but its tiles also serve the GPUs of its kind that have 99.
 SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 Launch = Callable[[], object]
