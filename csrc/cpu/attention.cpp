@@ -167,8 +167,8 @@ struct KeyDropout {
     }
 };
 
-// -inf where causal attention hides key `first[j]` from query `last_visible - ...`: lane i sees key j when
-// index[j] <= last + i.
+// -inf where causal attention hides a key: query lane i (of all vectors) sees key index[j] when it is <= last
+// + i.
 void hide_later_keys(float* scores, const int32_t* index, int64_t keys, int64_t vectors, int64_t last) {
     for (int64_t j = 0; j < keys; ++j)
         for (int64_t n = 0; n < vectors; ++n) {

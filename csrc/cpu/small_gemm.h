@@ -106,32 +106,47 @@ void gemm_columns(const SmallGemm& g, int64_t rows, int64_t column) {
     }
 }
 
+// A sum in one chain of multiply-adds is accurate enough; where multiplication and addition round separately
+// the chain is cut, and the partial sums are added.
+#if defined(RK_AVX512) || defined(RK_AVX2)
+constexpr int64_t kDepthChunk = int64_t{1} << 40;
+#else
+constexpr int64_t kDepthChunk = 16;
+#endif
+
 // columns: a multiple of kLanes.
 template <bool kTransposedA>
-void small_gemm(const SmallGemm& g, int64_t rows, int64_t columns) {
-    int64_t left = columns / kLanes;
-    for (int64_t column = 0; left > 0;) {
-        int vectors;
-        if (kMaxTileVectors == 4)
-            vectors = left <= 4 ? static_cast<int>(left) : left == 5 || left == 6 ? 3 : 4;
-        else
-            vectors = left == 3 ? 3 : left >= 2 ? 2 : 1;
-        switch (vectors) {
-            case 1:
-                gemm_columns<kTransposedA, 1>(g, rows, column);
-                break;
-            case 2:
-                gemm_columns<kTransposedA, 2>(g, rows, column);
-                break;
-            case 3:
-                gemm_columns<kTransposedA, 3>(g, rows, column);
-                break;
-            case 4:
-                gemm_columns<kTransposedA, (kMaxTileVectors == 4 ? 4 : 1)>(g, rows, column);
-                break;
+void small_gemm(const SmallGemm& whole, int64_t rows, int64_t columns) {
+    for (int64_t k = 0; k < whole.depth; k += kDepthChunk) {
+        SmallGemm g = whole;
+        g.a += kTransposedA ? k * g.lda : k;
+        g.b += k * g.ldb;
+        g.depth = whole.depth - k < kDepthChunk ? whole.depth - k : kDepthChunk;
+        g.start = k == 0 ? whole.start : Start::accumulate;
+        int64_t left = columns / kLanes;
+        for (int64_t column = 0; left > 0;) {
+            int vectors;
+            if (kMaxTileVectors == 4)
+                vectors = left <= 4 ? static_cast<int>(left) : left == 5 || left == 6 ? 3 : 4;
+            else
+                vectors = left == 3 ? 3 : left >= 2 ? 2 : 1;
+            switch (vectors) {
+                case 1:
+                    gemm_columns<kTransposedA, 1>(g, rows, column);
+                    break;
+                case 2:
+                    gemm_columns<kTransposedA, 2>(g, rows, column);
+                    break;
+                case 3:
+                    gemm_columns<kTransposedA, 3>(g, rows, column);
+                    break;
+                case 4:
+                    gemm_columns<kTransposedA, (kMaxTileVectors == 4 ? 4 : 1)>(g, rows, column);
+                    break;
+            }
+            column += vectors * kLanes;
+            left -= vectors;
         }
-        column += vectors * kLanes;
-        left -= vectors;
     }
 }
 

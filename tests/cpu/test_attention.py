@@ -62,7 +62,10 @@ def check(kernels, q, k, v, lengths_q, lengths_k=None, causal=False, key_mask=No
     assert lse.dtype == torch.float32
     assert_three_way(lse, original[1].float(), exact[1], name="lse")
     for name, ours, a, b in zip(
-        ("out", "grad_q", "grad_k", "grad_v"), (out, *grads), original[:1] + original[2:], exact[:1] + exact[2:],
+        ("out", "grad_q", "grad_k", "grad_v"),
+        (out, *grads),
+        original[:1] + original[2:],
+        exact[:1] + exact[2:],
         strict=True,
     ):
         assert ours.dtype == q.dtype

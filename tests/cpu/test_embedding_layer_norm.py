@@ -93,8 +93,11 @@ def test_bitwise_the_same_on_any_number_of_threads(kernels, on_threads, dtype):
 
     def run():
         out, mean, rstd = kernels.embedding_layer_norm_forward(*ids, *tables, weight, bias, EPS, 1, 1, 0.1, seed)
-        return out, mean, rstd, *kernels.embedding_layer_norm_backward(
-            out, *ids, *tables, weight, mean, rstd, 1, 1, 0.1, seed
+        return (
+            out,
+            mean,
+            rstd,
+            *kernels.embedding_layer_norm_backward(out, *ids, *tables, weight, mean, rstd, 1, 1, 0.1, seed),
         )
 
     one = on_threads(1, run)
@@ -122,9 +125,7 @@ def test_id_out_of_range(kernels, bad, which):
         kernels.embedding_layer_norm_forward(*ids, *tables, weight, bias, EPS, -1, -1, 0.0, None)
     statistics = torch.zeros(9), torch.ones(9)
     with pytest.raises(RuntimeError, match=message):
-        kernels.embedding_layer_norm_backward(
-            torch.ones(9, 16), *ids, *tables, weight, *statistics, -1, -1, 0.0, None
-        )
+        kernels.embedding_layer_norm_backward(torch.ones(9, 16), *ids, *tables, weight, *statistics, -1, -1, 0.0, None)
 
 
 def test_refusals(kernels):
