@@ -41,6 +41,8 @@ X86_ISAS = {
 }
 CPU_OPS = ["attention", "add_layer_norm", "gelu_ffn", "embedding_layer_norm"]
 CXX_FLAGS = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+# Error messages name source files by their place in the project.
+CXX_FLAGS.append(f"-ffile-prefix-map={ROOT}/=")
 
 
 def say(line: str) -> None:

@@ -1,13 +1,14 @@
 // Defines the namespace of this library from the package's schemas. Compiled into the CPU library as
-// roberta_kernels_cpu and into the CUDA library as roberta_kernels_cuda; the kernels register themselves against it
-// in their own *_binding.cpp (CPU) or .cu files.
+// roberta_kernels_cpu and into the CUDA library as roberta_kernels_cuda; the kernels register themselves
+// against it in their own *_binding.cpp (CPU) or .cu files.
 #include <torch/csrc/stable/library.h>
 
 #ifdef ROBERTA_KERNELS_CUDA
 STABLE_TORCH_LIBRARY(roberta_kernels_cuda, m) {
 #else
 STABLE_TORCH_LIBRARY(roberta_kernels_cpu, m) {
-    // Which compiled instruction set serves: an index into rk::cpu::kIsaNames; set_isa returns what was set before.
+    // Which compiled instruction set serves: an index into rk::cpu::kIsaNames; set_isa returns what was set
+    // before.
     m.def("get_isa() -> int");
     m.def("set_isa(int isa) -> int");
     m.def("isa_available(int isa) -> bool");

@@ -15,10 +15,14 @@ bool isa_available(Isa isa) {
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     switch (isa) {
-        case Isa::portable: return true;
-        case Isa::avx2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-        case Isa::avx512: return avx512;
-        case Isa::avx512_bf16: return avx512 && __builtin_cpu_supports("avx512bf16");
+        case Isa::portable:
+            return true;
+        case Isa::avx2:
+            return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+        case Isa::avx512:
+            return avx512;
+        case Isa::avx512_bf16:
+            return avx512 && __builtin_cpu_supports("avx512bf16");
     }
     return false;
 #else
@@ -34,8 +38,8 @@ Isa best_isa() {
     return Isa::portable;
 }
 
-// A name that is unknown or that this processor lacks is refused by the Python side, which reads the same variable
-// (roberta_kernels/backends.py); here it only must not crash.
+// A name that is unknown or that this processor lacks is refused by the Python side, which reads the same
+// variable (roberta_kernels/backends.py); here it only must not crash.
 Isa initial_isa() {
     const char* wish = std::getenv("ROBERTA_KERNELS_CPU_ISA");
     if (wish != nullptr)
@@ -50,7 +54,9 @@ std::atomic<int>& active() {
     return isa;
 }
 
-int64_t get_isa_op() { return active().load(std::memory_order_relaxed); }
+int64_t get_isa_op() {
+    return active().load(std::memory_order_relaxed);
+}
 
 bool isa_available_op(int64_t isa) {
     return isa >= 0 && isa < kIsaCount && isa_available(static_cast<Isa>(isa));
@@ -63,13 +69,19 @@ int64_t set_isa_op(int64_t isa) {
 
 }  // namespace
 
-Isa active_isa() { return static_cast<Isa>(active().load(std::memory_order_relaxed)); }
-
-void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
-    torch::stable::parallel_for(begin, end, grain, [body, context](int64_t b, int64_t e) { body(b, e, context); });
+Isa active_isa() {
+    return static_cast<Isa>(active().load(std::memory_order_relaxed));
 }
 
-int num_threads() { return static_cast<int>(torch::stable::get_num_threads()); }
+void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*),
+                  void* context) {
+    torch::stable::parallel_for(begin, end, grain,
+                                [body, context](int64_t b, int64_t e) { body(b, e, context); });
+}
+
+int num_threads() {
+    return static_cast<int>(torch::stable::get_num_threads());
+}
 
 }  // namespace rk::cpu
 

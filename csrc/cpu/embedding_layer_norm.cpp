@@ -165,7 +165,7 @@ void backward(const EmbeddingLayerNormArgs& a) {
                 for (int64_t c = 0; c < 2 * a.hidden; ++c) grad_weight[c] = 0.0f;
                 for (int64_t row = chunks.begin(chunk); row < chunks.end(chunk); ++row) {
                     const RowStatistics s{a.mean[row], a.rstd[row]};
-                prefetch_word<T>(a, row + 1);
+                    prefetch_word<T>(a, row + 1);
                     const T* grad_out = static_cast<const T*>(a.grad_out) + row * a.hidden;
                     float* grad_sum = a.grad_sum + row * a.hidden;
                     const auto sink = [&](int64_t c, int count, vf32 value) {

@@ -44,7 +44,7 @@ def embedding_layer_norm(
         `[T, H]`, contiguous.
 
     Raises:
-        IndexError or RuntimeError: an id outside of its table (CPU; on a GPU as the original: a device-side assertion
+        IndexError: an id outside of its table (CPU; on a GPU as the original: a device-side assertion
             or an undefined row, since a check would need a synchronisation).
         TypeError, ValueError: a dtype, shape, device or value outside of the above.
     """
@@ -69,22 +69,29 @@ def embedding_layer_norm(
     if token_type_ids is None:
         token_type_ids = torch.zeros_like(input_ids)
     kernels = backends.select(word_embeddings)
-    out, _, _ = contract.call(
-        kernels.embedding_layer_norm_forward,
-        _ids("input_ids", input_ids, input_ids, word_embeddings),
-        _ids("position_ids", position_ids, input_ids, word_embeddings),
-        _ids("token_type_ids", token_type_ids, input_ids, word_embeddings),
-        word_embeddings.contiguous(),
-        position_embeddings.contiguous(),
-        token_type_embeddings.contiguous(),
-        weight.contiguous(),
-        bias.contiguous(),
-        float(eps),
-        -1 if word_padding_idx is None else word_padding_idx,
-        -1 if position_padding_idx is None else position_padding_idx,
-        dropout_p,
-        seed if dropout_p > 0 else None,
-    )
+    try:
+        out, _, _ = contract.call(
+            kernels.embedding_layer_norm_forward,
+            _ids("input_ids", input_ids, input_ids, word_embeddings),
+            _ids("position_ids", position_ids, input_ids, word_embeddings),
+            _ids("token_type_ids", token_type_ids, input_ids, word_embeddings),
+            word_embeddings.contiguous(),
+            position_embeddings.contiguous(),
+            token_type_embeddings.contiguous(),
+            weight.contiguous(),
+            bias.contiguous(),
+            float(eps),
+            -1 if word_padding_idx is None else word_padding_idx,
+            -1 if position_padding_idx is None else position_padding_idx,
+            dropout_p,
+            seed if dropout_p > 0 else None,
+        )
+    except RuntimeError as error:
+        # Compiled kernels can raise one type of error only; the original raises this one.
+        _, found, message = str(error).partition("index out of range")
+        if found:
+            raise IndexError(found + message.splitlines()[0]) from None
+        raise
     return out
 
 
