@@ -59,7 +59,8 @@ def test_refused_as_by_the_original(models, what, mask):
         torch.testing.assert_close(outcomes[1], outcomes[0], rtol=1e-4, atol=1e-5)
     else:
         assert str(outcomes[1])
-        assert isinstance(outcomes[1], IndexError) or not isinstance(outcomes[0], IndexError)
+        if isinstance(outcomes[0], IndexError):  # compiled kernels can raise nothing but RuntimeError
+            assert isinstance(outcomes[1], IndexError) or "index out of range" in str(outcomes[1])
 
 
 @pytest.mark.parametrize("length", [47, 60])
@@ -125,7 +126,7 @@ def test_wrong_calls_of_a_head():
 
 def test_an_error_leaves_nothing_behind(models):
     original, ours = models
-    with pytest.raises(IndexError):
+    with pytest.raises((IndexError, RuntimeError), match="index out of range"):
         ours(input_ids=torch.tensor([[2, 50]]))
     inputs = {"input_ids": ids(2, 3)}
     with torch.no_grad():
