@@ -52,7 +52,7 @@ test-slow: setup  ## the tests that take minutes
 	$(PYTEST) -n $(WORKERS) -m slow
 
 bench: setup  ## kernel benchmarks: JSON, a table and plots in benchmarks/results/
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks run
 
 clean:  ## remove what was built, and .venv
 	rm -rf $(VENV) build dist *.egg-info roberta_kernels/*.so roberta_kernels/build_report.json demo-output

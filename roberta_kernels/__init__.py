@@ -36,6 +36,7 @@ from roberta_kernels.patching import (  # noqa: E402
     unpatch,
     unpatch_transformers,
 )
+from roberta_kernels.verification import VerificationReport, verify  # noqa: E402
 
 __all__ = [
     "BackendError",
@@ -47,6 +48,7 @@ __all__ = [
     "FastRobertaForSequenceClassification",
     "FastRobertaForTokenClassification",
     "PatchReport",
+    "VerificationReport",
     "__version__",
     "available_backends",
     "backend",
@@ -57,4 +59,5 @@ __all__ = [
     "set_backend",
     "unpatch",
     "unpatch_transformers",
+    "verify",
 ]
