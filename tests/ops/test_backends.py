@@ -219,9 +219,11 @@ def test_instruction_sets_differ_in_speed_not_in_masks() -> None:
 
 # -------------------------------------------------------------------------------------- environment, import, absence
 
-ASK = (
-    "from roberta_kernels import backends as b; import torch; print(b.current_backend(), b.select(torch.empty(0)).name)"
-)
+ASK = """
+import torch
+from roberta_kernels import backends
+print(backends.current_backend(), backends.select(torch.empty(0)).name)
+"""
 
 
 def test_environment_variable() -> None:

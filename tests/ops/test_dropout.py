@@ -96,6 +96,17 @@ def test_keep_rate(dropout_p: float, draw: Draw) -> None:
         assert abs(float(products.mean())) < 6 * dropout_p * (1 - dropout_p) / products.numel() ** 0.5 + 1e-5
 
 
+@on_every_backend(dtypes=[FLOAT32])
+def test_the_word_at_the_threshold_is_kept(served: Served) -> None:
+    """p chosen so that the threshold is the very word of one element, and then one more."""
+    key = (0x01234567, 0x89ABCDEF)
+    row, column = 2, 5
+    word = philox_in_integers((column // 4, row, 0, 0), key)[column % 4]
+    seed = seed_of(key).to(served.device)
+    assert dropped_ones(served, seed, word / 2**32)[row, column] != 0
+    assert dropped_ones(served, seed, (word + 1) / 2**32)[row, column] == 0
+
+
 # ---------------------------------------------------------------------- the masks that the kernels draw, made visible
 
 

@@ -42,6 +42,7 @@ class Case:
     grad: str = "random"  # or "expanded": the gradient of out.sum(); or one of `poisoned`
     repeat: bool = False  # every token has the same ids: all gradients meet in one row
     heavy: bool = False
+    only: torch.dtype | None = None
 
 
 CASES = [

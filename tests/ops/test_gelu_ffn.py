@@ -40,6 +40,7 @@ class Case:
     grad: str = "random"  # or "expanded": the gradient of out.sum(); or one of `poisoned`
     spread: float = 1.0  # of x: wide reaches the tails of the GELU
     heavy: bool = False
+    only: torch.dtype | None = None
 
 
 CASES = [
