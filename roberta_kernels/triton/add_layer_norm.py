@@ -227,7 +227,8 @@ def add_layer_norm_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out `[T, H]`, mean `[T]` float32, rstd `[T]` float32)."""
     tokens, width = x.shape
-    x, residual = x.contiguous(), residual.contiguous()
+    x, residual, weight, bias = (t.contiguous() for t in (x, residual, weight, bias))
+    x_bias = None if x_bias is None else x_bias.contiguous()
     out = torch.empty((tokens, width), dtype=x.dtype, device=x.device)
     mean = torch.empty(tokens, dtype=torch.float32, device=x.device)
     rstd = torch.empty(tokens, dtype=torch.float32, device=x.device)
@@ -255,7 +256,8 @@ def add_layer_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x (empty where equal to residual's: no dropout), residual, weight, bias, x_bias (empty if none)."""
     tokens, width = x.shape
-    grad_out, x, residual = grad_out.contiguous(), x.contiguous(), residual.contiguous()
+    grad_out, x, residual, weight, mean, rstd = (t.contiguous() for t in (grad_out, x, residual, weight, mean, rstd))
+    x_bias = None if x_bias is None else x_bias.contiguous()
     grad_residual = torch.empty((tokens, width), dtype=x.dtype, device=x.device)
     grad_x = torch.empty((tokens, width) if dropout_p > 0 else 0, dtype=x.dtype, device=x.device)
     allocate = torch.zeros if tokens == 0 else torch.empty

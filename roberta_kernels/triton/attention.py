@@ -639,6 +639,17 @@ def _stride_unit(*tensors: Tensor) -> int:
     return 1 if any(t.stride(0) % 8 or t.stride(1) % 8 for t in tensors) else 8
 
 
+def _rows(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors, copied only where head_dim is not adjacent in memory."""
+    return tuple(t if t.stride(2) == 1 else t.contiguous() for t in tensors)
+
+
+def _vectors(
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, key_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    return cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), None if key_mask is None else key_mask.contiguous()
+
+
 def _strides(unit: int, *tensors: Tensor) -> list[int]:
     return [t.stride(axis) // unit for t in tensors for axis in (0, 1)]
 
@@ -657,8 +668,10 @@ def attention_forward(
     dropout_p: float,
     seed: Tensor | None,  # [1] int64
 ) -> tuple[Tensor, Tensor]:
-    """(out `[Tq, heads, head_dim]`, log-sum-exp `[heads, Tq]` float32). q, k and v need unit stride in head_dim."""
+    """(out `[Tq, heads, head_dim]`, log-sum-exp `[heads, Tq]` float32). Views without unit stride in head_dim are copied."""
     tokens_q, heads, head_dim = q.shape
+    q, k, v = _rows(q, k, v)
+    cu_seqlens_q, cu_seqlens_k, key_mask = _vectors(cu_seqlens_q, cu_seqlens_k, key_mask)
     out = torch.empty((tokens_q, heads, head_dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((heads, tokens_q), dtype=torch.float32, device=q.device)
     sequences = cu_seqlens_q.shape[0] - 1
@@ -704,8 +717,8 @@ def attention_backward(
     grad_q, grad_k, grad_v = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     if tokens_q == 0 or max_seqlen_q == 0:
         return grad_q, grad_k.zero_(), grad_v.zero_()
-    if grad_out.stride(2) != 1:
-        grad_out = grad_out.contiguous()
+    grad_out, q, k, v = _rows(grad_out, q, k, v)
+    cu_seqlens_q, cu_seqlens_k, key_mask = _vectors(cu_seqlens_q, cu_seqlens_k, key_mask)
     out, lse = out.contiguous(), lse.contiguous()
     block_d = max(16, triton.next_power_of_2(head_dim))
     asynchronous = device_facts.has_asynchronous_products(q.device)

@@ -318,9 +318,9 @@ def embedding_layer_norm_forward(
     with device_facts.on_device(out):
         embedding_layer_norm_forward_kernel[(triton.cdiv(tokens, rows),)](
             input_ids.contiguous(), position_ids.contiguous(), token_type_ids.contiguous(),
-            *(table.contiguous() for table in tables), weight, bias, out, mean, rstd, seed if dropout_p > 0 else None,
-            tokens, *(table.shape[0] for table in tables), eps, threshold(dropout_p), keep_scale(dropout_p), H=width,
-            BLOCK_H=block, ROWS=rows, num_warps=warps,
+            *(table.contiguous() for table in tables), weight.contiguous(), bias.contiguous(), out, mean, rstd,
+            seed if dropout_p > 0 else None, tokens, *(table.shape[0] for table in tables), eps,
+            threshold(dropout_p), keep_scale(dropout_p), H=width, BLOCK_H=block, ROWS=rows, num_warps=warps,
         )  # fmt: skip
     return out, mean, rstd
 
@@ -348,7 +348,7 @@ def embedding_layer_norm_backward(
     if tokens == 0:
         word, position, token_type = (torch.zeros_like(table) for table in tables)
         return word, position, token_type, torch.zeros_like(weight), torch.zeros_like(weight)
-    grad_out = grad_out.contiguous()
+    grad_out, weight, mean, rstd = (t.contiguous() for t in (grad_out, weight, mean, rstd))
     input_ids, position_ids, token_type_ids = (ids.contiguous() for ids in (input_ids, position_ids, token_type_ids))
     one_type = token_type_embeddings.shape[0] == 1
     grad_z = torch.empty((tokens, width), dtype=torch.float32, device=device)
