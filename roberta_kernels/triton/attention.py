@@ -668,7 +668,7 @@ def attention_forward(
     dropout_p: float,
     seed: Tensor | None,  # [1] int64
 ) -> tuple[Tensor, Tensor]:
-    """(out `[Tq, heads, head_dim]`, log-sum-exp `[heads, Tq]` float32). Views without unit stride in head_dim are copied."""
+    """(out `[Tq, heads, head_dim]`, log-sum-exp `[heads, Tq]` float32). Without unit stride in head_dim: a copy."""
     tokens_q, heads, head_dim = q.shape
     q, k, v = _rows(q, k, v)
     cu_seqlens_q, cu_seqlens_k, key_mask = _vectors(cu_seqlens_q, cu_seqlens_k, key_mask)
