@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import json
 import os
 import re
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from roberta_kernels import reference
+from roberta_kernels import reference, triton
 
 _HERE = Path(__file__).parent
 CPU_ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
@@ -119,16 +118,8 @@ def _load_compiled(name: str) -> BackendStatus:
 
 
 def _triton_kernel(op: str) -> Callable[..., Any]:
-    def launch(*args: Any) -> Any:
-        from roberta_kernels import triton as triton_backend
-
-        return triton_backend.KERNELS[op](*args)
-
-    return launch
-
-
-def _interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true")
+    # Triton is imported, and the kernels with it, when the first of them is called.
+    return lambda *args: triton.KERNELS[op](*args)
 
 
 def _load() -> None:
@@ -142,18 +133,11 @@ def _load() -> None:
             raise BackendError(
                 f"ROBERTA_KERNELS_CPU_ISA={wish!r}: this processor and build have {', '.join(cpu_isas())}"
             )
-    if importlib.util.find_spec("triton") is None:
-        _status["triton"] = BackendStatus(False, "triton is not installed (pip install triton)")
-    else:
+    _status["triton"] = BackendStatus(*triton.available())
+    if triton.installed():
         # The namespace exists wherever triton does, so that traced graphs load; whether it can serve is another
         # question.
         _define("triton", ("CUDA", "CPU"), _triton_kernel)
-        if _interpreting():
-            _status["triton"] = BackendStatus(True, "interpreted (TRITON_INTERPRET=1): for tests, slow")
-        elif torch.version.cuda is None and torch.version.hip is None:
-            _status["triton"] = BackendStatus(False, f"torch {torch.__version__} is a CPU build")
-        else:
-            _status["triton"] = BackendStatus(True, "compiles for NVIDIA GPUs on first use")
 
 
 def available_backends() -> dict[str, BackendStatus]:
@@ -208,7 +192,7 @@ def _serves(name: str, device_type: str, dtype: torch.dtype) -> str | None:
         return status.detail
     if dtype not in _DTYPES[name]:
         return f"it has no {dtype} kernels"
-    if name == "triton" and device_type == "cpu" and not _interpreting():
+    if name == "triton" and device_type == "cpu" and not triton.interpreting():
         return "Triton runs on GPUs (on CPU tensors only under TRITON_INTERPRET=1)"
     if name in ("cpu", "cuda") and name != device_type:
         return f"it serves {name} tensors, and these are on {device_type}"

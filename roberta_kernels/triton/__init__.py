@@ -10,23 +10,28 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from roberta_kernels.triton.device import interpreting
 
 KERNELS: dict[str, Callable[..., Any]]
 
 
-def available() -> tuple[bool, str]:
-    """(True, what serves), or (False, why Triton kernels cannot run here)."""
+def installed() -> bool:
+    """Whether triton can be imported; looks, does not import."""
     spec = importlib.util.find_spec("triton")
-    if spec is None or spec.origin is None:  # no origin: a stray directory of that name
+    return spec is not None and spec.origin is not None  # no origin: a stray directory of that name
+
+
+def available() -> tuple[bool, str]:
+    """(True, what serves), or (False, why Triton kernels cannot run with this torch). Does not touch a device."""
+    if not installed():
         return False, "triton is not installed (pip install triton)"
     if interpreting():
         return True, "interpreted (TRITON_INTERPRET=1): for tests, slow"
-    import torch
-
-    if not torch.cuda.is_available():
-        return False, "no CUDA device (TRITON_INTERPRET=1 interprets the kernels on CPU tensors)"
-    return True, f"compiled for {torch.cuda.get_device_name()} on first use"
+    if torch.version.cuda is None and torch.version.hip is None:
+        return False, f"torch {torch.__version__} is a CPU build"
+    return True, "compiles for NVIDIA GPUs on first use"
 
 
 def _load() -> dict[str, Callable[..., Any]]:
