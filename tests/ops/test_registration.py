@@ -106,6 +106,17 @@ def test_without_gradients_bitwise_the_same(served: Served, op: str, every_optio
 
 @each_op
 @on_each_namespace
+def test_what_is_saved_for_backward_has_no_gradient(served: Served, op: str, draw: Draw) -> None:
+    """lse, mean, rstd and the pre-activation: backward has no formula for them, so none may be asked of them."""
+    forward = registered_calls(served, sample(op, draw, FLOAT32, every_option=True), draw)[f"{op}_forward"]
+    learning = (leaf(arg) if isinstance(arg, Tensor) else arg for arg in forward)
+    out, *saved = getattr(served.kernels(), f"{op}_forward")(*learning)
+    assert out.requires_grad
+    assert not any(t.requires_grad for t in saved)
+
+
+@each_op
+@on_each_namespace
 def test_a_gradient_for_one_input_alone(served: Served, op: str, draw: Draw) -> None:
     """Whichever input it is, it gets what it gets when all ask."""
     call = sample(op, draw, FLOAT32, every_option=True)
