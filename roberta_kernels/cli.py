@@ -333,6 +333,9 @@ def demo(
             metavar="NAME", help=f"Of the embedding part: {_names(Dtype)}; auto: bfloat16 on a GPU, float32 on a CPU."
         ),
     ] = Dtype.auto,
+    training_seconds: Annotated[
+        float | None, typer.Option(min=0, help="Train for so long; by default 85 s, in which a CPU learns a little.")
+    ] = None,
 ) -> None:
     """Embeds real text and trains a model, original against patched, with no download: about four minutes on two cores.
 
@@ -359,7 +362,9 @@ def demo(
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         _fail(f"cannot write to {output}: {_first_line(error)}")
-    options = show.Options(output, quick=quick, seed=seed, batch_size=batch_size, dtype=dtype.value)
+    options = show.Options(
+        output, quick=quick, seed=seed, batch_size=batch_size, dtype=dtype.value, training_seconds=training_seconds
+    )
     try:
         holds = show.run(options, out, model=embedder, tokenizer=tokenizer)
     except show.DemoError as error:

@@ -106,7 +106,7 @@ def test_quick_demo_from_end_to_end(tmp_path):
     losses = trained["losses"]
     assert len(losses["original"]) == len(losses["patched"]) == trained["steps"]
     assert all(map(math.isfinite, losses["patched"]))
-    assert losses["patched"][0] == pytest.approx(math.log(2048), abs=0.5)
+    assert losses["patched"][0] == pytest.approx(math.log(1024), abs=0.5)
     assert losses["patched"][-1] < losses["patched"][0]
     assert len(trained["predictions"]) >= 3
     assert "summary.json" in result.output.replace("\n", "")
@@ -125,7 +125,6 @@ def test_a_wrong_kernel_breaks_the_demo(tmp_path, monkeypatch, texts, tokenizer)
     trained = training.train(
         tokenizer,
         texts,
-        corpus.encode(tokenizer, texts, longest=32),
         device=torch.device("cpu"),
         seed=0,
         layers=1,

@@ -97,6 +97,7 @@ def loss_picture(result: Training, heading: str, path: Path) -> None:
         for name, color, width in (("original", ORIGINAL, 4.5), ("patched", PATCHED, 1.4)):
             curves.plot(steps, result.losses[name], color=color, lw=width * 0.45, alpha=0.4)
             curves.plot(steps, smooth(result.losses[name]), color=color, lw=width, label=name)
+        curves.axhline(result.frequencies, color="black", lw=1, ls=":", label="knowing only how frequent each token is")
         curves.set(title="masked-word loss, as it comes and smoothed", ylabel="loss (nats)")
         curves.legend()
 
