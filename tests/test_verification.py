@@ -59,10 +59,6 @@ def test_every_task_holds(task):
     assert ("loss" in names) == (task != "Model")
 
 
-@pytest.mark.xfail(
-    reason="The rows of a span loss' gradient cancel, and the compiled CPU kernel sums a weight's gradient over all "
-    "rows in one chain, where torch sums blocks: on some weights twice the original's error, and a little more."
-)
 def test_gradients_of_spans_hold():
     report = verify(tiny("ForQuestionAnswering"), gradients=True)
     assert report.holds, str(report)

@@ -41,7 +41,7 @@ constexpr int kRows = 6, kColumns = 16;
 constexpr int kRows = 4, kColumns = 8;
 #endif
 constexpr int kVectors = kColumns / kLanes;
-constexpr int64_t kChunk = 384;             // words along K between two additions to the tile
+constexpr int64_t kChunk = 128;             // words along K between two additions to the tile
 constexpr int64_t kDepth = 768;             // words along K of a packed block of B
 constexpr int64_t kBlockWords = 96 * 1024;  // and all of its words: 384 KB
 constexpr int64_t kWordsAtOnce = 2 << 20;   // of A, packed together (and at most 1024 rows): 8 MB
