@@ -109,8 +109,8 @@ def run(options: Options, console: Console, *, model: Any = None, tokenizer: Any
 
     console.print("\n[bold]3  Training[/bold]: a small RoBERTa learns to fill in masked words, from the same weights")
     console.print("   three times, step by step in turns: original, patched, and the original with eager attention")
-    # A small vocabulary and no line breaks: more of the little that it can learn in so short a time is words. First come
-    # the frequencies of tokens, then context, of which a minute on a CPU shows only the beginning.
+    # A small vocabulary and no line breaks: more of the little that it can learn in so short a time is words. It learns
+    # the frequencies of tokens first, then context, of which a minute on a CPU shows only the beginning.
     lines = list(dict.fromkeys(" ".join(text.split()) for text in texts))
     trained = training.train(
         corpus.train_tokenizer(lines, scale.student_vocabulary),
