@@ -124,6 +124,20 @@ def test_a_loss_that_reads_padded_positions(head, mask):
     assert report.fallbacks() == {}
 
 
+def test_the_token_before_a_label_is_padding():
+    # The label is at a real position, and the logits that predict it are not.
+    case = Case(seed=16, head="causal_lm", mask="holes", train=True)
+    original = build(case)
+    batches = batches_for(case, original.config)
+    for inputs in batches:
+        labels = torch.randint(6, 40, inputs["input_ids"].shape)
+        inputs["labels"] = torch.where(inputs["attention_mask"].bool(), labels, -100)
+    ours = patched(original)
+    report = rk.patch(ours)
+    assert_promise(ours, original, batches, head="causal_lm", backward=True, use_cache=False)
+    assert set(report.padded()) == {"a head reads padded rows"}
+
+
 @pytest.mark.parametrize("head", ["masked_lm", "causal_lm", "token"])
 def test_a_loss_that_ignores_padding_stays_packed(head):
     case = Case(seed=12, head=head, mask="right")
