@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 from transformers import activations
 
 from roberta_kernels import backends, ops
@@ -79,7 +80,8 @@ def foreign_hooks(module: Any) -> bool:
     outputs itself. That of enable_input_require_grads, which gradient checkpointing sets: `embed` does what it does.
     """
     if (
-        module._backward_hooks
+        _has_any_global_hook()
+        or module._backward_hooks
         or module._backward_pre_hooks
         or module._forward_pre_hooks
         or "forward" in module.__dict__

@@ -332,6 +332,23 @@ def test_a_hook_that_changes_the_output(name):
     assert_promise(ours, original, batches, exact=exact)
 
 
+def test_a_hook_on_every_module_sees_every_call():
+    ours, original, batches = ours_original_batches()
+    report = rk.patch(ours)
+    calls = {}
+    for key, model in (("ours", ours), ("original", original)):
+        names = calls[key] = []
+        handle = nn.modules.module.register_module_forward_hook(
+            lambda module, args, output, names=names: names.append(type(module).__name__)
+        )
+        try:
+            model(**batches[0])
+        finally:
+            handle.remove()
+    assert calls["ours"] == calls["original"]
+    assert report.fallbacks()
+
+
 def test_a_forward_bound_to_the_instance():
     ours, original, batches = ours_original_batches()
     exact = exact_copy(original)
