@@ -48,8 +48,7 @@ def perturb(monkeypatch, op: str, scale: float) -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_holds(task):
-    spans = task == "ForQuestionAnswering"  # see test_gradients_of_spans_hold
-    report = verify(tiny(task), gradients=True, backend="reference" if spans else "auto")
+    report = verify(tiny(task), gradients=True)
     assert report.holds, str(report)
     names = [entry.name for entry in report.entries if entry.call == LAYERWISE]
     assert {"embeddings", "layer 0", "layer 1"} <= set(names)
@@ -57,11 +56,6 @@ def test_every_task_holds(task):
     gradients = {entry.name for entry in report.entries if entry.call == GRADIENT}
     assert any(name.endswith("word_embeddings.weight") for name in gradients)
     assert ("loss" in names) == (task != "Model")
-
-
-def test_gradients_of_spans_hold():
-    report = verify(tiny("ForQuestionAnswering"), gradients=True)
-    assert report.holds, str(report)
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES.values()) - {"Roberta"}))
