@@ -275,7 +275,7 @@ class FastLayer(HuggingFaceModule):
             return "inside a torch.func transform"
         return _output_reason(modules["output"], hidden_states)
 
-    def packed_reason(self, hidden_size: int, like: Tensor) -> str | None:
+    def packed_reason(self, like: Tensor) -> str | None:
         """Why this layer cannot take packed tokens, or None. like: `[*, H]`, a tensor of the hidden states' dtype."""
         if foreign_hooks(self) or self.chunk_size_feed_forward != 0:
             return "hooks on a layer, or chunked feed-forward"

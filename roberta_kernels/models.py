@@ -7,7 +7,6 @@ model runs and what FastRoberta runs is the same class.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import sys
@@ -126,9 +125,9 @@ class FastModel(HuggingFaceModule):
         encoder = self._modules["encoder"]
         return type(encoder) is self._rk_encoder and all(isinstance(layer, FastLayer) for layer in encoder.layer)
 
-    def _wants(self, output: str, kwargs: dict[str, Any]) -> bool:
-        wish = kwargs.get(output)
-        return bool(getattr(self.config, output, False) if wish is None else wish)
+    def _wants(self, output: str, kwargs: dict[str, Any]) -> Any:
+        """What the call asks of this output, as transformers' capture_outputs looks it up: a None given is a no."""
+        return kwargs.get(output, getattr(self.config, output, False))
 
     def _unpackable(self, request: MaskRequest, kwargs: dict[str, Any]) -> str | None:
         """Why this call stays in the padded layout, or None. Cheap reasons come first."""
@@ -137,7 +136,7 @@ class FastModel(HuggingFaceModule):
         input_ids = kwargs.get("input_ids")
         if input_ids is None or input_ids.dim() != 2 or kwargs.get("inputs_embeds") is not None:
             return "inputs_embeds"
-        if not request.fused or kwargs.get("past_key_values") is not None:
+        if kwargs.get("past_key_values") is not None:
             return "a key/value cache"
         config = self.config
         if config.is_decoder and (
@@ -148,8 +147,8 @@ class FastModel(HuggingFaceModule):
         mask = request.attention_mask
         if mask is not None and (not isinstance(mask, Tensor) or mask.shape != input_ids.shape):
             return "the attention mask is not [batch, length]"
-        if wants_hidden := kwargs.get("output_hidden_states", getattr(config, "output_hidden_states", False)):
-            return f"output_hidden_states={wants_hidden}"
+        if wish := self._wants("output_hidden_states", kwargs):
+            return f"output_hidden_states={wish}"
         if config._attn_implementation not in _SAME_ATTENTION:
             return f"attention implementation {config._attn_implementation!r}"
         if input_ids.numel() == 0:
@@ -165,7 +164,7 @@ class FastModel(HuggingFaceModule):
             return "hooks on the encoder"
         weight = embeddings.word_embeddings.weight
         for layer in encoder.layer:
-            reason = layer.packed_reason(weight.shape[1], weight)
+            reason = layer.packed_reason(weight)
             if reason is not None:
                 return reason
         return None
@@ -368,20 +367,13 @@ def _initialise(original: Any) -> Callable[..., None]:
     """__init__ of a fast class: builds the Hugging Face model, then gives its parts their fast classes."""
 
     def initialise(self: nn.Module, *args: Any, **kwargs: Any) -> None:
-        with _building(self):
-            original.__init__(self, *args, **kwargs)
-            state = PatchState()
-            for module in self.modules():
-                make_fast(module, state)
+        state = PatchState()
+        self.__dict__["_rk_state"] = state  # Hugging Face code that runs during construction may already look it up
+        original.__init__(self, *args, **kwargs)
+        for module in self.modules():
+            make_fast(module, state)
 
     return initialise
-
-
-@contextlib.contextmanager
-def _building(module: nn.Module):
-    # Hugging Face code that runs during construction may already look the state up.
-    module.__dict__.setdefault("_rk_state", PatchState())
-    yield
 
 
 def make_fast(module: nn.Module, state: PatchState) -> bool:

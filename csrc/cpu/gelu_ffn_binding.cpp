@@ -1,19 +1,9 @@
 // Registers gelu_ffn for CPU tensors: checks what the kernels rely on, allocates, hands over plain pointers.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
-#include <optional>
-#include <tuple>
-
 #include "csrc/cpu/gelu_ffn.h"
+#include "csrc/cpu/tensor_checks.h"
 
 namespace rk::cpu {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 void check(const Tensor& t, const char* name, const Tensor& like, int64_t rows, int64_t columns) {
     STD_TORCH_CHECK(t.is_cpu(), "gelu_ffn: ", name, " must be on the CPU");
@@ -31,10 +21,6 @@ void check_matrix(const Tensor& t, const char* name) {
     STD_TORCH_CHECK(t.is_cpu() && t.dim() == 2, "gelu_ffn: ", name, " must be a matrix on the CPU");
     STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::BFloat16,
                     "gelu_ffn: ", name, " must be float32 or bfloat16");
-}
-
-Tensor as_contiguous(const Tensor& t) {
-    return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& x_, const Tensor& w_in_, const Tensor& b_in_,
