@@ -24,6 +24,9 @@ from roberta_kernels import reference, triton
 _HERE = Path(__file__).parent
 CPU_ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 ENVIRONMENT_VARIABLE = "ROBERTA_KERNELS_BACKEND"
+# A library of the CUDA kernels compiled for the CPU (tests/cuda_emulation): the cuda backend then serves CPU tensors, as
+# Triton does under TRITON_INTERPRET=1. For finding mistakes in the kernels, some ten thousand times slower than a GPU.
+EMULATION_VARIABLE = "ROBERTA_KERNELS_CUDA_EMULATION"
 
 # Best first, per device type. A device type that is not here is served by the reference.
 _PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
@@ -96,9 +99,18 @@ def _define(name: str, dispatch_keys: tuple[str, ...], kernel: Callable[[str], C
     _kernels[name] = Kernels(name)
 
 
+def emulating() -> bool:
+    """Whether the cuda backend is the emulated library."""
+    return bool(os.environ.get(EMULATION_VARIABLE))
+
+
 def _load_compiled(name: str) -> BackendStatus:
     path = _HERE / f"_{name}.so"
     report = build_report()
+    if name == "cuda" and emulating():
+        torch.ops.load_library(os.environ[EMULATION_VARIABLE])
+        _kernels[name] = Kernels(name)
+        return BackendStatus(True, f"emulated on the CPU ({EMULATION_VARIABLE})")
     if not path.is_file():
         return BackendStatus(False, report.get(name) or "not compiled (pip install --no-build-isolation . compiles it)")
     if name == "cuda" and torch.version.cuda is None:
@@ -194,8 +206,9 @@ def _serves(name: str, device_type: str, dtype: torch.dtype) -> str | None:
         return f"it has no {dtype} kernels"
     if name == "triton" and device_type == "cpu" and not triton.interpreting():
         return "Triton runs on GPUs (on CPU tensors only under TRITON_INTERPRET=1)"
-    if name in ("cpu", "cuda") and name != device_type:
-        return f"it serves {name} tensors, and these are on {device_type}"
+    serves = "cpu" if name == "cuda" and emulating() else name
+    if name in ("cpu", "cuda") and serves != device_type:
+        return f"it serves {serves} tensors, and these are on {device_type}"
     return None
 
 

@@ -39,8 +39,8 @@ class Served:
 
     @property
     def interpreted(self) -> bool:
-        """Runs in Triton's interpreter: a thousand times slower than anything else."""
-        return self.backend == "triton" and self.device == "cpu"
+        """Runs in Triton's interpreter or the CUDA emulation: a thousand times slower than anything else."""
+        return self.backend in ("triton", "cuda") and self.device == "cpu"
 
     @contextlib.contextmanager
     def serving(self) -> Iterator[None]:
@@ -97,7 +97,7 @@ def cases_on_every_backend(
     A case has `id`, `heavy`, and `only`: the one dtype in which it means something, or None.
 
     thin: each case runs in one of the dtypes of a backend or instruction set, which take turns from case to case; in
-    all of them on the best instruction set and on a GPU. Triton's interpreter leaves the heavy cases out.
+    all of them on the best instruction set and on a GPU. Interpreters leave the heavy cases out.
     """
     parameters = []
     turn: dict[tuple[str, str | None], int] = {}

@@ -1,0 +1,123 @@
+"""Builds the CUDA library for the CPU: csrc/cuda compiled by g++ against the emulation in this folder.
+
+`python tests/cuda_emulation/build.py -o DIR` writes DIR/_cuda_emulated.so (with the address and undefined-behaviour
+sanitizers, unless --plain) and prints how to run tests on it. `-- COMMAND ...` runs a command with it:
+
+    python tests/cuda_emulation/build.py -- python -m pytest tests/ops -k cuda
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+# CUTLASS and cuBLAS-style code is not emulated: exempt.cpp stands in for these launchers, and says so when one is called.
+EXEMPT = {"gelu_ffn_sm80.cu", "gelu_ffn_sm90.cu"}
+FLAGS = [
+    "-std=c++17",
+    "-O1",
+    "-g",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wno-unknown-pragmas",
+    "-Wno-unused-function",
+]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+
+
+def cuda_include() -> Path | None:
+    """Where cuda_runtime.h is, or None."""
+    nvcc = shutil.which("nvcc")
+    candidates = [Path(home) / "include" for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
+    if nvcc:
+        candidates.append(Path(nvcc).resolve().parents[1] / "include")
+    return next((path for path in candidates if (path / "cuda_runtime.h").is_file()), None)
+
+
+def missing() -> str | None:
+    """What the emulation needs and this machine lacks, or None."""
+    if platform.machine() != "x86_64":
+        return f"its threads switch stacks in x86-64 assembly, and this is {platform.machine()}"
+    if shutil.which("g++") is None:
+        return "g++ was not found"
+    if cuda_include() is None:
+        return "the CUDA headers (cuda_runtime.h) were found neither beside nvcc nor in CUDA_HOME/include"
+    return None
+
+
+def library(folder: Path, *, sanitize: bool = True) -> Path:
+    """Builds what is out of date, with ninja; returns the library. Raises CalledProcessError with the compiler's words."""
+    import torch
+
+    why = missing()
+    if why:
+        raise RuntimeError(f"the CUDA emulation cannot be built: {why}")
+    folder.mkdir(parents=True, exist_ok=True)
+    torch_include, torch_lib = (Path(torch.__file__).parent / name for name in ("include", "lib"))
+    includes = [HERE, ROOT, torch_include, torch_include / "torch/csrc/api/include", cuda_include()]
+    flags = [*FLAGS, *(SANITIZERS if sanitize else ["-O2"]), *(f"-I{path}" for path in includes)]
+    defines = "-DUSE_CUDA -DROBERTA_KERNELS_CUDA -DTORCH_TARGET_VERSION=0x020a000000000000"
+    sources = [HERE / "emulator.cpp", *sorted(HERE.glob("exempt*.cpp")), ROOT / "csrc/library.cpp"]
+    sources += sorted((ROOT / "csrc/cuda").glob("*.cpp"))
+    sources += [path for path in sorted((ROOT / "csrc/cuda").glob("*.cu")) if path.name not in EXEMPT]
+    lines = [
+        f"flags = {' '.join(flags)}",
+        f"rule compile\n  command = g++ -x c++ $flags {defines} -include {HERE / 'emulation.h'} -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d\n  deps = gcc",
+        f"rule link\n  command = g++ -shared {' '.join(SANITIZERS if sanitize else [])} $in -o $out $libraries",
+        f"libraries = -L{torch_lib} -ltorch_cpu -lc10 -Wl,-rpath,{torch_lib}",
+    ]
+    objects = []
+    for source in sources:
+        objects.append(f"{source.stem}{source.suffix.replace('.', '_')}.o")
+        lines.append(f"build {objects[-1]}: compile {source}")
+    lines.append(f"build _cuda_emulated.so: link {' '.join(objects)}\n")
+    (folder / "build.ninja").write_text("\n".join(lines))
+    ninja = shutil.which("ninja") or str(Path(sys.executable).parent / "ninja")
+    subprocess.run([ninja, "-C", str(folder), "--quiet"], check=True)
+    return folder / "_cuda_emulated.so"
+
+
+def environment(built: Path, *, sanitize: bool = True) -> dict[str, str]:
+    """What to set so that the cuda backend of a Python process is the emulated library."""
+    settings = {"ROBERTA_KERNELS_CUDA_EMULATION": str(built)}
+    if sanitize:
+        found = [
+            subprocess.run(
+                ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+            ).stdout.strip()
+            for name in ("libasan.so", "libubsan.so", "libstdc++.so")
+        ]
+        # The sanitizer must be in the process first. Python and torch leave memory to the operating system at exit.
+        settings["LD_PRELOAD"] = " ".join(found)
+        settings["ASAN_OPTIONS"] = "detect_leaks=0:protect_shadow_gap=1:allocator_may_return_null=1"
+        settings["UBSAN_OPTIONS"] = "print_stacktrace=1"
+    return settings
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--out", type=Path, default=ROOT / "build/cuda_emulation", help="folder to build in")
+    parser.add_argument("--plain", action="store_true", help="without the sanitizers: some five times faster")
+    parser.add_argument("command", nargs="*", help="run with the library in place, after --")
+    arguments = parser.parse_args()
+    folder = arguments.out / ("plain" if arguments.plain else "sanitized")
+    built = library(folder, sanitize=not arguments.plain)
+    settings = environment(built, sanitize=not arguments.plain)
+    if not arguments.command:
+        print(" ".join(f"{name}='{value}'" for name, value in settings.items()))
+        return
+    command = [sys.executable if arguments.command[0] == "python" else arguments.command[0], *arguments.command[1:]]
+    os.execvpe(command[0], command, {**os.environ, **settings})
+
+
+if __name__ == "__main__":
+    main()
