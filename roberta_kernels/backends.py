@@ -24,8 +24,8 @@ from roberta_kernels import reference, triton
 _HERE = Path(__file__).parent
 CPU_ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 ENVIRONMENT_VARIABLE = "ROBERTA_KERNELS_BACKEND"
-# A library of the CUDA kernels compiled for the CPU (tests/cuda_emulation): the cuda backend then serves CPU tensors, as
-# Triton does under TRITON_INTERPRET=1. For finding mistakes in the kernels, some ten thousand times slower than a GPU.
+# A library of the CUDA kernels compiled for the CPU (tests/cuda_emulation): the cuda backend then serves CPU tensors,
+# as Triton does under TRITON_INTERPRET=1. It finds mistakes in kernels, some ten thousand times slower than a GPU.
 EMULATION_VARIABLE = "ROBERTA_KERNELS_CUDA_EMULATION"
 
 # Best first, per device type. A device type that is not here is served by the reference.

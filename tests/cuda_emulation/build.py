@@ -18,8 +18,10 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-# CUTLASS and cuBLAS-style code is not emulated: exempt.cpp stands in for these launchers, and says so when one is called.
+# CUTLASS is not emulated: exempt.cpp stands in for these launchers, and says so when one is called.
 EXEMPT = {"gelu_ffn_sm80.cu", "gelu_ffn_sm90.cu"}
+FAULTS = [HERE / "faults.cu"]  # kernels that test the emulation itself
+NAME = "_cuda_emulated.so"
 FLAGS = [
     "-std=c++17",
     "-O1",
@@ -53,37 +55,50 @@ def missing() -> str | None:
     return None
 
 
-def library(folder: Path, *, sanitize: bool = True) -> Path:
-    """Builds what is out of date, with ninja; returns the library. Raises CalledProcessError with the compiler's words."""
-    import torch
+def kernel_sources() -> list[Path]:
+    """The CUDA library: all of csrc/cuda that can be emulated."""
+    sources = [
+        *sorted(HERE.glob("exempt*.cpp")),
+        ROOT / "csrc/library.cpp",
+        *sorted((ROOT / "csrc/cuda").glob("*.cpp")),
+    ]
+    return sources + [path for path in sorted((ROOT / "csrc/cuda").glob("*.cu")) if path.name not in EXEMPT]
 
+
+def library(folder: Path, *, sources: list[Path] | None = None, sanitize: bool = True) -> Path:
+    """Builds what is out of date, with ninja; returns the library. CalledProcessError: the compiler has said why.
+
+    sources: what to compile beside the emulator; by default the CUDA library, registered with torch.
+    """
     why = missing()
     if why:
         raise RuntimeError(f"the CUDA emulation cannot be built: {why}")
     folder.mkdir(parents=True, exist_ok=True)
-    torch_include, torch_lib = (Path(torch.__file__).parent / name for name in ("include", "lib"))
-    includes = [HERE, ROOT, torch_include, torch_include / "torch/csrc/api/include", cuda_include()]
+    includes, libraries = [HERE, ROOT, cuda_include()], ""
+    if sources is None:
+        import torch
+
+        sources = kernel_sources()
+        torch_include, torch_lib = (Path(torch.__file__).parent / name for name in ("include", "lib"))
+        includes += [torch_include, torch_include / "torch/csrc/api/include"]
+        libraries = f"-L{torch_lib} -ltorch_cpu -lc10 -Wl,-rpath,{torch_lib}"
     flags = [*FLAGS, *(SANITIZERS if sanitize else ["-O2"]), *(f"-I{path}" for path in includes)]
     defines = "-DUSE_CUDA -DROBERTA_KERNELS_CUDA -DTORCH_TARGET_VERSION=0x020a000000000000"
-    sources = [HERE / "emulator.cpp", *sorted(HERE.glob("exempt*.cpp")), ROOT / "csrc/library.cpp"]
-    sources += sorted((ROOT / "csrc/cuda").glob("*.cpp"))
-    sources += [path for path in sorted((ROOT / "csrc/cuda").glob("*.cu")) if path.name not in EXEMPT]
+    compile_command = f"g++ -x c++ $flags {defines} -include {HERE / 'emulation.h'} -MD -MF $out.d -c $in -o $out"
     lines = [
         f"flags = {' '.join(flags)}",
-        f"rule compile\n  command = g++ -x c++ $flags {defines} -include {HERE / 'emulation.h'} -MD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d\n  deps = gcc",
-        f"rule link\n  command = g++ -shared {' '.join(SANITIZERS if sanitize else [])} $in -o $out $libraries",
-        f"libraries = -L{torch_lib} -ltorch_cpu -lc10 -Wl,-rpath,{torch_lib}",
+        f"rule compile\n  command = {compile_command}\n  depfile = $out.d\n  deps = gcc",
+        f"rule link\n  command = g++ -shared {' '.join(SANITIZERS if sanitize else [])} $in -o $out {libraries}",
     ]
     objects = []
-    for source in sources:
+    for source in [HERE / "emulator.cpp", *sources]:
         objects.append(f"{source.stem}{source.suffix.replace('.', '_')}.o")
         lines.append(f"build {objects[-1]}: compile {source}")
-    lines.append(f"build _cuda_emulated.so: link {' '.join(objects)}\n")
+    lines.append(f"build {NAME}: link {' '.join(objects)}\n")
     (folder / "build.ninja").write_text("\n".join(lines))
     ninja = shutil.which("ninja") or str(Path(sys.executable).parent / "ninja")
     subprocess.run([ninja, "-C", str(folder), "--quiet"], check=True)
-    return folder / "_cuda_emulated.so"
+    return folder / NAME
 
 
 def environment(built: Path, *, sanitize: bool = True) -> dict[str, str]:

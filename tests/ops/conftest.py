@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterator
 
 import pytest
+
+from roberta_kernels import backends
 
 from .cases import DEVICE, Draw, Served
 
@@ -24,5 +27,7 @@ def draw(request: pytest.FixtureRequest) -> Draw:
     wish = os.environ.get("RK_TEST_SEED")
     seed = int(wish) if wish else int.from_bytes(os.urandom(4), "little")
     print(f"RK_TEST_SEED={seed}")  # captured; shown with a failure
+    if backends.emulating():  # the same seed orders the threads of the emulated kernels
+        ctypes.CDLL(os.environ[backends.EMULATION_VARIABLE]).rk_emulation_set_seed(ctypes.c_uint64(seed))
     combination = request.node.callspec.params.get("served") if hasattr(request.node, "callspec") else None
     return Draw(seed, combination.device if combination is not None else DEVICE)

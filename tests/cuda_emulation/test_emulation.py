@@ -1,0 +1,98 @@
+"""The emulation finds the mistakes that it is there for, and runs what is right."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from . import build
+
+THREADS = 96
+pytestmark = pytest.mark.skipif(build.missing() is not None, reason=f"the CUDA emulation: {build.missing()}")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("faults")
+
+
+@pytest.fixture(scope="module")
+def faults(folder: Path) -> ctypes.CDLL:
+    return ctypes.CDLL(str(build.library(folder / "plain", sources=build.FAULTS, sanitize=False)))
+
+
+def run(library: ctypes.CDLL, kernel: str, seed: int = 1) -> tuple[list[float], str]:
+    """(what the kernel wrote, the error)."""
+    out = (ctypes.c_float * THREADS)(*[-1.0] * THREADS)
+    message = ctypes.create_string_buffer(512)
+    library.rk_emulation_set_seed(ctypes.c_uint64(seed))
+    library.rk_fault(kernel.encode(), out, message)
+    return list(out), message.value.decode()
+
+
+def test_right_kernels_run(faults: ctypes.CDLL) -> None:
+    for seed in range(5):
+        assert run(faults, "neighbour", seed) == ([float((i + 1) % THREADS) for i in range(THREADS)], "")
+        assert run(faults, "block sum", seed) == ([THREADS * (THREADS - 1) / 2.0] * THREADS, "")
+        assert run(faults, "waited copy", seed) == ([11.0] * THREADS, "")  # the second copy adds 1 after the product
+
+
+def test_a_missing_barrier_reads_the_poison(faults: ctypes.CDLL) -> None:
+    out, message = run(faults, "no barrier")
+    assert message == ""
+    assert any(math.isnan(x) for x in out)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "says"),
+    [
+        ("two barriers", "hangs"),
+        ("diverged", "diverge"),
+        ("ended", "lane 5, which has ended"),
+        ("unwaited copy", "never waited for"),
+    ],
+)
+def test_a_mistake_is_an_error(faults: ctypes.CDLL, kernel: str, says: str) -> None:
+    _, message = run(faults, kernel)
+    assert says in message
+    assert "RK_EMULATION_SEED=1" in message
+    assert run(faults, "block sum")[1] == "", "the emulation must survive a launch that failed"
+
+
+@pytest.mark.parametrize("kernel", ["past shared", "past global"])
+def test_the_sanitizer_sees_an_access_out_of_bounds(folder: Path, kernel: str) -> None:
+    library = build.library(folder / "sanitized", sources=build.FAULTS, sanitize=True)
+    program = (
+        "import ctypes, sys; library = ctypes.CDLL(sys.argv[1]); libc = ctypes.CDLL(None)\n"
+        "libc.malloc.restype = ctypes.c_void_p\n"
+        f"out = ctypes.c_void_p(libc.malloc({4 * THREADS})); message = ctypes.create_string_buffer(512)\n"
+        "for kernel in sys.argv[2:]:\n"
+        "    library.rk_fault(kernel.encode(), out, message); print(kernel, 'ran', message.value, flush=True)\n"
+    )
+    environment = {**os.environ, **build.environment(library), "PYTHONMALLOC": "malloc"}
+    environment.pop("ROBERTA_KERNELS_CUDA_EMULATION")
+    command = [sys.executable, "-c", program, str(library), "neighbour", kernel]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert "neighbour ran b''" in done.stdout, done.stderr
+    assert f"{kernel} ran" not in done.stdout
+    assert "AddressSanitizer" in done.stderr
+    assert done.returncode != 0
+
+
+def test_a_dry_run_records_and_runs_nothing(faults: ctypes.CDLL) -> None:
+    room = (ctypes.c_int64 * 70)()
+    faults.rk_emulation_take_launches(room, ctypes.c_int64(0))
+    faults.rk_emulation_set_dry_run(1)
+    try:
+        out, message = run(faults, "diverged")
+        assert (out, message) == ([-1.0] * THREADS, "")
+        assert faults.rk_emulation_take_launches(room, ctypes.c_int64(10)) == 1
+        assert list(room[:7]) == [1, 1, 1, THREADS, 1, 1, 4 * THREADS]
+    finally:
+        faults.rk_emulation_set_dry_run(0)
