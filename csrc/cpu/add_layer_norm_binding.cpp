@@ -8,21 +8,20 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& residu
                                            const Tensor& bias, double eps,
                                            const std::optional<Tensor>& x_bias, double dropout_p,
                                            const std::optional<Tensor>& seed) {
-    const char* op = "add_layer_norm";
+    const Checks checks("add_layer_norm", x, "x");
+    checks.require(x.dim() == 2, "x must have shape [T, H]");
     AddLayerNormArgs a{};
-    a.bf16 = check_dtype(op, x, "x");
-    const ScalarType dtype = x.scalar_type();
-    STD_TORCH_CHECK(x.dim() == 2, op, ": x must have shape [T, H]");
+    a.bf16 = checks.bf16();
     a.rows = x.size(0);
     a.hidden = x.size(1);
-    check_matrix(op, residual, "residual", dtype, a.rows, a.hidden);
-    check_vector(op, weight, "weight", dtype, a.hidden);
-    check_vector(op, bias, "bias", dtype, a.hidden);
+    checks.matrix(residual, "residual", a.rows, a.hidden);
+    checks.vector(weight, "weight", a.hidden);
+    checks.vector(bias, "bias", a.hidden);
     const Tensor x_rows = as_contiguous(x), residual_rows = as_contiguous(residual);
     const Tensor w = as_contiguous(weight), b = as_contiguous(bias);
     std::optional<Tensor> xb;
     if (x_bias.has_value()) {
-        check_vector(op, *x_bias, "x_bias", dtype, a.hidden);
+        checks.vector(*x_bias, "x_bias", a.hidden);
         xb = as_contiguous(*x_bias);
         a.x_bias = xb->const_data_ptr();
     }
@@ -31,11 +30,11 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& residu
     a.weight = w.const_data_ptr();
     a.bias = b.const_data_ptr();
     a.eps = static_cast<float>(eps);
-    a.dropout = check_dropout(op, dropout_p, seed);
+    a.dropout = checks.dropout(dropout_p, seed);
 
-    Tensor out = empty({a.rows, a.hidden}, dtype);
-    Tensor mean = empty({a.rows}, ScalarType::Float);
-    Tensor rstd = empty({a.rows}, ScalarType::Float);
+    Tensor out = checks.empty({a.rows, a.hidden});
+    Tensor mean = checks.empty({a.rows}, ScalarType::Float);
+    Tensor rstd = checks.empty({a.rows}, ScalarType::Float);
     a.out = out.mutable_data_ptr();
     a.mean = static_cast<float*>(mean.mutable_data_ptr());
     a.rstd = static_cast<float*>(rstd.mutable_data_ptr());
@@ -49,24 +48,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_o
                                                             const Tensor& mean, const Tensor& rstd,
                                                             double dropout_p,
                                                             const std::optional<Tensor>& seed) {
-    const char* op = "add_layer_norm_backward";
+    const Checks checks("add_layer_norm_backward", x, "x");
+    checks.require(x.dim() == 2, "x must have shape [T, H]");
     AddLayerNormArgs a{};
-    a.bf16 = check_dtype(op, x, "x");
-    const ScalarType dtype = x.scalar_type();
-    STD_TORCH_CHECK(x.dim() == 2, op, ": x must have shape [T, H]");
+    a.bf16 = checks.bf16();
     a.rows = x.size(0);
     a.hidden = x.size(1);
-    check_matrix(op, grad_out, "grad_out", dtype, a.rows, a.hidden);
-    check_matrix(op, residual, "residual", dtype, a.rows, a.hidden);
-    check_vector(op, weight, "weight", dtype, a.hidden);
-    check_vector(op, mean, "mean", ScalarType::Float, a.rows);
-    check_vector(op, rstd, "rstd", ScalarType::Float, a.rows);
+    checks.matrix(grad_out, "grad_out", a.rows, a.hidden);
+    checks.matrix(residual, "residual", a.rows, a.hidden);
+    checks.vector(weight, "weight", a.hidden);
+    checks.vector(mean, "mean", a.rows, ScalarType::Float);
+    checks.vector(rstd, "rstd", a.rows, ScalarType::Float);
     const Tensor g = as_contiguous(grad_out), x_rows = as_contiguous(x),
                  residual_rows = as_contiguous(residual);
     const Tensor w = as_contiguous(weight), m = as_contiguous(mean), r = as_contiguous(rstd);
     std::optional<Tensor> xb;
     if (x_bias.has_value()) {
-        check_vector(op, *x_bias, "x_bias", dtype, a.hidden);
+        checks.vector(*x_bias, "x_bias", a.hidden);
         xb = as_contiguous(*x_bias);
         a.x_bias = xb->const_data_ptr();
     }
@@ -76,13 +74,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_o
     a.weight = w.const_data_ptr();
     a.mean = static_cast<float*>(m.data_ptr());
     a.rstd = static_cast<float*>(r.data_ptr());
-    a.dropout = check_dropout(op, dropout_p, seed);
+    a.dropout = checks.dropout(dropout_p, seed);
 
-    Tensor grad_residual = empty({a.rows, a.hidden}, dtype);
-    Tensor grad_x = a.dropout.on ? empty({a.rows, a.hidden}, dtype) : empty({0}, dtype);
-    Tensor grad_weight = empty({a.hidden}, dtype);
-    Tensor grad_bias = empty({a.hidden}, dtype);
-    Tensor grad_x_bias = empty({xb.has_value() ? a.hidden : 0}, dtype);
+    Tensor grad_residual = checks.empty({a.rows, a.hidden});
+    Tensor grad_x = a.dropout.on ? checks.empty({a.rows, a.hidden}) : checks.empty({0});
+    Tensor grad_weight = checks.empty({a.hidden});
+    Tensor grad_bias = checks.empty({a.hidden});
+    Tensor grad_x_bias = checks.empty({xb.has_value() ? a.hidden : 0});
     a.grad_residual = grad_residual.mutable_data_ptr();
     a.grad_x = a.dropout.on ? grad_x.mutable_data_ptr() : nullptr;
     a.grad_weight = grad_weight.mutable_data_ptr();

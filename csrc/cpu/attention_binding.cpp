@@ -4,9 +4,10 @@
 namespace rk::cpu {
 namespace {
 
-HeadsView heads_view(const char* op, const Tensor& t, const char* name, ScalarType dtype, int64_t tokens,
-                     int64_t heads, int64_t head_dim) {
-    check_same_dtype(op, t, name, dtype);
+HeadsView heads_view(const Checks& checks, const Tensor& t, const char* name, int64_t tokens, int64_t heads,
+                     int64_t head_dim) {
+    const char* op = checks.op();
+    checks.same(t, name, checks.scalar_type());
     STD_TORCH_CHECK(t.dim() == 3, op, ": ", name, " must have shape [T, heads, head_dim]");
     const auto sizes = t.sizes();
     STD_TORCH_CHECK(sizes[0] == tokens && sizes[1] == heads && sizes[2] == head_dim, op, ": ", name,
@@ -19,9 +20,10 @@ HeadsView heads_view(const char* op, const Tensor& t, const char* name, ScalarTy
 }
 
 // Every offset that the kernels use comes from cu_seqlens, so its values are checked here, on the host.
-Tensor check_cu_seqlens(const char* op, const Tensor& cu_seqlens, const char* name, int64_t tokens,
+Tensor check_cu_seqlens(const Checks& checks, const Tensor& cu_seqlens, const char* name, int64_t tokens,
                         int64_t max_seqlen, const char* max_name) {
-    check_same_dtype(op, cu_seqlens, name, ScalarType::Int);
+    const char* op = checks.op();
+    checks.same(cu_seqlens, name, ScalarType::Int);
     STD_TORCH_CHECK(cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1, op, ": ", name,
                     " must have shape [B + 1]");
     Tensor contiguous = as_contiguous(cu_seqlens);
@@ -41,8 +43,8 @@ Tensor check_cu_seqlens(const char* op, const Tensor& cu_seqlens, const char* na
 
 // The arguments that forward and backward share, checked; `owned` keeps contiguous copies alive.
 struct Checked {
-    AttentionArgs args{};
-    ScalarType dtype;
+    Checks checks;
+    AttentionArgs args;
     Tensor cu_seqlens_q, cu_seqlens_k;
     std::optional<Tensor> key_mask;
     int64_t total_k;
@@ -52,8 +54,9 @@ Checked check(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
               const Tensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, double scale,
               bool causal, const std::optional<Tensor>& key_mask, double dropout_p,
               const std::optional<Tensor>& seed) {
+    const Checks checks(op, q, "q");
     AttentionArgs a{};
-    a.bf16 = check_dtype(op, q, "q");
+    a.bf16 = checks.bf16();
     STD_TORCH_CHECK(q.dim() == 3, op, ": q must have shape [Tq, heads, head_dim]");
     STD_TORCH_CHECK(k.dim() == 3, op, ": k must have shape [Tk, heads, head_dim]");
     a.total_q = q.size(0);
@@ -61,13 +64,14 @@ Checked check(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
     a.head_dim = q.size(2);
     STD_TORCH_CHECK(a.head_dim >= 16 && a.head_dim <= 128 && a.head_dim % 8 == 0, op,
                     ": head_dim must be a multiple of 8 from 16 to 128, not ", a.head_dim);
-    const ScalarType dtype = q.scalar_type();
     const int64_t total_k = k.size(0);
-    a.q = heads_view(op, q, "q", dtype, a.total_q, a.heads, a.head_dim);
-    a.k = heads_view(op, k, "k", dtype, total_k, a.heads, a.head_dim);
-    a.v = heads_view(op, v, "v", dtype, total_k, a.heads, a.head_dim);
-    Tensor cu_q = check_cu_seqlens(op, cu_seqlens_q, "cu_seqlens_q", a.total_q, max_seqlen_q, "max_seqlen_q");
-    Tensor cu_k = check_cu_seqlens(op, cu_seqlens_k, "cu_seqlens_k", total_k, max_seqlen_k, "max_seqlen_k");
+    a.q = heads_view(checks, q, "q", a.total_q, a.heads, a.head_dim);
+    a.k = heads_view(checks, k, "k", total_k, a.heads, a.head_dim);
+    a.v = heads_view(checks, v, "v", total_k, a.heads, a.head_dim);
+    Tensor cu_q =
+        check_cu_seqlens(checks, cu_seqlens_q, "cu_seqlens_q", a.total_q, max_seqlen_q, "max_seqlen_q");
+    Tensor cu_k =
+        check_cu_seqlens(checks, cu_seqlens_k, "cu_seqlens_k", total_k, max_seqlen_k, "max_seqlen_k");
     a.batch = cu_q.size(0) - 1;
     STD_TORCH_CHECK(cu_k.size(0) - 1 == a.batch, op, ": cu_seqlens_k must have ", a.batch + 1,
                     " elements, as cu_seqlens_q, not ", cu_k.size(0));
@@ -75,14 +79,14 @@ Checked check(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
     a.cu_seqlens_k = static_cast<const int32_t*>(cu_k.const_data_ptr());
     std::optional<Tensor> mask;
     if (key_mask.has_value()) {
-        check_vector(op, *key_mask, "key_mask", ScalarType::Bool, total_k);
+        checks.vector(*key_mask, "key_mask", total_k, ScalarType::Bool);
         mask = as_contiguous(*key_mask);
         a.key_mask = static_cast<const bool*>(mask->const_data_ptr());
     }
     a.scale = static_cast<float>(scale);
     a.causal = causal;
-    a.dropout = check_dropout(op, dropout_p, seed);
-    return {a, dtype, std::move(cu_q), std::move(cu_k), std::move(mask), total_k};
+    a.dropout = checks.dropout(dropout_p, seed);
+    return {checks, a, std::move(cu_q), std::move(cu_k), std::move(mask), total_k};
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -93,8 +97,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
     Checked c = check("attention", q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale,
                       causal, key_mask, dropout_p, seed);
     AttentionArgs& a = c.args;
-    Tensor out = empty({a.total_q, a.heads, a.head_dim}, c.dtype);
-    Tensor lse = empty({a.heads, a.total_q}, ScalarType::Float);
+    Tensor out = c.checks.empty({a.total_q, a.heads, a.head_dim});
+    Tensor lse = c.checks.empty({a.heads, a.total_q}, ScalarType::Float);
     a.out = out.mutable_data_ptr();
     a.lse = static_cast<float*>(lse.mutable_data_ptr());
     RK_DISPATCH(attention_forward, a);
@@ -114,13 +118,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor
     // autograd may hand over any strides (an expanded scalar, say)
     Tensor g =
         grad_out.dim() == 3 && grad_out.stride(2) == 1 ? grad_out : torch::stable::contiguous(grad_out);
-    a.grad_out = heads_view(op, g, "grad_out", c.dtype, a.total_q, a.heads, a.head_dim);
-    check_matrix(op, lse, "lse", ScalarType::Float, a.heads, a.total_q);
+    a.grad_out = heads_view(c.checks, g, "grad_out", a.total_q, a.heads, a.head_dim);
+    c.checks.matrix(lse, "lse", a.heads, a.total_q, ScalarType::Float);
     Tensor saved_lse = as_contiguous(lse);
     a.lse = static_cast<float*>(saved_lse.data_ptr());
-    Tensor grad_q = empty({a.total_q, a.heads, a.head_dim}, c.dtype);
-    Tensor grad_k = empty({c.total_k, a.heads, a.head_dim}, c.dtype);
-    Tensor grad_v = empty({c.total_k, a.heads, a.head_dim}, c.dtype);
+    Tensor grad_q = c.checks.empty({a.total_q, a.heads, a.head_dim});
+    Tensor grad_k = c.checks.empty({c.total_k, a.heads, a.head_dim});
+    Tensor grad_v = c.checks.empty({c.total_k, a.heads, a.head_dim});
     a.grad_q = grad_q.mutable_data_ptr();
     a.grad_k = grad_k.mutable_data_ptr();
     a.grad_v = grad_v.mutable_data_ptr();

@@ -12,29 +12,29 @@ constexpr const char* kTableNames[kTables] = {"word_embeddings", "position_embed
 
 // Checked inputs; contiguous copies, where they were needed, live here.
 struct Inputs {
-    EmbeddingLayerNormArgs args{};
-    ScalarType dtype;
+    Checks checks;
+    EmbeddingLayerNormArgs args;
     Tensor ids[kTables], tables[kTables], weight;
 };
 
 Inputs check(const char* op, const Tensor* const (&ids)[kTables], const Tensor* const (&tables)[kTables],
              const Tensor& weight) {
+    const Checks checks(op, *tables[0], kTableNames[0]);
+    checks.require(ids[0]->dim() == 1, "input_ids must have shape [T]");
+    checks.require(tables[0]->dim() == 2, "word_embeddings must have shape [rows, H]");
     EmbeddingLayerNormArgs a{};
-    a.bf16 = check_dtype(op, *tables[0], kTableNames[0]);
-    const ScalarType dtype = tables[0]->scalar_type();
-    STD_TORCH_CHECK(ids[0]->dim() == 1, op, ": input_ids must have shape [T]");
-    STD_TORCH_CHECK(tables[0]->dim() == 2, op, ": word_embeddings must have shape [rows, H]");
+    a.bf16 = checks.bf16();
     a.rows = ids[0]->size(0);
     a.hidden = tables[0]->size(1);
     for (int t = 0; t < kTables; ++t) {
-        check_vector(op, *ids[t], kIdNames[t], ScalarType::Long, a.rows);
+        checks.vector(*ids[t], kIdNames[t], a.rows, ScalarType::Long);
         STD_TORCH_CHECK(tables[t]->dim() == 2, op, ": ", kTableNames[t], " must have shape [rows, H]");
         a.table_rows[t] = tables[t]->size(0);
-        check_matrix(op, *tables[t], kTableNames[t], dtype, a.table_rows[t], a.hidden);
+        checks.matrix(*tables[t], kTableNames[t], a.table_rows[t], a.hidden);
     }
-    check_vector(op, weight, "weight", dtype, a.hidden);
-    Inputs in{a,
-              dtype,
+    checks.vector(weight, "weight", a.hidden);
+    Inputs in{checks,
+              a,
               {as_contiguous(*ids[0]), as_contiguous(*ids[1]), as_contiguous(*ids[2])},
               {as_contiguous(*tables[0]), as_contiguous(*tables[1]), as_contiguous(*tables[2])},
               as_contiguous(weight)};
@@ -62,14 +62,14 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input_ids, const Tensor
     Inputs in = check(op, {&input_ids, &position_ids, &token_type_ids},
                       {&word_embeddings, &position_embeddings, &token_type_embeddings}, weight);
     EmbeddingLayerNormArgs& a = in.args;
-    check_vector(op, bias, "bias", in.dtype, a.hidden);
+    in.checks.vector(bias, "bias", a.hidden);
     const Tensor b = as_contiguous(bias);
     a.bias = b.const_data_ptr();
     a.eps = static_cast<float>(eps);
-    a.dropout = check_dropout(op, dropout_p, seed);
-    Tensor out = empty({a.rows, a.hidden}, in.dtype);
-    Tensor mean = empty({a.rows}, ScalarType::Float);
-    Tensor rstd = empty({a.rows}, ScalarType::Float);
+    a.dropout = in.checks.dropout(dropout_p, seed);
+    Tensor out = in.checks.empty({a.rows, a.hidden});
+    Tensor mean = in.checks.empty({a.rows}, ScalarType::Float);
+    Tensor rstd = in.checks.empty({a.rows}, ScalarType::Float);
     a.out = out.mutable_data_ptr();
     a.mean = static_cast<float*>(mean.mutable_data_ptr());
     a.rstd = static_cast<float*>(rstd.mutable_data_ptr());
@@ -115,21 +115,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     for (int t = 0; t < kTables; ++t)
         STD_TORCH_CHECK(a.table_rows[t] <= kIntMax, op, ": ", kTableNames[t],
                         " may have at most 2**31 - 1 rows");
-    check_matrix(op, grad_out, "grad_out", in.dtype, a.rows, a.hidden);
-    check_vector(op, mean, "mean", ScalarType::Float, a.rows);
-    check_vector(op, rstd, "rstd", ScalarType::Float, a.rows);
+    in.checks.matrix(grad_out, "grad_out", a.rows, a.hidden);
+    in.checks.vector(mean, "mean", a.rows, ScalarType::Float);
+    in.checks.vector(rstd, "rstd", a.rows, ScalarType::Float);
     const Tensor g = as_contiguous(grad_out), m = as_contiguous(mean), r = as_contiguous(rstd);
     a.grad_out = g.const_data_ptr();
     a.mean = static_cast<float*>(m.data_ptr());
     a.rstd = static_cast<float*>(r.data_ptr());
-    a.dropout = check_dropout(op, dropout_p, seed);
+    a.dropout = in.checks.dropout(dropout_p, seed);
     const int64_t padding_idx[kTables] = {word_padding_idx, position_padding_idx, -1};
     const Groups groups[kTables] = {{a.ids[0], a.rows, a.table_rows[0]},
                                     {a.ids[1], a.rows, a.table_rows[1]},
                                     {a.ids[2], a.rows, a.table_rows[2]}};
-    Tensor grad_tables[kTables] = {empty({a.table_rows[0], a.hidden}, in.dtype),
-                                   empty({a.table_rows[1], a.hidden}, in.dtype),
-                                   empty({a.table_rows[2], a.hidden}, in.dtype)};
+    Tensor grad_tables[kTables] = {in.checks.empty({a.table_rows[0], a.hidden}),
+                                   in.checks.empty({a.table_rows[1], a.hidden}),
+                                   in.checks.empty({a.table_rows[2], a.hidden})};
     for (int t = 0; t < kTables; ++t) {
         a.order[t] = groups[t].order.data();
         a.start[t] = groups[t].start.data();
@@ -138,9 +138,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
         a.padding_idx[t] = padding_idx[t];
         a.grad_table[t] = grad_tables[t].mutable_data_ptr();
     }
-    Tensor grad_sum = empty({a.rows, a.hidden}, ScalarType::Float);
-    Tensor grad_weight = empty({a.hidden}, in.dtype);
-    Tensor grad_bias = empty({a.hidden}, in.dtype);
+    Tensor grad_sum = in.checks.empty({a.rows, a.hidden}, ScalarType::Float);
+    Tensor grad_weight = in.checks.empty({a.hidden});
+    Tensor grad_bias = in.checks.empty({a.hidden});
     a.grad_sum = static_cast<float*>(grad_sum.mutable_data_ptr());
     a.grad_weight = grad_weight.mutable_data_ptr();
     a.grad_bias = grad_bias.mutable_data_ptr();

@@ -5,46 +5,34 @@
 namespace rk::cpu {
 namespace {
 
-void check(const Tensor& t, const char* name, const Tensor& like, int64_t rows, int64_t columns) {
-    STD_TORCH_CHECK(t.is_cpu(), "gelu_ffn: ", name, " must be on the CPU");
-    STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), "gelu_ffn: ", name, " must have the dtype of x");
-    if (columns < 0) {
-        STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == rows, "gelu_ffn: ", name, " must have shape [", rows,
-                        "]");
-    } else {
-        STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, "gelu_ffn: ", name,
-                        " must have shape [", rows, ", ", columns, "]");
-    }
-}
-
-void check_matrix(const Tensor& t, const char* name) {
-    STD_TORCH_CHECK(t.is_cpu() && t.dim() == 2, "gelu_ffn: ", name, " must be a matrix on the CPU");
-    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::BFloat16,
-                    "gelu_ffn: ", name, " must be float32 or bfloat16");
+// The checks of the sizes that both directions share.
+Checks check(const char* op, const Tensor& x, const Tensor& w_in, const Tensor& w_out) {
+    const Checks checks(op, x, "x");
+    checks.require(x.dim() == 2, "x must have shape [T, H]");
+    checks.require(w_in.dim() == 2, "w_in must have shape [F, H]");
+    checks.require(w_out.dim() == 2, "w_out must have shape [O, F]");
+    checks.matrix(w_in, "w_in", w_in.size(0), x.size(1));
+    checks.matrix(w_out, "w_out", w_out.size(0), w_in.size(0));
+    return checks;
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& x_, const Tensor& w_in_, const Tensor& b_in_,
                                    const Tensor& w_out_, const std::optional<Tensor>& b_out_, bool tanh,
                                    bool save_preactivation) {
-    check_matrix(x_, "x");
-    check_matrix(w_in_, "w_in");
-    check_matrix(w_out_, "w_out");
+    const Checks checks = check("gelu_ffn", x_, w_in_, w_out_);
     const int64_t tokens = x_.size(0), hidden = x_.size(1), inner = w_in_.size(0), outer = w_out_.size(0);
-    check(w_in_, "w_in", x_, inner, hidden);
-    check(b_in_, "b_in", x_, inner, -1);
-    check(w_out_, "w_out", x_, outer, inner);
-    if (b_out_) check(*b_out_, "b_out", x_, outer, -1);
+    checks.vector(b_in_, "b_in", inner);
+    if (b_out_) checks.vector(*b_out_, "b_out", outer);
 
     const Tensor x = as_contiguous(x_), w_in = as_contiguous(w_in_), b_in = as_contiguous(b_in_),
                  w_out = as_contiguous(w_out_);
     const Tensor b_out = b_out_ ? as_contiguous(*b_out_) : b_in;
-    Tensor out = torch::stable::new_empty(x, {tokens, outer});
-    Tensor preactivation =
-        save_preactivation ? torch::stable::new_empty(x, {tokens, inner}) : torch::stable::new_empty(x, {0});
+    Tensor out = checks.empty({tokens, outer});
+    Tensor preactivation = save_preactivation ? checks.empty({tokens, inner}) : checks.empty({0});
 
     GeluFfnForward args{};
     args.tokens = tokens, args.hidden = hidden, args.inner = inner, args.outer = outer;
-    args.bfloat16 = x.scalar_type() == ScalarType::BFloat16;
+    args.bfloat16 = checks.bf16();
     args.tanh = tanh;
     args.x = x.const_data_ptr();
     args.w_in = w_in.const_data_ptr();
@@ -60,28 +48,24 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_, const Tensor& w_in_, const 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_out_, const Tensor& x_,
                                                             const Tensor& w_in_, const Tensor& w_out_,
                                                             const Tensor& preactivation_, bool tanh) {
-    check_matrix(x_, "x");
-    check_matrix(w_in_, "w_in");
-    check_matrix(w_out_, "w_out");
+    const Checks checks = check("gelu_ffn_backward", x_, w_in_, w_out_);
     const int64_t tokens = x_.size(0), hidden = x_.size(1), inner = w_in_.size(0), outer = w_out_.size(0);
-    check(grad_out_, "grad_out", x_, tokens, outer);
-    check(w_in_, "w_in", x_, inner, hidden);
-    check(w_out_, "w_out", x_, outer, inner);
-    check(preactivation_, "preactivation", x_, tokens, inner);
+    checks.matrix(grad_out_, "grad_out", tokens, outer);
+    checks.matrix(preactivation_, "preactivation", tokens, inner);
 
     const Tensor grad_out = as_contiguous(grad_out_), x = as_contiguous(x_), w_in = as_contiguous(w_in_);
     const Tensor w_out = as_contiguous(w_out_), preactivation = as_contiguous(preactivation_);
-    Tensor activation = torch::stable::new_empty(x, {tokens, inner});
-    Tensor grad_preactivation = torch::stable::new_empty(x, {tokens, inner});
-    Tensor grad_x = torch::stable::new_empty(x, {tokens, hidden});
-    Tensor grad_w_in = torch::stable::new_empty(x, {inner, hidden});
-    Tensor grad_b_in = torch::stable::new_empty(x, {inner});
-    Tensor grad_w_out = torch::stable::new_empty(x, {outer, inner});
-    Tensor grad_b_out = torch::stable::new_empty(x, {outer});
+    Tensor activation = checks.empty({tokens, inner});
+    Tensor grad_preactivation = checks.empty({tokens, inner});
+    Tensor grad_x = checks.empty({tokens, hidden});
+    Tensor grad_w_in = checks.empty({inner, hidden});
+    Tensor grad_b_in = checks.empty({inner});
+    Tensor grad_w_out = checks.empty({outer, inner});
+    Tensor grad_b_out = checks.empty({outer});
 
     GeluFfnBackward args{};
     args.tokens = tokens, args.hidden = hidden, args.inner = inner, args.outer = outer;
-    args.bfloat16 = x.scalar_type() == ScalarType::BFloat16;
+    args.bfloat16 = checks.bf16();
     args.tanh = tanh;
     args.grad_out = grad_out.const_data_ptr();
     args.x = x.const_data_ptr();

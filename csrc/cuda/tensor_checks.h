@@ -1,104 +1,30 @@
-// What the bindings share: checks that name the argument at fault, and allocation. For *_binding.cpp only: it
-// includes torch's stable headers.
+// The checks of the CUDA bindings: csrc/tensor_checks.h for the dtypes and the dropout arguments of this
+// backend.
 #pragma once
 #include <device.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <initializer_list>
-#include <optional>
-#include <tuple>
 
 #include "csrc/cuda/dropout.h"
 #include "csrc/cuda/dtype.h"
+#include "csrc/tensor_checks.h"
 
 namespace rk::cuda {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-inline Tensor as_contiguous(const Tensor& t) {
-    return t.is_contiguous() ? t : torch::stable::contiguous(t);
-}
-
-// The checks of one call: every tensor has the device of the first, and its dtype where nothing else is said.
-class Checks {
+class Checks : public TensorChecks {
   public:
     Checks(const char* op, const Tensor& first, const char* name)
-        : op_(op), device_(first.device()), dtype_(first.scalar_type()) {
-        STD_TORCH_CHECK(
-            dtype_ == ScalarType::Float || dtype_ == ScalarType::BFloat16 || dtype_ == ScalarType::Half, op_,
-            ": ", name, " must be float32, bfloat16 or float16, not ", torch::headeronly::toString(dtype_));
-    }
+        : TensorChecks(op, first, name, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half},
+                       "float32, bfloat16 or float16") {}
 
-    ScalarType scalar_type() const { return dtype_; }
     Dtype dtype() const {
-        return dtype_ == ScalarType::Float      ? Dtype::float32
-               : dtype_ == ScalarType::BFloat16 ? Dtype::bfloat16
-                                                : Dtype::float16;
-    }
-
-    void require(bool condition, const char* message) const {
-        STD_TORCH_CHECK(condition, op_, ": ", message);
-    }
-
-    void same(const Tensor& t, const char* name, ScalarType dtype) const {
-        STD_TORCH_CHECK(t.scalar_type() == dtype, op_, ": ", name, " must be ",
-                        torch::headeronly::toString(dtype), ", not ",
-                        torch::headeronly::toString(t.scalar_type()));
-        STD_TORCH_CHECK(t.device() == device_, op_, ": ", name,
-                        " must be on the device of the other tensors");
-    }
-
-    void vector(const Tensor& t, const char* name, int64_t size) const { vector(t, name, size, dtype_); }
-    void vector(const Tensor& t, const char* name, int64_t size, ScalarType dtype) const {
-        same(t, name, dtype);
-        STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == size, op_, ": ", name, " must have shape [", size, "]");
-    }
-
-    void matrix(const Tensor& t, const char* name, int64_t rows, int64_t columns) const {
-        same(t, name, dtype_);
-        STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, op_, ": ", name,
-                        " must have shape [", rows, ", ", columns, "]");
+        return scalar_type() == ScalarType::Float      ? Dtype::float32
+               : scalar_type() == ScalarType::BFloat16 ? Dtype::bfloat16
+                                                       : Dtype::float16;
     }
 
     Dropout dropout(double p, const std::optional<Tensor>& seed) const {
-        STD_TORCH_CHECK(p >= 0.0 && p < 1.0, op_, ": dropout_p must be in [0, 1), not ", p);
-        if (p == 0.0) return Dropout{};
-        STD_TORCH_CHECK(seed.has_value(), op_, ": dropout_p > 0 needs a seed");
-        same(*seed, "seed", ScalarType::Long);
-        STD_TORCH_CHECK(seed->numel() == 1, op_, ": seed must hold one element");
-        return Dropout(p, static_cast<const int64_t*>(seed->const_data_ptr()));
+        const int64_t* address = dropout_seed(p, seed);
+        return address == nullptr ? Dropout{} : Dropout(p, address);
     }
-
-    // Uninitialised, contiguous, on the device of the call.
-    Tensor empty(std::initializer_list<int64_t> sizes) const { return empty(sizes, dtype_); }
-    Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) const {
-        int64_t strides[4];
-        int64_t stride = 1;
-        for (int i = static_cast<int>(sizes.size()) - 1; i >= 0; --i) {
-            strides[i] = stride;
-            stride *= sizes.begin()[i] > 0 ? sizes.begin()[i] : 1;
-        }
-        const int32_t code = dtype == ScalarType::Float      ? aoti_torch_dtype_float32()
-                             : dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
-                             : dtype == ScalarType::Half     ? aoti_torch_dtype_float16()
-                             : dtype == ScalarType::Int      ? aoti_torch_dtype_int32()
-                             : dtype == ScalarType::Byte     ? aoti_torch_dtype_uint8()
-                                                             : aoti_torch_dtype_int64();
-        AtenTensorHandle handle;
-        TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
-                                                        strides, code, static_cast<int32_t>(device_.type()),
-                                                        device_.index(), &handle));
-        return Tensor(handle);
-    }
-
-  private:
-    const char* op_;
-    torch::stable::Device device_;
-    ScalarType dtype_;
 };
 
 }  // namespace rk::cuda

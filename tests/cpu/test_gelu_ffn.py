@@ -194,8 +194,8 @@ def test_what_is_refused(kernels):
     refused("b_in must have shape", x, w_in, b_in[:-1], w_out, b_out)
     refused("w_out must have shape", x, w_in, b_in, w_out[:, :-1], b_out)
     refused("b_out must have shape", x, w_in, b_in, w_out, b_out[:-1])
-    refused("w_in must have the dtype", x, w_in.bfloat16(), b_in, w_out, b_out)
+    refused("w_in must be Float", x, w_in.bfloat16(), b_in, w_out, b_out)
     refused("must be float32 or bfloat16", *(t.double() for t in (x, w_in, b_in, w_out, b_out)))
-    refused("x must be a matrix", x[None], w_in, b_in, w_out, b_out)
+    refused("x must have shape", x[None], w_in, b_in, w_out, b_out)
     with pytest.raises(RuntimeError, match="preactivation must have shape"):
         kernels.gelu_ffn_backward(torch.ones(4, 48), x, w_in, w_out, torch.ones(3, 96), False)
