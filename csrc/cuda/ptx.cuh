@@ -8,10 +8,10 @@
 
 namespace rk::cuda::ptx {
 
-// 16 bytes from global memory that will not be read again: past L1, first to leave L2.
+// 16 bytes from global memory that will not be read again: first to leave L1 and L2.
 __device__ inline uint4 load_streaming(const void* global) {
     uint4 v;
-    asm volatile("ld.global.L1::no_allocate.L2::evict_first.v4.u32 {%0, %1, %2, %3}, [%4];"
+    asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                  : "l"(global));
     return v;

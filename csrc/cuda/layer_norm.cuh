@@ -1,0 +1,488 @@
+// Layer normalisation (Ba, Kiros and Hinton 2016), forward and backward, of rows that are made as they are
+// read: shared by add_layer_norm and embedding_layer_norm, which differ in how a row comes to be and where its
+// gradient goes. That difference is the kernels' template parameter `Op`:
+//
+//     Element, kDropout                   the dtype; whether elements are dropped
+//     Dropout dropout
+//     Row row(row)                        what is found out once a row (addresses)
+//     Loaded<N> load<N>(Row, column)      N neighbouring columns of all inputs, as they lie in memory
+//     sum<N>(z, Row, Loaded<N>, kept)     z = what is normalised
+//     drop_normalised<N>(out, kept)       forward: dropout after the norm, where there is one
+//     store_gradient<N>(row, column, z, kept)   backward: takes the gradient of z away; leaves in z what the third
+//                                         column sum adds up
+//
+// `kept` is a bit for each of the N columns: whether dropout keeps it.
+//
+// Forward: a row is loaded once, all loads before the first use, and stays in registers as float32: mean,
+// centred squares (two passes, so nothing cancels), result. weight and bias come from L1 and are asked for
+// together with the row.
+//
+// Backward, with g = grad_out * weight and n = (z - mean) * rstd:
+//
+//     grad_z = rstd * (g - mean(g) - n * mean(g * n))
+//
+// Blocks stay and stride over the rows. A thread always has the same columns, so the sums over rows (of grad_out * n,
+// grad_out and Op's third) grow in its registers; at the end the rows of a block are added through shared
+// memory, and each block writes one row of partial sums, which sum_partials adds: every addition in a fixed
+// order. Rows go to blocks in turn, so that all multiprocessors have equally many to within one.
+#pragma once
+#include <launch.cuh>
+#include <ptx.cuh>
+#include <stdint.h>
+#include <string.h>
+
+#include "csrc/cuda/common.cuh"
+#include "csrc/cuda/dropout.cuh"
+#include "csrc/cuda/layer_norm_plan.h"
+
+namespace rk::cuda {
+
+constexpr int kColumnSums = 3;  // weight, bias, Op's third
+
+template <typename T>
+constexpr int kVector = 16 / sizeof(T);
+
+// What both directions have.
+template <typename T>
+struct LayerNormRows {
+    const T* weight;  // [columns]
+    float* mean;      // [rows]
+    float* rstd;      // [rows]
+    int64_t rows, columns;
+};
+
+template <typename T>
+struct LayerNormForward : LayerNormRows<T> {
+    const T* bias;  // [columns]
+    T* out;         // [rows, columns]
+    float eps;
+};
+
+template <typename T>
+struct LayerNormBackward : LayerNormRows<T> {
+    const T* grad_out;  // [rows, columns]
+    float* partials;    // [kColumnSums, blocks, columns]
+};
+
+// ------------------------------------------------------------------------------------------------ pieces of a row
+
+// N neighbours that will not be read again.
+template <int N, typename T>
+__device__ inline Vector<T, N> load_once(const T* from) {
+    if constexpr (N * sizeof(T) == 16) {
+        const uint4 bits = ptx::load_streaming(from);
+        Vector<T, N> v;
+        memcpy(&v, &bits, 16);
+        return v;
+    } else {
+        return *reinterpret_cast<const Vector<T, N>*>(from);
+    }
+}
+
+template <int N, typename T>
+__device__ inline Vector<T, N> load_vector(const T* from) {
+    return *reinterpret_cast<const Vector<T, N>*>(from);
+}
+
+// Which of the columns column ... column + N - 1 of a row dropout keeps; N divides column.
+template <bool kDropout, int N>
+__device__ inline uint32_t kept_columns(const Dropout& dropout, const PhiloxKey& key, int64_t row,
+                                        int64_t column) {
+    if constexpr (!kDropout) return 0xffffffffu;
+    uint32_t kept = 0;
+#pragma unroll
+    for (int i = 0; i < N; i += 4) {
+        const uint4 words = philox(key, static_cast<uint32_t>((column + i) / 4), static_cast<uint32_t>(row), 0);
+        kept |= (uint32_t{words.x >= dropout.threshold} | uint32_t{words.y >= dropout.threshold} << 1 |
+                 uint32_t{words.z >= dropout.threshold} << 2 | uint32_t{words.w >= dropout.threshold} << 3)
+                << i;
+    }
+    return N < 4 ? kept >> column % 4 : kept;
+}
+
+// A product, not a choice: what is dropped stays nan where it was, as in the other backends.
+template <int N>
+__device__ inline void drop(float (&x)[N], uint32_t kept, float scale) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] *= kept >> i & 1 ? scale : 0.0f;
+}
+
+// Each of x summed over the kWarps warps that share a row, in every thread of them. exchange: shared memory
+// that nothing else uses until a later barrier.
+template <int kWarps, int N>
+__device__ inline void row_sums(float (&x)[N], float (&exchange)[kWarps][N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = warp_sum(x[i]);
+    if constexpr (kWarps > 1) {
+        if (threadIdx.x % kWarp == 0)
+#pragma unroll
+            for (int i = 0; i < N; ++i) exchange[threadIdx.x / kWarp][i] = x[i];
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            x[i] = 0.0f;
+#pragma unroll
+            for (int warp = 0; warp < kWarps; ++warp) x[i] += exchange[warp][i];
+        }
+    }
+}
+
+template <int kWarps>
+__device__ inline float row_sum(float x, float (&exchange)[kWarps][1]) {
+    float sums[1] = {x};
+    row_sums<kWarps>(sums, exchange);
+    return sums[0];
+}
+
+// ------------------------------------------------------------------------------------------------ rows in registers
+
+// kWarps warps have a row. A thread has kChunks vectors of it, 16 bytes each in memory; the warps' lanes lie side
+// by side within a chunk.
+template <typename T, int kWarps_, int kElements>
+struct InRegisters {
+    static constexpr int kWarps = kWarps_;
+    static constexpr int kThreads = kWarps * kWarp;
+    static constexpr int kWidth = kVector<T>;
+    static constexpr int kChunks = kElements / kWidth;
+    static constexpr RowLayout kLayout = {kWarps, kElements};
+    static_assert(kChunks * kWidth == kElements);
+
+    __device__ static int column(int chunk) {
+        return (chunk * kThreads + static_cast<int>(threadIdx.x) % kThreads) * kWidth;
+    }
+};
+
+template <typename Op, typename Rows>
+__global__ void __launch_bounds__(Rows::kThreads* most_rows_forward(Rows::kLayout))
+    layer_norm_forward_kernel(Op op, LayerNormForward<typename Op::Element> a) {
+    using T = typename Op::Element;
+    constexpr int kWarps = Rows::kWarps, kChunks = Rows::kChunks, kWidth = Rows::kWidth;
+    __shared__ float exchange[2][kWarps][1];
+    const PhiloxKey key = Op::kDropout ? philox_key(op.dropout) : PhiloxKey{};
+    const int columns = static_cast<int>(a.columns);
+    const int rows_here = blockDim.x / Rows::kThreads, mine = threadIdx.x / Rows::kThreads;
+    for (int64_t row = blockIdx.x * static_cast<int64_t>(rows_here) + mine; row < a.rows;
+         row += gridDim.x * static_cast<int64_t>(rows_here)) {
+        const typename Op::Row at = op.row(row);
+        typename Op::template Loaded<kWidth> loaded[kChunks];
+        Vector<T, kWidth> weight[kChunks], bias[kChunks];
+#pragma unroll
+        for (int i = 0; i < kChunks; ++i) {
+            const int column = Rows::column(i);
+            loaded[i] = {};
+            if (column < columns) loaded[i] = op.template load<kWidth>(at, column);
+        }
+#pragma unroll
+        for (int i = 0; i < kChunks; ++i) {
+            const int column = Rows::column(i);
+            weight[i] = bias[i] = {};
+            if (column < columns) {
+                weight[i] = load_vector<kWidth>(a.weight + column);
+                bias[i] = load_vector<kWidth>(a.bias + column);
+            }
+        }
+        float z[kChunks][kWidth];
+        uint32_t kept[kChunks];
+        float total = 0.0f;
+#pragma unroll
+        for (int i = 0; i < kChunks; ++i) {
+            kept[i] = kept_columns<Op::kDropout, kWidth>(op.dropout, key, row, Rows::column(i));
+            op.sum(z[i], at, loaded[i], kept[i]);
+#pragma unroll
+            for (int j = 0; j < kWidth; ++j) total += z[i][j];
+        }
+        const float mean = row_sum<kWarps>(total, exchange[0]) / static_cast<float>(columns);
+        float squares = 0.0f;
+#pragma unroll
+        for (int i = 0; i < kChunks; ++i) {
+            const bool inside = Rows::column(i) < columns;
+#pragma unroll
+            for (int j = 0; j < kWidth; ++j) {
+                z[i][j] = inside ? z[i][j] - mean : 0.0f;
+                squares += z[i][j] * z[i][j];
+            }
+        }
+        const float rstd =
+            rsqrtf(row_sum<kWarps>(squares, exchange[1]) / static_cast<float>(columns) + a.eps);
+#pragma unroll
+        for (int i = 0; i < kChunks; ++i) {
+            const int column = Rows::column(i);
+#pragma unroll
+            for (int j = 0; j < kWidth; ++j)
+                z[i][j] = z[i][j] * rstd * to_float(weight[i].values[j]) + to_float(bias[i].values[j]);
+            op.drop_normalised(z[i], kept[i]);
+            if (column < columns) store(a.out + row * columns + column, z[i]);
+        }
+        if (threadIdx.x % Rows::kThreads == 0) {
+            a.mean[row] = mean;
+            a.rstd[row] = rstd;
+        }
+    }
+}
+
+// The column sums of a block's rows, added row after row through shared memory; one row of partials.
+template <typename Rows>
+__device__ inline void store_column_sums(const float (&sums)[kColumnSums][Rows::kChunks][Rows::kWidth],
+                                         float* partials, int columns) {
+    constexpr int kChunks = Rows::kChunks, kWidth = Rows::kWidth;
+    const int rows_here = blockDim.x / Rows::kThreads, mine = threadIdx.x / Rows::kThreads;
+    float* const shared = reinterpret_cast<float*>(shared_memory());  // [rows_here, columns]
+#pragma unroll
+    for (int s = 0; s < kColumnSums; ++s) {
+        float* const to = partials + (s * static_cast<int64_t>(gridDim.x) + blockIdx.x) * columns;
+        float* const mine_to = rows_here == 1 ? to : shared + mine * columns;
+#pragma unroll
+        for (int i = 0; i < kChunks; ++i) {
+            const int column = Rows::column(i);
+            if (column < columns)
+#pragma unroll
+                for (int j = 0; j < kWidth; j += 4)
+                    *reinterpret_cast<float4*>(mine_to + column + j) =
+                        make_float4(sums[s][i][j], sums[s][i][j + 1], sums[s][i][j + 2], sums[s][i][j + 3]);
+        }
+        if (rows_here == 1) continue;
+        __syncthreads();
+        for (int column = threadIdx.x; column < columns; column += blockDim.x) {
+            float total = 0.0f;
+            for (int r = 0; r < rows_here; ++r) total += shared[r * columns + column];
+            to[column] = total;
+        }
+        __syncthreads();
+    }
+}
+
+template <typename Op, typename Rows>
+__global__ void __launch_bounds__(Rows::kThreads* most_rows_backward(Rows::kLayout),
+                                  blocks_backward(Rows::kLayout))
+    layer_norm_backward_kernel(Op op, LayerNormBackward<typename Op::Element> a) {
+    using T = typename Op::Element;
+    constexpr int kWarps = Rows::kWarps, kChunks = Rows::kChunks, kWidth = Rows::kWidth;
+    __shared__ float exchange[2][kWarps][2];
+    const PhiloxKey key = Op::kDropout ? philox_key(op.dropout) : PhiloxKey{};
+    const int columns = static_cast<int>(a.columns);
+    const int rows_here = blockDim.x / Rows::kThreads, mine = threadIdx.x / Rows::kThreads;
+    float sums[kColumnSums][kChunks][kWidth] = {};
+    int turn = 0;  // so that a barrier a row is enough
+    for (int64_t row = blockIdx.x + mine * static_cast<int64_t>(gridDim.x); row < a.rows;
+         row += gridDim.x * static_cast<int64_t>(rows_here)) {
+        const typename Op::Row at = op.row(row);
+        typename Op::template Loaded<kWidth> loaded[kChunks];
+        Vector<T, kWidth> grad_out[kChunks], weight[kChunks];
+#pragma unroll
+        for (int i = 0; i < kChunks; ++i) {
+            const int column = Rows::column(i);
+            loaded[i] = {};
+            grad_out[i] = {};
+            if (column < columns) {
+                loaded[i] = op.template load<kWidth>(at, column);
+                grad_out[i] = load_once<kWidth>(a.grad_out + row * columns + column);
+            }
+        }
+        const float mean = a.mean[row], rstd = a.rstd[row];
+#pragma unroll
+        for (int i = 0; i < kChunks; ++i) {
+            const int column = Rows::column(i);
+            weight[i] = {};
+            if (column < columns) weight[i] = load_vector<kWidth>(a.weight + column);
+        }
+        float n[kChunks][kWidth], g[kChunks][kWidth];
+        uint32_t kept[kChunks];
+        float both[2] = {0.0f, 0.0f};  // sums of g and of g * n
+#pragma unroll
+        for (int i = 0; i < kChunks; ++i) {
+            kept[i] = kept_columns<Op::kDropout, kWidth>(op.dropout, key, row, Rows::column(i));
+            op.sum(n[i], at, loaded[i], kept[i]);
+#pragma unroll
+            for (int j = 0; j < kWidth; ++j) {
+                n[i][j] = (n[i][j] - mean) * rstd;
+                g[i][j] = to_float(grad_out[i].values[j]);
+            }
+            op.drop_normalised(g[i], kept[i]);
+#pragma unroll
+            for (int j = 0; j < kWidth; ++j) {
+                sums[0][i][j] += g[i][j] * n[i][j];
+                sums[1][i][j] += g[i][j];
+                g[i][j] *= to_float(weight[i].values[j]);
+                both[0] += g[i][j];
+                both[1] += g[i][j] * n[i][j];
+            }
+        }
+        row_sums<kWarps>(both, exchange[turn]);
+        turn ^= 1;
+        const float mean_g = both[0] / static_cast<float>(columns),
+                    mean_gn = both[1] / static_cast<float>(columns);
+#pragma unroll
+        for (int i = 0; i < kChunks; ++i) {
+            const int column = Rows::column(i);
+#pragma unroll
+            for (int j = 0; j < kWidth; ++j) g[i][j] = rstd * (g[i][j] - mean_g - n[i][j] * mean_gn);
+            if (column < columns) op.store_gradient(row, column, g[i], kept[i]);
+#pragma unroll
+            for (int j = 0; j < kWidth; ++j) sums[2][i][j] += g[i][j];
+        }
+    }
+    store_column_sums<Rows>(sums, a.partials, columns);
+}
+
+// ------------------------------------------------------------------------------------------------ any other row
+
+template <typename Op>
+__device__ inline float loop_sum(const Op& op, const typename Op::Row& at, const PhiloxKey& key, int64_t row,
+                                 int64_t column, uint32_t& kept) {
+    float z[1];
+    kept = kept_columns<Op::kDropout, 1>(op.dropout, key, row, column);
+    op.sum(z, at, op.template load<1>(at, column), kept);
+    return z[0];
+}
+
+template <typename Op>
+__global__ void __launch_bounds__(kLoopWarps* kWarp)
+    layer_norm_forward_loop_kernel(Op op, LayerNormForward<typename Op::Element> a) {
+    __shared__ float exchange[2][kLoopWarps][1];
+    const PhiloxKey key = Op::kDropout ? philox_key(op.dropout) : PhiloxKey{};
+    uint32_t kept;
+    for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
+        const typename Op::Row at = op.row(row);
+        float total = 0.0f;
+        for (int64_t column = threadIdx.x; column < a.columns; column += blockDim.x)
+            total += loop_sum(op, at, key, row, column, kept);
+        const float mean = row_sum<kLoopWarps>(total, exchange[0]) / static_cast<float>(a.columns);
+        float squares = 0.0f;
+        for (int64_t column = threadIdx.x; column < a.columns; column += blockDim.x) {
+            const float centred = loop_sum(op, at, key, row, column, kept) - mean;
+            squares += centred * centred;
+        }
+        const float rstd =
+            rsqrtf(row_sum<kLoopWarps>(squares, exchange[1]) / static_cast<float>(a.columns) + a.eps);
+        for (int64_t column = threadIdx.x; column < a.columns; column += blockDim.x) {
+            const float z = loop_sum(op, at, key, row, column, kept);
+            float out[1] = {(z - mean) * rstd * to_float(a.weight[column]) + to_float(a.bias[column])};
+            op.drop_normalised(out, kept);
+            store(a.out + row * a.columns + column, out);
+        }
+        if (threadIdx.x == 0) {
+            a.mean[row] = mean;
+            a.rstd[row] = rstd;
+        }
+    }
+}
+
+// The column sums grow in the block's row of partials, in memory: a column is always the same thread's.
+template <typename Op>
+__global__ void __launch_bounds__(kLoopWarps* kWarp)
+    layer_norm_backward_loop_kernel(Op op, LayerNormBackward<typename Op::Element> a) {
+    __shared__ float exchange[2][kLoopWarps][2];
+    const PhiloxKey key = Op::kDropout ? philox_key(op.dropout) : PhiloxKey{};
+    uint32_t kept;
+    int turn = 0;
+    for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
+        const typename Op::Row at = op.row(row);
+        const float mean = a.mean[row], rstd = a.rstd[row];
+        const auto* const grad_out = a.grad_out + row * a.columns;
+        float both[2] = {0.0f, 0.0f};
+        for (int64_t column = threadIdx.x; column < a.columns; column += blockDim.x) {
+            const float n = (loop_sum(op, at, key, row, column, kept) - mean) * rstd;
+            float grad[1] = {to_float(grad_out[column])};
+            op.drop_normalised(grad, kept);
+            const float g = grad[0] * to_float(a.weight[column]);
+            both[0] += g;
+            both[1] += g * n;
+        }
+        row_sums<kLoopWarps>(both, exchange[turn]);
+        turn ^= 1;
+        const float mean_g = both[0] / static_cast<float>(a.columns),
+                    mean_gn = both[1] / static_cast<float>(a.columns);
+        for (int64_t column = threadIdx.x; column < a.columns; column += blockDim.x) {
+            const float n = (loop_sum(op, at, key, row, column, kept) - mean) * rstd;
+            float grad[1] = {to_float(grad_out[column])};
+            op.drop_normalised(grad, kept);
+            float z[1] = {rstd * (grad[0] * to_float(a.weight[column]) - mean_g - n * mean_gn)};
+            op.store_gradient(row, column, z, kept);
+            const float terms[kColumnSums] = {grad[0] * n, grad[0], z[0]};
+#pragma unroll
+            for (int s = 0; s < kColumnSums; ++s) {
+                float* const to =
+                    a.partials + (s * static_cast<int64_t>(gridDim.x) + blockIdx.x) * a.columns + column;
+                *to = row < gridDim.x ? terms[s] : *to + terms[s];
+            }
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------------------------ partial sums
+
+template <typename T>
+struct Partials {
+    const float* values;  // [kColumnSums, rows, columns]
+    int64_t rows, columns;
+    T* out[kColumnSums];  // [columns] each; null: not wanted
+};
+
+// 32 columns of one of the sums a block. A warp reads whole lines of every 32nd row, and then has one column's
+// 32 subtotals in its lanes.
+template <typename T>
+__global__ void __launch_bounds__(1024) sum_partials_kernel(Partials<T> p) {
+    __shared__ float subtotals[kWarp][kWarp + 1];
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+    const int64_t first = blockIdx.x * static_cast<int64_t>(kWarp);
+    const float* const values = p.values + blockIdx.y * p.rows * p.columns;
+    float total = 0.0f;
+    if (first + lane < p.columns) {
+#pragma unroll 4
+        for (int64_t row = warp; row < p.rows; row += kWarp) total += values[row * p.columns + first + lane];
+    }
+    subtotals[lane][warp] = total;
+    __syncthreads();
+    total = warp_sum(subtotals[warp][lane]);
+    T* const out = blockIdx.y == 0 ? p.out[0] : blockIdx.y == 1 ? p.out[1] : p.out[2];
+    if (lane == 0 && first + warp < p.columns) out[first + warp] = from_float<T>(total);
+}
+
+template <typename T>
+void sum_partials(const Partials<T>& p, cudaStream_t stream) {
+    const unsigned sums = p.out[2] != nullptr ? 3 : 2;
+    launch(sum_partials_kernel<T>, {dim3(static_cast<unsigned>(ceil_div(p.columns, kWarp)), sums), dim3(1024), 0, stream},
+           p);
+}
+
+// ------------------------------------------------------------------------------------------------ launching
+
+// f(InRegisters<...>{}) with the layout's type.
+template <typename T, typename F>
+void with_layout(RowLayout layout, const F& f) {
+    switch (layout.warps * 100 + layout.elements) {
+        case 116: return f(InRegisters<T, 1, 16>{});
+        case 124: return f(InRegisters<T, 1, 24>{});
+        case 132: return f(InRegisters<T, 1, 32>{});
+        case 416: return f(InRegisters<T, 4, 16>{});
+        default: return f(InRegisters<T, 16, 16>{});
+    }
+}
+
+template <typename Op>
+void layer_norm_forward(const Op& op, const LayerNormForward<typename Op::Element>& a, cudaStream_t stream) {
+    using T = typename Op::Element;
+    const RowLayout layout = row_layout(a.columns, kVector<T>);
+    const RowGrid grid = forward_grid(a.rows, layout, current_device().multiprocessors);
+    const Launch how{dim3(static_cast<unsigned>(grid.blocks)), dim3(static_cast<unsigned>(grid.threads())), 0, stream};
+    if (layout.warps == 0) return launch(layer_norm_forward_loop_kernel<Op>, how, op, a);
+    with_layout<T>(layout, [&](auto rows) { launch(layer_norm_forward_kernel<Op, decltype(rows)>, how, op, a); });
+}
+
+// Blocks, and so rows of partials, of layer_norm_backward.
+inline int64_t partial_rows(int64_t rows, int64_t columns, int vector) {
+    return backward_grid(rows, row_layout(columns, vector), current_device().multiprocessors).blocks;
+}
+
+template <typename Op>
+void layer_norm_backward(const Op& op, const LayerNormBackward<typename Op::Element>& a, cudaStream_t stream) {
+    using T = typename Op::Element;
+    const RowLayout layout = row_layout(a.columns, kVector<T>);
+    const RowGrid grid = backward_grid(a.rows, layout, current_device().multiprocessors);
+    Launch how{dim3(static_cast<unsigned>(grid.blocks)), dim3(static_cast<unsigned>(grid.threads())), 0, stream};
+    if (layout.warps == 0) return launch(layer_norm_backward_loop_kernel<Op>, how, op, a);
+    if (grid.rows_per_block > 1) how.shared_bytes = grid.rows_per_block * static_cast<size_t>(a.columns) * 4;
+    with_layout<T>(layout, [&](auto rows) { launch(layer_norm_backward_kernel<Op, decltype(rows)>, how, op, a); });
+}
+
+}  // namespace rk::cuda

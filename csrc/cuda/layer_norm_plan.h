@@ -1,0 +1,84 @@
+// How the rows of add_layer_norm and embedding_layer_norm are spread over registers, warps and blocks. Plain
+// C++: no CUDA, no torch.
+//
+// A row of up to kMostColumns columns, a multiple of 16 bytes long, lies in the registers of one or more whole
+// warps; how many depends on its length alone, so that a row comes out the same, bit for bit, whatever rows are
+// beside it. Up to 1024 columns one warp has the row: its sums need no barrier, and warps that load and warps
+// that compute overlap. Any other row is looped over by a block, element by element, and read again for each
+// pass.
+#pragma once
+#include <stdint.h>
+
+namespace rk::cuda {
+
+// warps that share a row, columns for each thread; {0, 0}: looped over.
+struct RowLayout {
+    int warps, elements;
+};
+
+// 24 elements are 768 columns, RoBERTa-base; 32 are 1024, RoBERTa-large.
+constexpr RowLayout kRowLayouts[] = {{1, 16}, {1, 24}, {1, 32}, {4, 16}, {16, 16}};
+constexpr int64_t kMostColumns = 8192;
+constexpr int kLoopWarps = 8;  // of a block that loops over a row
+
+// vector: columns in 16 bytes.
+inline RowLayout row_layout(int64_t columns, int vector) {
+    if (columns % vector == 0)
+        for (const RowLayout& layout : kRowLayouts)
+            if (columns <= int64_t{32} * layout.warps * layout.elements) return layout;
+    return {0, 0};
+}
+
+constexpr int warps_of(RowLayout layout) {
+    return layout.warps == 0 ? kLoopWarps : layout.warps;
+}
+
+// The most rows that a block has in the making at a time. Forward: blocks of four warps, whose slots the
+// hardware refills as they end.
+constexpr int most_rows_forward(RowLayout layout) {
+    return layout.warps == 1 ? 4 : 1;
+}
+// Backward: as many as the registers of a multiprocessor hold beside the column sums (three for each column
+// that a thread has), because each block leaves a row of partial sums.
+constexpr int most_rows_backward(RowLayout layout) {
+    return layout.warps != 1 ? 1 : layout.elements == 16 ? 16 : layout.elements == 24 ? 12 : 8;
+}
+// Blocks of backward that a multiprocessor has room for.
+constexpr int blocks_backward(RowLayout layout) {
+    return layout.warps == 1 || layout.warps == 16 ? 1 : 4;
+}
+
+struct RowGrid {
+    int64_t blocks;
+    int rows_per_block;  // at a time; a block then goes on to further rows
+    int threads() const { return threads_per_row * rows_per_block; }
+    int threads_per_row;
+};
+
+constexpr int64_t kMostBlocks = 2147483647;
+
+inline int64_t ceil_div(int64_t a, int64_t b) {
+    return a / b + (a % b != 0);
+}
+
+// Few rows are spread over the multiprocessors before any of them gets a second one.
+inline int rows_per_block(int64_t rows, int multiprocessors, int most) {
+    const int64_t even = ceil_div(rows, multiprocessors);
+    return even < 1 ? 1 : even < most ? static_cast<int>(even) : most;
+}
+
+// A block for every few rows.
+inline RowGrid forward_grid(int64_t rows, RowLayout layout, int multiprocessors) {
+    const int at_once = rows_per_block(rows, multiprocessors, most_rows_forward(layout));
+    const int64_t blocks = ceil_div(rows, at_once);
+    return {blocks < kMostBlocks ? blocks : kMostBlocks, at_once, 32 * warps_of(layout)};
+}
+
+// Blocks that stay, each of which leaves one row of partial sums.
+inline RowGrid backward_grid(int64_t rows, RowLayout layout, int multiprocessors) {
+    const int at_once = rows_per_block(rows, multiprocessors, most_rows_backward(layout));
+    const int64_t blocks = ceil_div(rows, at_once), room = int64_t{multiprocessors} * blocks_backward(layout);
+    return {blocks < room ? blocks : room, at_once, 32 * warps_of(layout)};
+}
+
+}  // namespace rk::cuda
