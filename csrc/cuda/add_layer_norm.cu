@@ -30,7 +30,7 @@ struct Add {
     };
     template <int N>
     struct Loaded {
-        Vector<T, N> x, residual, x_bias;
+        Packed<T, N> x, residual, x_bias;
     };
 
     __device__ Row row(int64_t row) const { return {x + row * columns, residual + row * columns}; }
@@ -38,17 +38,21 @@ struct Add {
     template <int N>
     __device__ Loaded<N> load(const Row& at, int64_t column) const {
         Loaded<N> loaded = {load_once<N>(at.x + column), load_once<N>(at.residual + column), {}};
-        if (x_bias != nullptr) loaded.x_bias = load_vector<N>(x_bias + column);
+        if (x_bias != nullptr) loaded.x_bias = load_packed<N>(x_bias + column);
         return loaded;
     }
 
     template <int N>
     __device__ void sum(float (&z)[N], const Row&, const Loaded<N>& loaded, uint32_t kept) const {
+        float addend[N];
+        unpack<T>(z, loaded.x);
+        unpack<T>(addend, loaded.x_bias);
 #pragma unroll
-        for (int i = 0; i < N; ++i) z[i] = to_float(loaded.x.values[i]) + to_float(loaded.x_bias.values[i]);
+        for (int i = 0; i < N; ++i) z[i] += addend[i];
         if constexpr (kDropout) drop(z, kept, dropout.scale);
+        unpack<T>(addend, loaded.residual);
 #pragma unroll
-        for (int i = 0; i < N; ++i) z[i] += to_float(loaded.residual.values[i]);
+        for (int i = 0; i < N; ++i) z[i] += addend[i];
     }
 
     template <int N>

@@ -29,7 +29,6 @@
 #include <launch.cuh>
 #include <ptx.cuh>
 #include <stdint.h>
-#include <string.h>
 
 #include "csrc/cuda/common.cuh"
 #include "csrc/cuda/dropout.cuh"
@@ -68,20 +67,11 @@ struct LayerNormBackward : LayerNormRows<T> {
 
 // N neighbours that will not be read again.
 template <int N, typename T>
-__device__ inline Vector<T, N> load_once(const T* from) {
-    if constexpr (N * sizeof(T) == 16) {
-        const uint4 bits = ptx::load_streaming(from);
-        Vector<T, N> v;
-        memcpy(&v, &bits, 16);
-        return v;
-    } else {
-        return *reinterpret_cast<const Vector<T, N>*>(from);
-    }
-}
-
-template <int N, typename T>
-__device__ inline Vector<T, N> load_vector(const T* from) {
-    return *reinterpret_cast<const Vector<T, N>*>(from);
+__device__ inline Packed<T, N> load_once(const T* from) {
+    if constexpr (N * sizeof(T) == 16)
+        return ptx::load_streaming(from);
+    else
+        return load_packed<N>(from);
 }
 
 // Which of the columns column ... column + N - 1 of a row dropout keeps; N divides column.
@@ -165,7 +155,7 @@ __global__ void __launch_bounds__(Rows::kThreads* most_rows_forward(Rows::kLayou
          row += gridDim.x * static_cast<int64_t>(rows_here)) {
         const typename Op::Row at = op.row(row);
         typename Op::template Loaded<kWidth> loaded[kChunks];
-        Vector<T, kWidth> weight[kChunks], bias[kChunks];
+        Packed<T, kWidth> weight[kChunks], bias[kChunks];
 #pragma unroll
         for (int i = 0; i < kChunks; ++i) {
             const int column = Rows::column(i);
@@ -177,8 +167,8 @@ __global__ void __launch_bounds__(Rows::kThreads* most_rows_forward(Rows::kLayou
             const int column = Rows::column(i);
             weight[i] = bias[i] = {};
             if (column < columns) {
-                weight[i] = load_vector<kWidth>(a.weight + column);
-                bias[i] = load_vector<kWidth>(a.bias + column);
+                weight[i] = load_packed<kWidth>(a.weight + column);
+                bias[i] = load_packed<kWidth>(a.bias + column);
             }
         }
         float z[kChunks][kWidth];
@@ -207,9 +197,11 @@ __global__ void __launch_bounds__(Rows::kThreads* most_rows_forward(Rows::kLayou
 #pragma unroll
         for (int i = 0; i < kChunks; ++i) {
             const int column = Rows::column(i);
+            float w[kWidth], b[kWidth];
+            unpack<T>(w, weight[i]);
+            unpack<T>(b, bias[i]);
 #pragma unroll
-            for (int j = 0; j < kWidth; ++j)
-                z[i][j] = z[i][j] * rstd * to_float(weight[i].values[j]) + to_float(bias[i].values[j]);
+            for (int j = 0; j < kWidth; ++j) z[i][j] = z[i][j] * rstd * w[j] + b[j];
             op.drop_normalised(z[i], kept[i]);
             if (column < columns) store(a.out + row * columns + column, z[i]);
         }
@@ -252,7 +244,7 @@ __device__ inline void store_column_sums(const float (&sums)[kColumnSums][Rows::
 }
 
 template <typename Op, typename Rows>
-__global__ void __launch_bounds__(Rows::kThreads* most_rows_backward(Rows::kLayout),
+__global__ void __launch_bounds__(Rows::kThreads* most_rows_backward(Rows::kLayout, Rows::kWidth),
                                   blocks_backward(Rows::kLayout))
     layer_norm_backward_kernel(Op op, LayerNormBackward<typename Op::Element> a) {
     using T = typename Op::Element;
@@ -267,7 +259,7 @@ __global__ void __launch_bounds__(Rows::kThreads* most_rows_backward(Rows::kLayo
          row += gridDim.x * static_cast<int64_t>(rows_here)) {
         const typename Op::Row at = op.row(row);
         typename Op::template Loaded<kWidth> loaded[kChunks];
-        Vector<T, kWidth> grad_out[kChunks], weight[kChunks];
+        Packed<T, kWidth> grad_out[kChunks];
 #pragma unroll
         for (int i = 0; i < kChunks; ++i) {
             const int column = Rows::column(i);
@@ -279,12 +271,6 @@ __global__ void __launch_bounds__(Rows::kThreads* most_rows_backward(Rows::kLayo
             }
         }
         const float mean = a.mean[row], rstd = a.rstd[row];
-#pragma unroll
-        for (int i = 0; i < kChunks; ++i) {
-            const int column = Rows::column(i);
-            weight[i] = {};
-            if (column < columns) weight[i] = load_vector<kWidth>(a.weight + column);
-        }
         float n[kChunks][kWidth], g[kChunks][kWidth];
         uint32_t kept[kChunks];
         float both[2] = {0.0f, 0.0f};  // sums of g and of g * n
@@ -292,17 +278,16 @@ __global__ void __launch_bounds__(Rows::kThreads* most_rows_backward(Rows::kLayo
         for (int i = 0; i < kChunks; ++i) {
             kept[i] = kept_columns<Op::kDropout, kWidth>(op.dropout, key, row, Rows::column(i));
             op.sum(n[i], at, loaded[i], kept[i]);
-#pragma unroll
-            for (int j = 0; j < kWidth; ++j) {
-                n[i][j] = (n[i][j] - mean) * rstd;
-                g[i][j] = to_float(grad_out[i].values[j]);
-            }
+            float w[kWidth] = {};
+            if (Rows::column(i) < columns) load(w, a.weight + Rows::column(i));
+            unpack<T>(g[i], grad_out[i]);
             op.drop_normalised(g[i], kept[i]);
 #pragma unroll
             for (int j = 0; j < kWidth; ++j) {
+                n[i][j] = (n[i][j] - mean) * rstd;
                 sums[0][i][j] += g[i][j] * n[i][j];
                 sums[1][i][j] += g[i][j];
-                g[i][j] *= to_float(weight[i].values[j]);
+                g[i][j] *= w[j];
                 both[0] += g[i][j];
                 both[1] += g[i][j] * n[i][j];
             }
@@ -455,7 +440,7 @@ void with_layout(RowLayout layout, const F& f) {
         case 124: return f(InRegisters<T, 1, 24>{});
         case 132: return f(InRegisters<T, 1, 32>{});
         case 416: return f(InRegisters<T, 4, 16>{});
-        default: return f(InRegisters<T, 16, 16>{});
+        default: return f(InRegisters<T, 8, 32>{});
     }
 }
 
@@ -471,14 +456,14 @@ void layer_norm_forward(const Op& op, const LayerNormForward<typename Op::Elemen
 
 // Blocks, and so rows of partials, of layer_norm_backward.
 inline int64_t partial_rows(int64_t rows, int64_t columns, int vector) {
-    return backward_grid(rows, row_layout(columns, vector), current_device().multiprocessors).blocks;
+    return backward_grid(rows, row_layout(columns, vector), vector, current_device().multiprocessors).blocks;
 }
 
 template <typename Op>
 void layer_norm_backward(const Op& op, const LayerNormBackward<typename Op::Element>& a, cudaStream_t stream) {
     using T = typename Op::Element;
     const RowLayout layout = row_layout(a.columns, kVector<T>);
-    const RowGrid grid = backward_grid(a.rows, layout, current_device().multiprocessors);
+    const RowGrid grid = backward_grid(a.rows, layout, kVector<T>, current_device().multiprocessors);
     Launch how{dim3(static_cast<unsigned>(grid.blocks)), dim3(static_cast<unsigned>(grid.threads())), 0, stream};
     if (layout.warps == 0) return launch(layer_norm_backward_loop_kernel<Op>, how, op, a);
     if (grid.rows_per_block > 1) how.shared_bytes = grid.rows_per_block * static_cast<size_t>(a.columns) * 4;

@@ -17,7 +17,7 @@ struct RowLayout {
 };
 
 // 24 elements are 768 columns, RoBERTa-base; 32 are 1024, RoBERTa-large.
-constexpr RowLayout kRowLayouts[] = {{1, 16}, {1, 24}, {1, 32}, {4, 16}, {16, 16}};
+constexpr RowLayout kRowLayouts[] = {{1, 16}, {1, 24}, {1, 32}, {4, 16}, {8, 32}};
 constexpr int64_t kMostColumns = 8192;
 constexpr int kLoopWarps = 8;  // of a block that loops over a row
 
@@ -38,14 +38,14 @@ constexpr int warps_of(RowLayout layout) {
 constexpr int most_rows_forward(RowLayout layout) {
     return layout.warps == 1 ? 4 : 1;
 }
-// Backward: as many as the registers of a multiprocessor hold beside the column sums (three for each column
-// that a thread has), because each block leaves a row of partial sums.
-constexpr int most_rows_backward(RowLayout layout) {
-    return layout.warps != 1 ? 1 : layout.elements == 16 ? 16 : layout.elements == 24 ? 12 : 8;
+// Backward: as many as the registers of a multiprocessor hold (a multiple of its four schedulers) beside the column
+// sums, three for each column that a thread has, because each block leaves a row of partial sums.
+constexpr int most_rows_backward(RowLayout layout, int vector) {
+    return layout.warps != 1 ? 1 : layout.elements == 16 || (layout.elements == 24 && vector == 8) ? 12 : 8;
 }
 // Blocks of backward that a multiprocessor has room for.
 constexpr int blocks_backward(RowLayout layout) {
-    return layout.warps == 1 || layout.warps == 16 ? 1 : 4;
+    return layout.warps == 4 ? 3 : 1;
 }
 
 struct RowGrid {
@@ -75,8 +75,8 @@ inline RowGrid forward_grid(int64_t rows, RowLayout layout, int multiprocessors)
 }
 
 // Blocks that stay, each of which leaves one row of partial sums.
-inline RowGrid backward_grid(int64_t rows, RowLayout layout, int multiprocessors) {
-    const int at_once = rows_per_block(rows, multiprocessors, most_rows_backward(layout));
+inline RowGrid backward_grid(int64_t rows, RowLayout layout, int vector, int multiprocessors) {
+    const int at_once = rows_per_block(rows, multiprocessors, most_rows_backward(layout, vector));
     const int64_t blocks = ceil_div(rows, at_once), room = int64_t{multiprocessors} * blocks_backward(layout);
     return {blocks < room ? blocks : room, at_once, 32 * warps_of(layout)};
 }

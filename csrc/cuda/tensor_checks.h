@@ -9,6 +9,12 @@
 
 namespace rk::cuda {
 
+// Contiguous, at a multiple of 16 bytes: what is allocated is, a view into it may not be.
+inline Tensor as_aligned(const Tensor& t) {
+    const Tensor c = as_contiguous(t);
+    return reinterpret_cast<uintptr_t>(c.const_data_ptr()) % 16 == 0 ? c : torch::stable::clone(c);
+}
+
 class Checks : public TensorChecks {
   public:
     Checks(const char* op, const Tensor& first, const char* name)
