@@ -432,16 +432,14 @@ void sum_partials(const Partials<T>& p, cudaStream_t stream) {
 
 // ------------------------------------------------------------------------------------------------ launching
 
-// f(InRegisters<...>{}) with the layout's type.
-template <typename T, typename F>
+// f(InRegisters<...>{}) with the type of the layout.
+template <typename T, int kIndex = 0, typename F>
 void with_layout(RowLayout layout, const F& f) {
-    switch (layout.warps * 100 + layout.elements) {
-        case 116: return f(InRegisters<T, 1, 16>{});
-        case 124: return f(InRegisters<T, 1, 24>{});
-        case 132: return f(InRegisters<T, 1, 32>{});
-        case 416: return f(InRegisters<T, 4, 16>{});
-        default: return f(InRegisters<T, 8, 32>{});
-    }
+    constexpr RowLayout mine = row_layouts(kVector<T>)[kIndex];
+    if constexpr (kIndex + 1 < kLayouts)
+        if (layout.warps != mine.warps || layout.elements != mine.elements)
+            return with_layout<T, kIndex + 1>(layout, f);
+    f(InRegisters<T, mine.warps, mine.elements>{});
 }
 
 template <typename Op>
@@ -449,7 +447,7 @@ void layer_norm_forward(const Op& op, const LayerNormForward<typename Op::Elemen
     using T = typename Op::Element;
     const RowLayout layout = row_layout(a.columns, kVector<T>);
     const RowGrid grid = forward_grid(a.rows, layout, current_device().multiprocessors);
-    const Launch how{dim3(static_cast<unsigned>(grid.blocks)), dim3(static_cast<unsigned>(grid.threads())), 0, stream};
+    const Launch how{dim3(static_cast<unsigned>(grid.blocks)), dim3(static_cast<unsigned>(grid.threads)), 0, stream};
     if (layout.warps == 0) return launch(layer_norm_forward_loop_kernel<Op>, how, op, a);
     with_layout<T>(layout, [&](auto rows) { launch(layer_norm_forward_kernel<Op, decltype(rows)>, how, op, a); });
 }
@@ -464,7 +462,7 @@ void layer_norm_backward(const Op& op, const LayerNormBackward<typename Op::Elem
     using T = typename Op::Element;
     const RowLayout layout = row_layout(a.columns, kVector<T>);
     const RowGrid grid = backward_grid(a.rows, layout, kVector<T>, current_device().multiprocessors);
-    Launch how{dim3(static_cast<unsigned>(grid.blocks)), dim3(static_cast<unsigned>(grid.threads())), 0, stream};
+    Launch how{dim3(static_cast<unsigned>(grid.blocks)), dim3(static_cast<unsigned>(grid.threads)), 0, stream};
     if (layout.warps == 0) return launch(layer_norm_backward_loop_kernel<Op>, how, op, a);
     if (grid.rows_per_block > 1) how.shared_bytes = grid.rows_per_block * static_cast<size_t>(a.columns) * 4;
     with_layout<T>(layout, [&](auto rows) { launch(layer_norm_backward_kernel<Op, decltype(rows)>, how, op, a); });
