@@ -1,6 +1,5 @@
 // out = layer_norm(residual + dropout(x + x_bias)): one pass over memory, forward and backward.
 #include "csrc/cuda/add_layer_norm.h"
-
 #include "csrc/cuda/layer_norm.cuh"
 
 namespace rk::cuda {
@@ -90,11 +89,12 @@ void backward(const AddLayerNormArgs& a) {
         layer_norm_backward(Add<T, true>(a), rows, a.stream);
     else
         layer_norm_backward(Add<T, false>(a), rows, a.stream);
-    sum_partials<T>({a.partials,
-                     partial_rows(a.rows, a.hidden, kVector<T>),
-                     a.hidden,
-                     {static_cast<T*>(a.grad_weight), static_cast<T*>(a.grad_bias), static_cast<T*>(a.grad_x_bias)}},
-                    a.stream);
+    sum_partials<T>(
+        {a.partials,
+         partial_rows(a.rows, a.hidden, kVector<T>),
+         a.hidden,
+         {static_cast<T*>(a.grad_weight), static_cast<T*>(a.grad_bias), static_cast<T*>(a.grad_x_bias)}},
+        a.stream);
 }
 
 }  // namespace

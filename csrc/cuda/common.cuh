@@ -47,8 +47,8 @@ struct alignas(N * sizeof(T)) Vector {
     T values[N];
 };
 
-// Neighbours in registers as they lie in memory. 16 bytes stay four registers, where a compiler gives each 16-bit
-// value of a Vector one of its own.
+// Neighbours in registers as they lie in memory. 16 bytes stay four registers, where a compiler gives each
+// 16-bit value of a Vector one of its own.
 template <typename T, int N>
 using Packed = std::conditional_t<N * sizeof(T) == 16, uint4, Vector<T, N>>;
 

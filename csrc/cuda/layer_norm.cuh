@@ -1,6 +1,6 @@
 // Layer normalisation (Ba, Kiros and Hinton 2016), forward and backward, of rows that are made as they are
-// read: shared by add_layer_norm and embedding_layer_norm, which differ in how a row comes to be and where its
-// gradient goes. That difference is the kernels' template parameter `Op`:
+// read: shared by add_layer_norm and embedding_layer_norm, which differ in how a row comes to be and where
+// its gradient goes. That difference is the kernels' template parameter `Op`:
 //
 //     Element, kDropout                   the dtype; whether elements are dropped
 //     Dropout dropout
@@ -8,7 +8,8 @@
 //     Loaded<N> load<N>(Row, column)      N neighbouring columns of all inputs, as they lie in memory
 //     sum<N>(z, Row, Loaded<N>, kept)     z = what is normalised
 //     drop_normalised<N>(out, kept)       forward: dropout after the norm, where there is one
-//     store_gradient<N>(row, column, z, kept)   backward: takes the gradient of z away; leaves in z what the third
+//     store_gradient<N>(row, column, z, kept)   backward: takes the gradient of z away; leaves in z what the
+//     third
 //                                         column sum adds up
 //
 // `kept` is a bit for each of the N columns: whether dropout keeps it.
@@ -21,14 +22,16 @@
 //
 //     grad_z = rstd * (g - mean(g) - n * mean(g * n))
 //
-// Blocks stay and stride over the rows. A thread always has the same columns, so the sums over rows (of grad_out * n,
-// grad_out and Op's third) grow in its registers; at the end the rows of a block are added through shared
-// memory, and each block writes one row of partial sums, which sum_partials adds: every addition in a fixed
-// order. Rows go to blocks in turn, so that all multiprocessors have equally many to within one.
+// Blocks stay and stride over the rows. A thread always has the same columns, so the sums over rows (of
+// grad_out * n, grad_out and Op's third) grow in its registers; at the end the rows of a block are added
+// through shared memory, and each block writes one row of partial sums, which sum_partials adds: every
+// addition in a fixed order. Rows go to blocks in turn, so that all multiprocessors have equally many to
+// within one.
 #pragma once
+#include <stdint.h>
+
 #include <launch.cuh>
 #include <ptx.cuh>
-#include <stdint.h>
 
 #include "csrc/cuda/common.cuh"
 #include "csrc/cuda/dropout.cuh"
@@ -63,7 +66,8 @@ struct LayerNormBackward : LayerNormRows<T> {
     float* partials;    // [kColumnSums, blocks, columns]
 };
 
-// ------------------------------------------------------------------------------------------------ pieces of a row
+// ------------------------------------------------------------------------------------------------ pieces of
+// a row
 
 // N neighbours that will not be read again.
 template <int N, typename T>
@@ -82,7 +86,8 @@ __device__ inline uint32_t kept_columns(const Dropout& dropout, const PhiloxKey&
     uint32_t kept = 0;
 #pragma unroll
     for (int i = 0; i < N; i += 4) {
-        const uint4 words = philox(key, static_cast<uint32_t>((column + i) / 4), static_cast<uint32_t>(row), 0);
+        const uint4 words =
+            philox(key, static_cast<uint32_t>((column + i) / 4), static_cast<uint32_t>(row), 0);
         kept |= (uint32_t{words.x >= dropout.threshold} | uint32_t{words.y >= dropout.threshold} << 1 |
                  uint32_t{words.z >= dropout.threshold} << 2 | uint32_t{words.w >= dropout.threshold} << 3)
                 << i;
@@ -124,10 +129,11 @@ __device__ inline float row_sum(float x, float (&exchange)[kWarps][1]) {
     return sums[0];
 }
 
-// ------------------------------------------------------------------------------------------------ rows in registers
+// ------------------------------------------------------------------------------------------------ rows in
+// registers
 
-// kWarps warps have a row. A thread has kChunks vectors of it, 16 bytes each in memory; the warps' lanes lie side
-// by side within a chunk.
+// kWarps warps have a row. A thread has kChunks vectors of it, 16 bytes each in memory; the warps' lanes lie
+// side by side within a chunk.
 template <typename T, int kWarps_, int kElements>
 struct InRegisters {
     static constexpr int kWarps = kWarps_;
@@ -309,7 +315,8 @@ __global__ void __launch_bounds__(Rows::kThreads* most_rows_backward(Rows::kLayo
     store_column_sums<Rows>(sums, a.partials, columns);
 }
 
-// ------------------------------------------------------------------------------------------------ any other row
+// ------------------------------------------------------------------------------------------------ any other
+// row
 
 template <typename Op>
 __device__ inline float loop_sum(const Op& op, const typename Op::Row& at, const PhiloxKey& key, int64_t row,
@@ -394,7 +401,8 @@ __global__ void __launch_bounds__(kLoopWarps* kWarp)
     }
 }
 
-// ------------------------------------------------------------------------------------------------ partial sums
+// ------------------------------------------------------------------------------------------------ partial
+// sums
 
 template <typename T>
 struct Partials {
@@ -403,8 +411,8 @@ struct Partials {
     T* out[kColumnSums];  // [columns] each; null: not wanted
 };
 
-// 32 columns of one of the sums a block. A warp reads whole lines of every 32nd row, and then has one column's
-// 32 subtotals in its lanes.
+// 32 columns of one of the sums a block. A warp reads whole lines of every 32nd row, and then has one
+// column's 32 subtotals in its lanes.
 template <typename T>
 __global__ void __launch_bounds__(1024) sum_partials_kernel(Partials<T> p) {
     __shared__ float subtotals[kWarp][kWarp + 1];
@@ -426,8 +434,8 @@ __global__ void __launch_bounds__(1024) sum_partials_kernel(Partials<T> p) {
 template <typename T>
 void sum_partials(const Partials<T>& p, cudaStream_t stream) {
     const unsigned sums = p.out[2] != nullptr ? 3 : 2;
-    launch(sum_partials_kernel<T>, {dim3(static_cast<unsigned>(ceil_div(p.columns, kWarp)), sums), dim3(1024), 0, stream},
-           p);
+    launch(sum_partials_kernel<T>,
+           {dim3(static_cast<unsigned>(ceil_div(p.columns, kWarp)), sums), dim3(1024), 0, stream}, p);
 }
 
 // ------------------------------------------------------------------------------------------------ launching
@@ -447,9 +455,11 @@ void layer_norm_forward(const Op& op, const LayerNormForward<typename Op::Elemen
     using T = typename Op::Element;
     const RowLayout layout = row_layout(a.columns, kVector<T>);
     const RowGrid grid = forward_grid(a.rows, layout, current_device().multiprocessors);
-    const Launch how{dim3(static_cast<unsigned>(grid.blocks)), dim3(static_cast<unsigned>(grid.threads)), 0, stream};
+    const Launch how{dim3(static_cast<unsigned>(grid.blocks)), dim3(static_cast<unsigned>(grid.threads)), 0,
+                     stream};
     if (layout.warps == 0) return launch(layer_norm_forward_loop_kernel<Op>, how, op, a);
-    with_layout<T>(layout, [&](auto rows) { launch(layer_norm_forward_kernel<Op, decltype(rows)>, how, op, a); });
+    with_layout<T>(layout,
+                   [&](auto rows) { launch(layer_norm_forward_kernel<Op, decltype(rows)>, how, op, a); });
 }
 
 // Blocks, and so rows of partials, of layer_norm_backward.
@@ -458,14 +468,17 @@ inline int64_t partial_rows(int64_t rows, int64_t columns, int vector) {
 }
 
 template <typename Op>
-void layer_norm_backward(const Op& op, const LayerNormBackward<typename Op::Element>& a, cudaStream_t stream) {
+void layer_norm_backward(const Op& op, const LayerNormBackward<typename Op::Element>& a,
+                         cudaStream_t stream) {
     using T = typename Op::Element;
     const RowLayout layout = row_layout(a.columns, kVector<T>);
     const RowGrid grid = backward_grid(a.rows, layout, kVector<T>, current_device().multiprocessors);
-    Launch how{dim3(static_cast<unsigned>(grid.blocks)), dim3(static_cast<unsigned>(grid.threads)), 0, stream};
+    Launch how{dim3(static_cast<unsigned>(grid.blocks)), dim3(static_cast<unsigned>(grid.threads)), 0,
+               stream};
     if (layout.warps == 0) return launch(layer_norm_backward_loop_kernel<Op>, how, op, a);
     if (grid.rows_per_block > 1) how.shared_bytes = grid.rows_per_block * static_cast<size_t>(a.columns) * 4;
-    with_layout<T>(layout, [&](auto rows) { launch(layer_norm_backward_kernel<Op, decltype(rows)>, how, op, a); });
+    with_layout<T>(layout,
+                   [&](auto rows) { launch(layer_norm_backward_kernel<Op, decltype(rows)>, how, op, a); });
 }
 
 }  // namespace rk::cuda

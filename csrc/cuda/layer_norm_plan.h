@@ -1,11 +1,11 @@
 // How the rows of add_layer_norm and embedding_layer_norm are spread over registers, warps and blocks. Plain
 // C++: no CUDA, no torch.
 //
-// A row of up to 8192 columns (float32: 4096), a multiple of 16 bytes long, lies in the registers of one or more
-// whole warps; how many depends on its length and dtype alone, so that a row comes out the same, bit for bit,
-// whatever rows are beside it. Where one warp has a row (up to 1024 columns; float32: 768), its sums need no
-// barrier, and warps that load and warps that compute overlap. Any other row is looped over by a block, element
-// by element, and read again for each pass.
+// A row of up to 8192 columns (float32: 4096), a multiple of 16 bytes long, lies in the registers of one or
+// more whole warps; how many depends on its length and dtype alone, so that a row comes out the same, bit for
+// bit, whatever rows are beside it. Where one warp has a row (up to 1024 columns; float32: 768), its sums
+// need no barrier, and warps that load and warps that compute overlap. Any other row is looped over by a
+// block, element by element, and read again for each pass.
 #pragma once
 #include <stdint.h>
 
@@ -16,8 +16,8 @@ struct RowLayout {
     int warps, elements;
 };
 
-// 24 elements a lane are 768 columns, RoBERTa-base; 32 are 1024, RoBERTa-large. Backward has to fit three sums
-// for each of a thread's columns beside the row, which 32 of float32 do not.
+// 24 elements a lane are 768 columns, RoBERTa-base; 32 are 1024, RoBERTa-large. Backward has to fit three
+// sums for each of a thread's columns beside the row, which 32 of float32 do not.
 constexpr int kLayouts = 5;
 constexpr RowLayout kLayouts16Bit[kLayouts] = {{1, 16}, {1, 24}, {1, 32}, {4, 16}, {8, 32}};
 constexpr RowLayout kLayouts32Bit[kLayouts] = {{1, 16}, {1, 24}, {2, 16}, {4, 16}, {8, 16}};
@@ -47,8 +47,8 @@ constexpr int most_rows_forward(RowLayout layout) {
     return layout.warps == 1 ? 4 : 1;
 }
 
-// Backward: as many as the registers of a multiprocessor hold (a multiple of its four schedulers) beside the column
-// sums, because each block leaves a row of partial sums.
+// Backward: as many as the registers of a multiprocessor hold (a multiple of its four schedulers) beside the
+// column sums, because each block leaves a row of partial sums.
 constexpr int most_rows_backward(RowLayout layout, int vector) {
     return layout.warps != 1 ? 1 : layout.elements == 16 || (layout.elements == 24 && vector == 8) ? 12 : 8;
 }

@@ -1,0 +1,332 @@
+// out = dropout(layer_norm(word[id] + position[id] + token_type[id])): gather, sum, norm and dropout of a row
+// in registers.
+#include "csrc/cuda/embedding_layer_norm.h"
+#include "csrc/cuda/layer_norm.cuh"
+
+namespace rk::cuda {
+namespace {
+
+template <int N>
+__device__ inline void store_floats(float* to, const float (&from)[N]) {
+    if constexpr (N % 4 == 0) {
+#pragma unroll
+        for (int i = 0; i < N; i += 4)
+            *reinterpret_cast<float4*>(to + i) = make_float4(from[i], from[i + 1], from[i + 2], from[i + 3]);
+    } else {
+        store(to, from);
+    }
+}
+
+template <typename T, bool kDropout_>
+struct Embedding {
+    using Element = T;
+    static constexpr bool kDropout = kDropout_;
+    const int64_t* ids[kTables];
+    const T* table[kTables];
+    int64_t table_rows[kTables];
+    float* grad_sum;
+    int64_t columns;
+    Dropout dropout;
+
+    explicit Embedding(const EmbeddingLayerNormArgs& a)
+        : grad_sum(a.grad_sum), columns(a.hidden), dropout(a.dropout) {
+        for (int t = 0; t < kTables; ++t) {
+            ids[t] = a.ids[t];
+            table[t] = static_cast<const T*>(a.table[t]);
+            table_rows[t] = a.table_rows[t];
+        }
+    }
+
+    struct Row {
+        const T* from[kTables];
+        bool inside;  // every id is a row of its table
+    };
+    template <int N>
+    struct Loaded {
+        Packed<T, N> values[kTables];
+    };
+
+    __device__ Row row(int64_t token) const {
+        Row row;
+        row.inside = true;
+#pragma unroll
+        for (int t = 0; t < kTables; ++t) {
+            const int64_t id = ids[t][token];
+            const bool inside = id >= 0 && id < table_rows[t];
+            row.from[t] = table[t] + (inside ? id * columns : 0);
+            row.inside = row.inside && inside;
+        }
+        return row;
+    }
+
+    template <int N>
+    __device__ Loaded<N> load(const Row& at, int64_t column) const {
+        Loaded<N> loaded = {};
+        if (at.inside)
+#pragma unroll
+            for (int t = 0; t < kTables; ++t) loaded.values[t] = load_packed<N>(at.from[t] + column);
+        return loaded;
+    }
+
+    // Nothing is read for an id outside of its table; the row is nan, and so are the gradients that it is
+    // part of.
+    template <int N>
+    __device__ void sum(float (&z)[N], const Row& at, const Loaded<N>& loaded, uint32_t) const {
+        float position[N], token_type[N];
+        unpack<T>(z, loaded.values[0]);
+        unpack<T>(position, loaded.values[1]);
+        unpack<T>(token_type, loaded.values[2]);
+#pragma unroll
+        for (int i = 0; i < N; ++i)
+            z[i] = at.inside ? z[i] + token_type[i] + position[i] : __uint_as_float(0x7fffffffu);
+    }
+
+    template <int N>
+    __device__ void drop_normalised(float (&x)[N], uint32_t kept) const {
+        if constexpr (kDropout) drop(x, kept, dropout.scale);
+    }
+
+    // The third column sum is that of the gradients: the gradient of a token-type table of one row.
+    template <int N>
+    __device__ void store_gradient(int64_t token, int64_t column, float (&z)[N], uint32_t) const {
+        store_floats(grad_sum + token * columns + column, z);
+    }
+};
+
+// ------------------------------------------------------------------------------------------------ table
+// gradients
+
+struct Keys {
+    const int64_t* ids[kTables];
+    int64_t
+        first_row[kTables + 1];  // of each table, when they are laid end to end; then: how many rows in all
+    int64_t padding_idx[kTables];
+    int64_t tokens, entries;
+    int32_t* keys;
+
+    explicit Keys(const EmbeddingLayerNormArgs& a)
+        : first_row{0}, tokens(a.rows), entries(sorted_tables(a) * a.rows), keys(a.keys) {
+        for (int t = 0; t < kTables; ++t) {
+            ids[t] = a.ids[t];
+            padding_idx[t] = a.padding_idx[t];
+            first_row[t + 1] = first_row[t] + a.table_rows[t];
+        }
+    }
+};
+
+// What gets no gradient (padding, ids outside of their table) is given a key behind all rows.
+__global__ void __launch_bounds__(256) keys_kernel(Keys k) {
+    for (int64_t entry = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; entry < k.entries;
+         entry += gridDim.x * static_cast<int64_t>(blockDim.x)) {
+        int64_t key = k.first_row[kTables];
+#pragma unroll
+        for (int t = 0; t < kTables; ++t) {
+            const int64_t token = entry - t * k.tokens;
+            if (token < 0 || token >= k.tokens) continue;
+            const int64_t id = k.ids[t][token];
+            if (id >= 0 && id < k.first_row[t + 1] - k.first_row[t] && id != k.padding_idx[t])
+                key = k.first_row[t] + id;
+        }
+        k.keys[entry] = static_cast<int32_t>(key);
+    }
+}
+
+template <typename T>
+struct TableGradients {
+    const int32_t* keys;    // [entries], sorted
+    const int64_t* order;   // [entries]
+    const float* grad_sum;  // [tokens, columns]
+    float* pieces;          // [ceil(entries / kRun), 2, columns]
+    T* grad_table[kTables];
+    int32_t first_row[kTables + 1];
+    int64_t tokens, entries, columns;
+
+    explicit TableGradients(const EmbeddingLayerNormArgs& a)
+        : keys(a.sorted_keys),
+          order(a.order),
+          grad_sum(a.grad_sum),
+          pieces(a.pieces),
+          first_row{0},
+          tokens(a.rows),
+          entries(sorted_tables(a) * a.rows),
+          columns(a.hidden) {
+        for (int t = 0; t < kTables; ++t) {
+            grad_table[t] = static_cast<T*>(a.grad_table[t]);
+            first_row[t + 1] = static_cast<int32_t>(first_row[t] + a.table_rows[t]);
+        }
+    }
+
+    __device__ int32_t no_row() const { return first_row[kTables]; }
+    __device__ int table_of(int32_t key) const { return (key >= first_row[1]) + (key >= first_row[2]); }
+    __device__ T* row_of(int32_t key) const {
+        const int t = table_of(key);
+        T* const table = t == 0 ? grad_table[0] : t == 1 ? grad_table[1] : grad_table[2];
+        return table + (key - (t == 0 ? 0 : t == 1 ? first_row[1] : first_row[2])) * columns;
+    }
+    __device__ float* piece(int64_t group, bool starts_here) const {
+        return pieces + (group * 2 + starts_here) * columns;
+    }
+};
+
+constexpr int kAtOnce = 8;      // rows of float32 that a warp asks for before it adds them
+constexpr int kGroupWarps = 4;  // of a block
+
+// A warp has kRun neighbours among the sorted entries, and 32 * N columns of their gradients. It adds up each
+// run of equal keys, in order. A run that lies within the kRun is a table row's gradient; one that goes
+// beyond them is left as a piece: pieces[group][1] where it starts here, pieces[group][0] where it comes from
+// before.
+template <typename T, int N>
+__global__ void __launch_bounds__(kGroupWarps* kWarp) sum_runs_kernel(TableGradients<T> a) {
+    const int lane = threadIdx.x % kWarp;
+    const int64_t group = blockIdx.x * static_cast<int64_t>(kGroupWarps) + threadIdx.x / kWarp;
+    const int64_t first = group * kRun, column = (blockIdx.y * static_cast<int64_t>(kWarp) + lane) * N;
+    if (first >= a.entries) return;
+    const bool real = first + lane < a.entries;
+    const int32_t my_key = real ? a.keys[first + lane] : a.no_row();
+    const int64_t my_token = real ? a.order[first + lane] - a.table_of(my_key) * a.tokens : 0;
+    const int32_t before = first > 0 ? a.keys[first - 1] : -1;
+    const int32_t after = first + kRun < a.entries ? a.keys[first + kRun] : -1;
+    const int count = __popc(__ballot_sync(kAllLanes, my_key < a.no_row()));  // the others come last
+    const bool inside = column < a.columns;
+    bool starts_here = __shfl_sync(kAllLanes, my_key, 0) != before;
+    float total[N] = {};
+    for (int i = 0; i < count; i += kAtOnce) {
+        float rows[kAtOnce][N] = {};
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+            const int64_t token = __shfl_sync(kAllLanes, my_token, i + j);
+            if (i + j < count && inside) load(rows[j], a.grad_sum + token * a.columns + column);
+        }
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+            const int32_t key = __shfl_sync(kAllLanes, my_key, i + j);
+            const int32_t shuffled = __shfl_sync(kAllLanes, my_key, (i + j + 1) % kRun);
+            if (i + j >= count) continue;
+            const int32_t next = i + j + 1 < kRun ? shuffled : after;
+#pragma unroll
+            for (int c = 0; c < N; ++c) total[c] += rows[j][c];
+            const bool ends_here = next != key;
+            if (!ends_here && i + j + 1 < kRun) continue;
+            if (inside) {
+                if (starts_here && ends_here)
+                    store(a.row_of(key) + column, total);
+                else
+                    store(a.piece(group, starts_here) + column, total);
+            }
+            starts_here = true;
+#pragma unroll
+            for (int c = 0; c < N; ++c) total[c] = 0.0f;
+        }
+    }
+}
+
+// The warp of the group in which a run starts that goes beyond it adds the run's pieces, in order.
+template <typename T, int N>
+__global__ void __launch_bounds__(kGroupWarps* kWarp) join_pieces_kernel(TableGradients<T> a) {
+    const int lane = threadIdx.x % kWarp;
+    const int64_t group = blockIdx.x * static_cast<int64_t>(kGroupWarps) + threadIdx.x / kWarp;
+    const int64_t first = group * kRun, column = (blockIdx.y * static_cast<int64_t>(kWarp) + lane) * N;
+    if (first + kRun >= a.entries) return;
+    const int32_t key = a.keys[first + kRun - 1];
+    if (key == a.no_row() || a.keys[first + kRun] != key) return;               // nothing goes beyond
+    if (a.keys[first] == key && first > 0 && a.keys[first - 1] == key) return;  // it started before
+    const bool inside = column < a.columns;
+    float total[N] = {};
+    if (inside) load(total, a.piece(group, true) + column);
+    int count = kWarp;
+    for (int64_t next = group + 1; count == kWarp; next += kWarp) {
+        const int64_t mine = (next + lane) * kRun;
+        const unsigned others = ~__ballot_sync(kAllLanes, mine < a.entries && a.keys[mine] == key);
+        count = others == 0 ? kWarp : __ffs(static_cast<int>(others)) - 1;
+        for (int i = 0; i < count; i += kAtOnce) {
+            float pieces[kAtOnce][N] = {};
+#pragma unroll
+            for (int j = 0; j < kAtOnce; ++j)
+                if (i + j < count && inside) load(pieces[j], a.piece(next + i + j, false) + column);
+#pragma unroll
+            for (int j = 0; j < kAtOnce; ++j)
+#pragma unroll
+                for (int c = 0; c < N; ++c) total[c] += pieces[j][c];
+        }
+    }
+    if (inside) store(a.row_of(key) + column, total);
+}
+
+int64_t groups_of(const EmbeddingLayerNormArgs& a) {
+    return ceil_div(sorted_tables(a) * a.rows, kRun);
+}
+
+template <typename T, int N>
+void table_gradients(const EmbeddingLayerNormArgs& a) {
+    const Launch how{dim3(static_cast<unsigned>(ceil_div(groups_of(a), kGroupWarps)),
+                          static_cast<unsigned>(ceil_div(a.hidden, kWarp * N))),
+                     dim3(kGroupWarps * kWarp), 0, a.stream};
+    const TableGradients<T> gradients(a);
+    launch(sum_runs_kernel<T, N>, how, gradients);
+    if (groups_of(a) > 1) launch(join_pieces_kernel<T, N>, how, gradients);
+}
+
+// ------------------------------------------------------------------------------------------------ launching
+
+template <typename T>
+void forward(const EmbeddingLayerNormArgs& a) {
+    const LayerNormForward<T> rows{{static_cast<const T*>(a.weight), a.mean, a.rstd, a.rows, a.hidden},
+                                   static_cast<const T*>(a.bias),
+                                   static_cast<T*>(a.out),
+                                   a.eps};
+    if (a.dropout.seed != nullptr)
+        layer_norm_forward(Embedding<T, true>(a), rows, a.stream);
+    else
+        layer_norm_forward(Embedding<T, false>(a), rows, a.stream);
+}
+
+template <typename T>
+void backward(const EmbeddingLayerNormArgs& a) {
+    const LayerNormBackward<T> rows{{static_cast<const T*>(a.weight), a.mean, a.rstd, a.rows, a.hidden},
+                                    static_cast<const T*>(a.grad_out),
+                                    a.partials};
+    if (a.dropout.seed != nullptr)
+        layer_norm_backward(Embedding<T, true>(a), rows, a.stream);
+    else
+        layer_norm_backward(Embedding<T, false>(a), rows, a.stream);
+    T* const one_type = sorted_tables(a) == kTables ? nullptr : static_cast<T*>(a.grad_table[2]);
+    sum_partials<T>({a.partials,
+                     partial_rows(a.rows, a.hidden, kVector<T>),
+                     a.hidden,
+                     {static_cast<T*>(a.grad_weight), static_cast<T*>(a.grad_bias), one_type}},
+                    a.stream);
+    if (a.hidden % 4 == 0)
+        table_gradients<T, 4>(a);
+    else
+        table_gradients<T, 1>(a);
+}
+
+}  // namespace
+
+int64_t embedding_layer_norm_partials(const EmbeddingLayerNormArgs& a) {
+    int64_t floats = 0;
+    RK_FOR_DTYPE(a.dtype, T, floats = kColumnSums * partial_rows(a.rows, a.hidden, kVector<T>) * a.hidden);
+    return floats;
+}
+
+int64_t embedding_layer_norm_pieces(const EmbeddingLayerNormArgs& a) {
+    return groups_of(a) * 2 * a.hidden;
+}
+
+void embedding_layer_norm_forward(const EmbeddingLayerNormArgs& a) {
+    RK_FOR_DTYPE(a.dtype, T, forward<T>(a));
+}
+
+void embedding_layer_norm_keys(const EmbeddingLayerNormArgs& a) {
+    const Keys keys(a);
+    const int64_t blocks = ceil_div(keys.entries, 256);
+    launch(keys_kernel,
+           {dim3(static_cast<unsigned>(blocks < kMostBlocks ? blocks : kMostBlocks)), dim3(256), 0, a.stream},
+           keys);
+}
+
+void embedding_layer_norm_backward(const EmbeddingLayerNormArgs& a) {
+    RK_FOR_DTYPE(a.dtype, T, backward<T>(a));
+}
+
+}  // namespace rk::cuda
