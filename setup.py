@@ -16,9 +16,8 @@ The CUDA library carries its own CUDA runtime, linked statically as nvcc does by
 torch for CUDA 12 brings libcudart.so.12 and one for CUDA 13 libcudart.so.13, and a library linked against either would
 load in no process of the other. Runtimes share a device's context and its streams through the driver, which is how
 cuBLAS and NCCL, which carry theirs too, work inside of torch. What remains to be met is the driver: one that knows the
-nvcc that compiled (for CUDA 13: 580 or later). Of torch the CUDA library needs one function in libtorch_cuda, which a
-CPU build of torch lacks; it is linked against a stub of that library, the same with every torch, so that a CPU build of
-torch makes the same wheel.
+nvcc that compiled (for CUDA 13: 580 or later). The CUDA library needs a few functions of libtorch_cuda, which a CPU
+build of torch lacks; it is linked against a stub of that library, so that every torch makes the same wheel.
 """
 
 from __future__ import annotations
@@ -104,11 +103,16 @@ def cuda_architectures(nvcc: str) -> tuple[cuda_build.Architecture, ...]:
         raise SystemExit(f"TORCH_CUDA_ARCH_LIST: {error}") from None
 
 
+# All that the CUDA library calls in libtorch_cuda. One that is not here is an error of the link: whoever adds it sees to
+# it that the oldest torch has it.
+TORCH_CUDA_FUNCTIONS = ["aoti_torch_get_current_cuda_stream", "aoti_torch_cuda_mm_out", "aoti_torch_cuda_addmm_out"]
+
+
 def torch_cuda_stub(directory: Path) -> Path:
-    """A libtorch_cuda.so that holds no more than what the bindings call, to link against."""
+    """A directory with a libtorch_cuda.so to link against that holds those functions and nothing else."""
     directory.mkdir(parents=True, exist_ok=True)
     source = directory / "torch_cuda.cpp"
-    source.write_text('extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }\n')
+    source.write_text("".join(f'extern "C" void {name}() {{}}\n' for name in TORCH_CUDA_FUNCTIONS))
     cxx = os.environ.get("CXX", "g++").split()
     library = directory / "libtorch_cuda.so"
     subprocess.run([*cxx, "-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so", "-o", library, source], check=True)
@@ -201,6 +205,8 @@ def compiled_parts():
         architectures = cuda_architectures(nvcc)
         REPORT["nvcc"] = cuda_build.nvcc_version(nvcc)
         REPORT["cuda_architectures"] = [str(a) for a in architectures]
+        cutlass = cuda_build.cutlass_include()
+        REPORT["cutlass"] = "its headers were not found (pip install nvidia-cutlass)" if cutlass is None else "built"
         macros = ["ROBERTA_KERNELS_CUDA", "USE_CUDA", *cuda_build.definitions(architectures)]
         cuda = CppExtension(
             "roberta_kernels._cuda",

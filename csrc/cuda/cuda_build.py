@@ -27,10 +27,11 @@ DEFAULT_ARCHITECTURES = "8.0;8.6;8.9;9.0a;10.0+PTX"
 OLDER_ARCHITECTURES = "8.0;8.6;8.9;9.0a;9.0+PTX"
 LOWEST = 80  # cp.async and bfloat16 products
 
-# Which files serve one architecture alone: wgmma and TMA exist on Hopper only. They are compiled when the list names
-# 9.0 or 9.0a, and RK_HAS_SM90 is then defined for every file, host code included. Who calls into them asks for both:
-# RK_HAS_SM90, and current_device().arch == 90. Every other file serves every architecture of the list.
+# Which files serve one architecture alone: wgmma and TMA exist on Hopper only. Every other file serves every
+# architecture of the list. They are compiled when the list names 9.0 or 9.0a; ROBERTA_KERNELS_SM90A is then defined for
+# every file, host code included, and whoever calls into them sees to that and to current_device().arch == 90.
 ONLY_FOR = {"*_sm90.cu": "90a"}
+# Compiled where CUTLASS's headers are found; ROBERTA_KERNELS_CUTLASS is then defined for every file.
 NEED_CUTLASS = ("gelu_ffn_sm*.cu",)
 
 NVCC_FLAGS = ("-O3", "-std=c++17", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden,-fno-math-errno")
@@ -85,8 +86,14 @@ def host_sources() -> list[str]:
     return ["csrc/library.cpp", *sorted(f"csrc/cuda/{path.name}" for path in (ROOT / "csrc/cuda").glob("*.cpp"))]
 
 
+def needs_cutlass(source: str) -> bool:
+    return any(fnmatch.fnmatch(source, pattern) for pattern in NEED_CUTLASS)
+
+
 def architectures_of(source: str, listed: tuple[Architecture, ...]) -> tuple[Architecture, ...]:
-    """What of the list a source is compiled for."""
+    """What of the list a source is compiled for; nothing: it is left out."""
+    if needs_cutlass(source) and cutlass_include() is None:
+        return ()
     for pattern, name in ONLY_FOR.items():
         if fnmatch.fnmatch(source, pattern):
             one = Architecture(name)
@@ -96,7 +103,8 @@ def architectures_of(source: str, listed: tuple[Architecture, ...]) -> tuple[Arc
 
 def definitions(listed: tuple[Architecture, ...]) -> list[str]:
     """Macros for every file, host code included."""
-    return ["RK_HAS_SM90"] if any(a.number == 90 for a in listed) else []
+    hopper = ["ROBERTA_KERNELS_SM90A"] if any(a.number == 90 for a in listed) else []
+    return hopper + (["ROBERTA_KERNELS_CUTLASS"] if cutlass_include() is not None else [])
 
 
 def find_nvcc() -> str | None:
@@ -158,16 +166,13 @@ def missing() -> str | None:
         return "nvcc was found neither on PATH nor in CUDA_HOME/bin"
     if find_ninja() is None:
         return "ninja was not found (pip install ninja)"
-    needing = [source for source in kernel_sources() if any(fnmatch.fnmatch(source, p) for p in NEED_CUTLASS)]
-    if needing and cutlass_include() is None:
-        return "CUTLASS's headers were not found (pip install nvidia-cutlass; or ROBERTA_KERNELS_CUTLASS=a checkout)"
     return None
 
 
 def command(source: Path, listed: tuple[Architecture, ...], nvcc: str, extra: tuple[str, ...] = ()) -> list[str]:
     """nvcc and its arguments, short of `-c source -o object`, for a process in ROOT."""
     includes = ["-I.", "-Icsrc/cuda"]
-    if any(fnmatch.fnmatch(source.name, pattern) for pattern in NEED_CUTLASS):
+    if needs_cutlass(source.name):
         includes.append(f"-I{cutlass_include()}")
     compiler = [f"-ccbin={os.environ['CXX'].split()[0]}"] if os.environ.get("CXX") else []
     gencode = [flag for a in architectures_of(source.name, listed) for flag in a.flags()]

@@ -38,7 +38,7 @@ def test_every_source_compiles_for_every_architecture_it_serves(compiled, capsys
     usages, objects, _ = compiled
     with capsys.disabled():
         print("\n" + ptxas.table(usages))
-    assert set(objects) == set(cuda_build.kernel_sources())
+    assert set(objects) == set(cuda_build.kernel_sources()), "pip install nvidia-cutlass"
     for source in objects:
         expected = {"sm_90a"} if source.endswith("_sm90.cu") else ARCHITECTURES
         kernels = [u for u in usages if u.source == source and u.is_kernel]
@@ -189,7 +189,15 @@ def test_hopper_sources_are_compiled_for_hopper_alone(text: str, hopper: list[st
     listed = cuda_build.parse_architectures(text)
     assert [a.name for a in cuda_build.architectures_of("attention_sm90.cu", listed)] == hopper
     assert cuda_build.architectures_of("attention_forward.cu", listed) == listed
-    assert cuda_build.definitions(listed) == (["RK_HAS_SM90"] if hopper else [])
+    assert ("ROBERTA_KERNELS_SM90A" in cuda_build.definitions(listed)) == bool(hopper)
+
+
+def test_what_needs_cutlass_is_left_out_without_it(monkeypatch) -> None:
+    listed = cuda_build.parse_architectures("8.0;9.0a")
+    monkeypatch.setenv("ROBERTA_KERNELS_CUTLASS", "/nowhere")
+    assert cuda_build.architectures_of("gelu_ffn_sm80.cu", listed) == ()
+    assert cuda_build.architectures_of("gelu_ffn_elementwise.cu", listed) == listed
+    assert cuda_build.definitions(listed) == ["ROBERTA_KERNELS_SM90A"]
 
 
 def test_nothing_compiles_without_saying_why(tmp_path: Path, capfd) -> None:
