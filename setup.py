@@ -103,8 +103,8 @@ def cuda_architectures(nvcc: str) -> tuple[cuda_build.Architecture, ...]:
         raise SystemExit(f"TORCH_CUDA_ARCH_LIST: {error}") from None
 
 
-# All that the CUDA library calls in libtorch_cuda. One that is not here is an error of the link: whoever adds it sees to
-# it that the oldest torch has it.
+# All that the CUDA library calls in libtorch_cuda. One that is not here is an error of the link: whoever adds it sees
+# to it that the oldest torch has it.
 TORCH_CUDA_FUNCTIONS = ["aoti_torch_get_current_cuda_stream", "aoti_torch_cuda_mm_out", "aoti_torch_cuda_addmm_out"]
 
 
