@@ -187,7 +187,9 @@ def compiled_parts():
         CppExtension(
             "roberta_kernels._cpu",
             ["csrc/library.cpp", "csrc/cpu/dispatch.cpp", *(f"csrc/cpu/{op}_binding.cpp" for op in CPU_OPS)],
-            depends=[str(p.relative_to(ROOT)) for p in sorted([*(ROOT / "csrc/cpu").iterdir(), *(ROOT / "csrc").glob("*.h")])]
+            depends=[
+                str(p.relative_to(ROOT)) for p in sorted([*(ROOT / "csrc/cpu").iterdir(), *(ROOT / "csrc").glob("*.h")])
+            ]
             + ["roberta_kernels/schemas.def"],
             extra_compile_args={"cxx": CXX_FLAGS},
             **common,
