@@ -14,7 +14,7 @@ PYTEST := $(BIN)/python -m pytest
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format test-fast test-slow test-cuda-source test-cuda-library cuda-library bench clean
+.PHONY: help setup demo test lint format test-fast test-slow test-cuda-source test-cuda-library cuda-library cuda-emulation bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -56,11 +56,15 @@ test-fast: setup  ## the tests that take seconds
 test-slow: setup  ## the tests that take minutes
 	$(PYTEST) -n $(WORKERS) -m slow
 
-test-cuda-source: setup  ## the CUDA sources: compiled by nvcc for every architecture, registers and spills; no GPU needed
+test-cuda-source: setup  ## the CUDA sources: compiled for every architecture, and run on the CPU; needs nvcc, no GPU
 	$(PYTEST) -m cuda_source tests/cuda
+	@if why=$$($(BIN)/python csrc/cuda/cuda_build.py --check); then $(MAKE) --no-print-directory cuda-emulation; else echo "cuda-emulation skipped: $$why"; fi
+
+cuda-emulation:
+	$(BIN)/python tests/cuda_emulation/build.py --plain -- python -m pytest -n $(WORKERS) tests/cuda_emulation/test_launches.py
 
 # One wheel, built against the torch of .venv, is what the other torch loads.
-test-cuda-library: setup  ## the CUDA library beside a CUDA build of torch, in .venv-cuda (5.5 GB); no GPU needed
+test-cuda-library: setup  ## the CUDA library in a CUDA build of torch, in .venv-cuda (5.5 GB); needs nvcc, no GPU
 	@if why=$$($(BIN)/python csrc/cuda/cuda_build.py --check); then $(MAKE) --no-print-directory cuda-library; else echo "$@ skipped: $$why"; fi
 
 $(CUDA_VENV)/.packages: constraints.txt
