@@ -4,23 +4,28 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := setup.py roberta_kernels/schemas.def $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
-PYTHON_FILES := roberta_kernels tests benchmarks setup.py
+# A CUDA build of torch, in a venv of its own (5.5 GB), to link and load the CUDA library; no GPU is needed for that.
+CUDA_VENV := .venv-cuda
+CUDA_TORCH ?= 2.14.1
+SOURCES := setup.py roberta_kernels/schemas.def $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*.*)
+PYTHON_FILES := roberta_kernels tests benchmarks csrc setup.py
 CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cpp csrc/cuda/*.cu csrc/cuda/*.h csrc/cuda/*.cuh tests/cuda_emulation/*.h tests/cuda_emulation/*.cuh tests/cuda_emulation/*.cpp)
 PYTEST := $(BIN)/python -m pytest
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format test-fast test-slow bench clean
+.PHONY: help setup demo test lint format test-fast test-slow test-cuda-source test-cuda-library cuda-library cuda-emulation bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
-# torch comes first and by its pinned version: the build compiles against it, without isolation.
+# torch comes first and by its pinned version: the build compiles against it, without isolation. Of CUTLASS only the
+# headers are needed, and none of what its package depends on.
 $(VENV)/.packages: constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.10 is needed, and this is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch setuptools wheel ninja packaging numpy
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps nvidia-cutlass
 	touch $@
 
 $(VENV)/.built: $(VENV)/.packages $(SOURCES)
@@ -32,7 +37,7 @@ setup: $(VENV)/.built  ## make .venv, install what constraints.txt pins, build t
 demo: setup  ## a RoBERTa-size model on real text, original against patched; pictures in demo-output/
 	$(BIN)/roberta-kernels demo
 
-test: lint test-fast test-slow  ## all checks and all tests
+test: lint test-fast test-slow test-cuda-source  ## all checks and all tests
 
 lint: setup  ## ruff, mypy, clang-format
 	$(BIN)/ruff check $(PYTHON_FILES)
@@ -46,13 +51,38 @@ format: setup  ## rewrite the sources in the project's style
 	$(BIN)/clang-format -i $(CPP_FILES)
 
 test-fast: setup  ## the tests that take seconds
-	$(PYTEST) -n $(WORKERS) -m "not slow"
+	$(PYTEST) -n $(WORKERS) -m "not slow and not cuda_source"
 
 test-slow: setup  ## the tests that take minutes
 	$(PYTEST) -n $(WORKERS) -m slow
+
+test-cuda-source: setup  ## the CUDA sources: compiled for every architecture, and run on the CPU; needs nvcc, no GPU
+	$(PYTEST) -m cuda_source tests/cuda
+	@if why=$$($(BIN)/python csrc/cuda/cuda_build.py --check); then $(MAKE) --no-print-directory cuda-emulation; else echo "cuda-emulation skipped: $$why"; fi
+
+cuda-emulation:
+	$(BIN)/python tests/cuda_emulation/build.py --plain -- python -m pytest -n $(WORKERS) tests/cuda_emulation/test_launches.py
+
+# One wheel, built against the torch of .venv, is what the other torch loads.
+test-cuda-library: setup  ## the CUDA library in a CUDA build of torch, in .venv-cuda (5.5 GB); needs nvcc, no GPU
+	@if why=$$($(BIN)/python csrc/cuda/cuda_build.py --check); then $(MAKE) --no-print-directory cuda-library; else echo "$@ skipped: $$why"; fi
+
+$(CUDA_VENV)/.packages: constraints.txt
+	test -x $(CUDA_VENV)/bin/python || $(PYTHON) -m venv $(CUDA_VENV)
+	grep -vE '^(torch|triton)==' constraints.txt > $(CUDA_VENV)/constraints.txt
+	$(CUDA_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-cache-dir -c $(CUDA_VENV)/constraints.txt \
+		torch==$(CUDA_TORCH) transformers numpy packaging rich typer pytest pytest-benchmark
+	touch $@
+
+# pytest by its script: with `python -m pytest` the sources here would be imported in the place of the wheel.
+cuda-library: $(CUDA_VENV)/.packages
+	rm -rf build/lib* build/wheel
+	ROBERTA_KERNELS_CUDA=1 $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps -w build/wheel .
+	$(CUDA_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall build/wheel/*.whl
+	ROBERTA_KERNELS_CUDA=1 $(CUDA_VENV)/bin/pytest tests/cuda/test_cuda_library.py
 
 bench: setup  ## kernel benchmarks: JSON, a table and plots in benchmarks/results/
 	$(BIN)/python -m benchmarks run
 
 clean:  ## remove what was built, and .venv
-	rm -rf $(VENV) build dist *.egg-info roberta_kernels/*.so roberta_kernels/build_report.json demo-output
+	rm -rf $(VENV) $(CUDA_VENV) build dist *.egg-info roberta_kernels/*.so roberta_kernels/build_report.json demo-output

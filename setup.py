@@ -1,14 +1,23 @@
 """Builds csrc/ with ninja through torch's BuildExtension, against torch's stable ABI.
 
 Environment variables:
-    ROBERTA_KERNELS_CUDA   1: build the CUDA library whatever torch says; 0: never; unset: when nvcc is there and
-                           torch is a CUDA build. Whether this machine has a GPU plays no part.
-    TORCH_CUDA_ARCH_LIST   architectures of the CUDA library, as for any torch extension.
-    MAX_JOBS               compiler processes at a time.
-    CXX, CXXFLAGS          compiler and extra flags.
+    ROBERTA_KERNELS_CUDA     1: build the CUDA library whatever torch says; 0: never; unset: when nvcc is there and
+                             torch is a CUDA build. Whether this machine has a GPU plays no part.
+    TORCH_CUDA_ARCH_LIST     architectures of the CUDA library, in numbers ("9.0a", "8.0;8.6;10.0+PTX"); unset: those
+                             of csrc/cuda/cuda_build.py, which says which file is compiled for which.
+    ROBERTA_KERNELS_CUTLASS  a checkout of CUTLASS whose headers to use; unset: those of the nvidia-cutlass package.
+    MAX_JOBS                 compiler processes at a time.
+    CXX, CXXFLAGS            compiler and extra flags.
 
 The libraries hold no Python symbol: they register their ops when `torch.ops.load_library` opens them. So one
 wheel (py3-none-<platform>) serves every Python and every torch from the floor up.
+
+The CUDA library carries its own CUDA runtime, linked statically as nvcc does by default, with its symbols hidden: a
+torch for CUDA 12 brings libcudart.so.12 and one for CUDA 13 libcudart.so.13, and a library linked against either would
+load in no process of the other. Runtimes share a device's context and its streams through the driver, which is how
+cuBLAS and NCCL, which carry theirs too, work inside of torch. What remains to be met is the driver: one that knows the
+nvcc that compiled (for CUDA 13: 580 or later). The CUDA library needs a few functions of libtorch_cuda, which a CPU
+build of torch lacks; it is linked against a stub of that library, so that every torch makes the same wheel.
 """
 
 from __future__ import annotations
@@ -17,6 +26,7 @@ import json
 import os
 import platform
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -25,6 +35,9 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
+sys.path.insert(0, str(ROOT / "csrc/cuda"))  # a build process has not even its own directory on the path
+import cuda_build  # noqa: E402
+
 TORCH_FLOOR = (2, 10)
 # torch 2.10 as the stable ABI writes it: one byte each for major and minor, from the top.
 TORCH_TARGET_VERSION = "0x020a000000000000"
@@ -68,20 +81,42 @@ def compiler_missing() -> str | None:
 def cuda_missing(torch) -> str | None:
     """Why the CUDA library is not built, or None."""
     wish = os.environ.get("ROBERTA_KERNELS_CUDA", "")
-    if not list((ROOT / "csrc/cuda").glob("*.cu")):
+    if not cuda_build.kernel_sources():
         return "this version has no CUDA C++ kernels (NVIDIA GPUs are served by Triton)"
     if wish == "0":
         return "turned off by ROBERTA_KERNELS_CUDA=0"
-    nvcc = shutil.which("nvcc") or (
-        os.environ.get("CUDA_HOME") and shutil.which("nvcc", path=os.environ["CUDA_HOME"] + "/bin")
-    )
-    if nvcc is None:
-        if wish == "1":
-            raise SystemExit("ROBERTA_KERNELS_CUDA=1, but nvcc was found neither on PATH nor in CUDA_HOME/bin")
-        return "nvcc was not found"
     if wish != "1" and torch.version.cuda is None:
         return "torch is a CPU build (ROBERTA_KERNELS_CUDA=1 builds the CUDA library all the same)"
-    return None
+    why = cuda_build.missing()
+    if why is not None and wish == "1":
+        raise SystemExit(f"ROBERTA_KERNELS_CUDA=1, but {why}")
+    return why
+
+
+def cuda_architectures(nvcc: str) -> tuple[cuda_build.Architecture, ...]:
+    wish = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if not wish:
+        return cuda_build.default_architectures(nvcc)
+    try:
+        return cuda_build.parse_architectures(wish)
+    except ValueError as error:
+        raise SystemExit(f"TORCH_CUDA_ARCH_LIST: {error}") from None
+
+
+# All that the CUDA library calls in libtorch_cuda. One that is not here is an error of the link: whoever adds it sees
+# to it that the oldest torch has it.
+TORCH_CUDA_FUNCTIONS = ["aoti_torch_get_current_cuda_stream", "aoti_torch_cuda_mm_out", "aoti_torch_cuda_addmm_out"]
+
+
+def torch_cuda_stub(directory: Path) -> Path:
+    """A directory with a libtorch_cuda.so to link against that holds those functions and nothing else."""
+    directory.mkdir(parents=True, exist_ok=True)
+    source = directory / "torch_cuda.cpp"
+    source.write_text("".join(f'extern "C" void {name}() {{}}\n' for name in TORCH_CUDA_FUNCTIONS))
+    cxx = os.environ.get("CXX", "g++").split()
+    library = directory / "libtorch_cuda.so"
+    subprocess.run([*cxx, "-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so", "-o", library, source], check=True)
+    return directory
 
 
 def import_torch():
@@ -138,6 +173,9 @@ def compiled_parts():
             "but `pip install --no-build-isolation .` builds against your own"
         )
 
+    ninja = cuda_build.find_ninja()
+    if ninja is not None and shutil.which("ninja") is None:  # where torch looks for it
+        os.environ["PATH"] += os.pathsep + str(Path(ninja).parent)
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     common = {
@@ -149,7 +187,9 @@ def compiled_parts():
         CppExtension(
             "roberta_kernels._cpu",
             ["csrc/library.cpp", "csrc/cpu/dispatch.cpp", *(f"csrc/cpu/{op}_binding.cpp" for op in CPU_OPS)],
-            depends=[str(p.relative_to(ROOT)) for p in sorted([*(ROOT / "csrc/cpu").iterdir(), *(ROOT / "csrc").glob("*.h")])]
+            depends=[
+                str(p.relative_to(ROOT)) for p in sorted([*(ROOT / "csrc/cpu").iterdir(), *(ROOT / "csrc").glob("*.h")])
+            ]
             + ["roberta_kernels/schemas.def"],
             extra_compile_args={"cxx": CXX_FLAGS},
             **common,
@@ -160,21 +200,44 @@ def compiled_parts():
 
     why = cuda_missing(torch)
     REPORT["cuda"] = why or "built"
+    architectures: tuple[cuda_build.Architecture, ...] = ()
     if why is None:
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0a;10.0+PTX")
-        cuda = Extension(
+        nvcc = cuda_build.find_nvcc()
+        assert nvcc is not None
+        architectures = cuda_architectures(nvcc)
+        REPORT["nvcc"] = cuda_build.nvcc_version(nvcc)
+        REPORT["cuda_architectures"] = [str(a) for a in architectures]
+        cutlass = cuda_build.cutlass_include()
+        REPORT["cutlass"] = "its headers were not found (pip install nvidia-cutlass)" if cutlass is None else "built"
+        macros = ["ROBERTA_KERNELS_CUDA", "USE_CUDA", *cuda_build.definitions(architectures)]
+        cuda = CppExtension(
             "roberta_kernels._cuda",
-            ["csrc/library.cpp", *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc/cuda").glob("*.cu")))],
-            extra_compile_args={"cxx": CXX_FLAGS, "nvcc": ["-O3", "-std=c++17", "-lineinfo"]},
-            **{**common, "define_macros": [*common["define_macros"], ("ROBERTA_KERNELS_CUDA", "1"), ("USE_CUDA", "1")]},
+            cuda_build.host_sources(),
+            depends=[str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc/cuda").iterdir()) if p.is_file()]
+            + ["roberta_kernels/schemas.def"],
+            extra_compile_args={"cxx": CXX_FLAGS},
+            # Everything undefined is an error of the link: it would be one of every load.
+            extra_link_args=["-Wl,--exclude-libs,ALL", "-Wl,-z,defs"],
+            **{**common, "define_macros": [*common["define_macros"], *((name, "1") for name in macros)]},
         )
-        cuda.include_dirs += CppExtension("x", []).include_dirs
+        # <device.h>, <launch.cuh> and <ptx.cuh> are found by the include path: tests put others in their place.
+        cuda.include_dirs += [
+            str(ROOT / "csrc/cuda"),
+            str(cuda_build.toolkit_directory(nvcc, "include", "cuda_runtime.h")),
+        ]
+        cuda.library_dirs += [str(cuda_build.toolkit_directory(nvcc, "lib", "libcudart_static.a"))]
+        cuda.libraries += ["torch_cuda", "cudart_static", "dl", "rt", "pthread"]
         extensions.append(cuda)
 
     class BuildKernels(BuildExtension):
-        """Compiles the CPU ops once per instruction set, then links all of it into one library."""
+        """Compiles the CPU ops once per instruction set, and the CUDA kernels; then links each into one library."""
 
         def build_extension(self, ext) -> None:
+            if ext.name.endswith("._cuda"):
+                names = ", ".join(map(str, architectures))
+                say(f"compiling the CUDA kernels for {names} (minutes; TORCH_CUDA_ARCH_LIST=9.0a, say, for one alone)")
+                ext.extra_objects += map(str, cuda_build.compile_kernels(architectures).values())
+                ext.library_dirs.insert(0, str(torch_cuda_stub(cuda_build.BUILD / "stub")))
             if ext.name.endswith("._cpu"):
                 for isa, flags in isas().items():
                     objects = self.compiler.compile(

@@ -157,6 +157,11 @@ def available_backends() -> dict[str, BackendStatus]:
     status = {name: _status[name] for name in ("cuda", "triton", "cpu", "reference")}
     if status["cpu"]:
         status["cpu"] = BackendStatus(True, f"compiled; instruction set {cpu_isa()} of {', '.join(cpu_isas())}")
+    if status["cuda"] and not emulating():
+        # Like Triton it can also serve where no GPU is: fake tensors, when a graph is traced for another machine.
+        built = ", ".join(build_report().get("cuda_architectures", ["unknown architectures"]))
+        here = "" if torch.cuda.device_count() else "; no GPU here"
+        status["cuda"] = BackendStatus(True, f"compiled for {built}{here}")
     return status
 
 

@@ -153,7 +153,8 @@ class FastModel(HuggingFaceModule):
             return f"attention implementation {config._attn_implementation!r}"
         if input_ids.numel() == 0:
             return "an empty batch"
-        if input_ids.is_cuda and torch.cuda.is_current_stream_capturing():
+        # Without CUDA's state (fake tensors, on a machine without a GPU) there is no capture, and asking is an error.
+        if input_ids.is_cuda and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             return "CUDA graph capture"
         embeddings, encoder = self._modules["embeddings"], self._modules["encoder"]
         if not isinstance(embeddings, FastEmbeddings) or foreign_hooks(embeddings) or embeddings.fused_reason():

@@ -70,7 +70,8 @@ def served_by(dtypes: Iterable[torch.dtype] | None = None, *, every_isa: bool = 
         else:
             served = (FLOAT32, BFLOAT16, FLOAT16, FLOAT64) if name == "reference" else (FLOAT32, BFLOAT16, FLOAT16)
             isas = (None,)
-        if not status:
+        no_gpu = name == "cuda" and not HAS_CUDA and not backends.emulating()
+        if not status or no_gpu:
             missing = Served(name, device, FLOAT32)
             skip = pytest.mark.skip(reason=f"backend {name!r} is not available: {status.detail}")
             combinations.append(pytest.param(missing, id=name, marks=skip))
