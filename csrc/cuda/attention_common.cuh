@@ -1,15 +1,15 @@
-// What the attention kernels share: a sequence's place, tiles on their way to shared memory, products of tiles,
-// dropout bits, stores.
+// What the attention kernels share: a sequence's place, tiles on their way to shared memory, products of
+// tiles, dropout bits, stores.
 //
-// Every kernel gives a warp 16 * Groups rows of a score matrix and walks along its columns. Whatever the dtype,
-// a lane holds the scores that mma.m16n8k16 gives it: with g = lane / 4 and t = lane % 4 those of rows g and
-// g + 8 and columns 2t and 2t + 1 of each 16 x 8 piece. float32 products run on the FMA units with that same
-// layout (TF32 would not keep the promise), so what is between the products is written once.
+// Every kernel gives a warp 16 * Groups rows of a score matrix and walks along its columns. Whatever the
+// dtype, a lane holds the scores that mma.m16n8k16 gives it: with g = lane / 4 and t = lane % 4 those of rows
+// g and g + 8 and columns 2t and 2t + 1 of each 16 x 8 piece. float32 products run on the FMA units with that
+// same layout (TF32 would not keep the promise), so what is between the products is written once.
 //
 // Shared memory: a row lies 16 bytes further than it is long, so the eight rows that ldmatrix, or float32's
 // 16-byte loads, touch at a time start in different banks for every head dim here (a swizzle would save the
-// 16 bytes, and would need another pattern for each head dim). Columns from head_dim up to the template's D are
-// zeros, and so are rows past the end of a sequence: they add nothing.
+// 16 bytes, and would need another pattern for each head dim). Columns from head_dim up to the template's D
+// are zeros, and so are rows past the end of a sequence: they add nothing.
 #pragma once
 #include <launch.cuh>
 #include <ptx.cuh>
@@ -69,8 +69,8 @@ __device__ inline const T* row_of(const HeadsView& view, int64_t row, int64_t he
 
 // ------------------------------------------------------------------------------- global to shared memory
 
-// Starts copying `rows` rows from `first` on to shared memory, by threads 0 ... threads - 1; rows from `end` on
-// and columns from head_dim on become zeros.
+// Starts copying `rows` rows from `first` on to shared memory, by threads 0 ... threads - 1; rows from `end`
+// on and columns from head_dim on become zeros.
 template <typename T, int D>
 __device__ inline void copy_rows(T* to, const T* from, int64_t token_stride, int first, int end, int rows,
                                  int head_dim, int thread, int threads) {
@@ -83,24 +83,40 @@ __device__ inline void copy_rows(T* to, const T* from, int64_t token_stride, int
     }
 }
 
-// Waits until at most `pending` of this thread's youngest copy groups are under way (or fewer: the instruction
-// takes constants).
+// Waits until at most `pending` of this thread's youngest copy groups are under way (or fewer: the
+// instruction takes constants).
 __device__ inline void wait_for_all_but(int pending) {
     switch (pending) {
-        case 0: ptx::copy_async_wait<0>(); break;
-        case 1: ptx::copy_async_wait<1>(); break;
-        case 2: ptx::copy_async_wait<2>(); break;
-        case 3: ptx::copy_async_wait<3>(); break;
-        case 4: ptx::copy_async_wait<4>(); break;
-        case 5: ptx::copy_async_wait<5>(); break;
-        case 6: ptx::copy_async_wait<6>(); break;
-        default: ptx::copy_async_wait<7>(); break;
+        case 0:
+            ptx::copy_async_wait<0>();
+            break;
+        case 1:
+            ptx::copy_async_wait<1>();
+            break;
+        case 2:
+            ptx::copy_async_wait<2>();
+            break;
+        case 3:
+            ptx::copy_async_wait<3>();
+            break;
+        case 4:
+            ptx::copy_async_wait<4>();
+            break;
+        case 5:
+            ptx::copy_async_wait<5>();
+            break;
+        case 6:
+            ptx::copy_async_wait<6>();
+            break;
+        default:
+            ptx::copy_async_wait<7>();
+            break;
     }
 }
 
-// The rows of two tensors (keys and values, or queries and their gradients) on their way through shared memory,
-// in tiles of `Rows`. There are `slots` tiles of room. Where they all fit, each is copied once, and stays;
-// else a tile gives its room to the one `slots` further on as soon as all warps are through with it.
+// The rows of two tensors (keys and values, or queries and their gradients) on their way through shared
+// memory, in tiles of `Rows`. There are `slots` tiles of room. Where they all fit, each is copied once, and
+// stays; else a tile gives its room to the one `slots` further on as soon as all warps are through with it.
 template <typename T, int D, int Rows>
 struct TileRing {
     static constexpr int kTile = Rows * kStride<T, D>;  // elements
@@ -109,17 +125,18 @@ struct TileRing {
         return 2 * kTile * sizeof(T) + (statistics ? Rows * sizeof(float2) : 0);
     }
 
-    T* memory;  // [slots][2][Rows][kStride]
+    T* memory;                  // [slots][2][Rows][kStride]
     float2* statistics_memory;  // [slots][Rows]
-    const T *first, *second;  // of the sequence
-    const float2* statistics;  // of the sequence, or null
+    const T *first, *second;    // of the sequence
+    const float2* statistics;   // of the sequence, or null
     int64_t first_stride, second_stride;
     int length, head_dim, slots;
     int issued, ready, end;  // tiles: copies started, all copies arrived, where to stop
 
     __device__ static int tiles(int rows) { return (rows + Rows - 1) / Rows; }
 
-    // Starts over with the tiles from `begin` up to `stop`. No warp may be reading tiles, and no copy under way.
+    // Starts over with the tiles from `begin` up to `stop`. No warp may be reading tiles, and no copy under
+    // way.
     __device__ void start(int begin, int stop) {
         issued = ready = begin;
         end = stop;
@@ -136,8 +153,8 @@ struct TileRing {
         if (statistics != nullptr)
             for (int i = thread; i < Rows; i += threads) {
                 const bool valid = row + i < length;
-                ptx::copy_async_8(statistics_memory + slot * Rows + i,
-                                  statistics + (valid ? row + i : 0), valid);
+                ptx::copy_async_8(statistics_memory + slot * Rows + i, statistics + (valid ? row + i : 0),
+                                  valid);
             }
         ptx::copy_async_commit();
         ++issued;
@@ -274,7 +291,7 @@ __device__ inline void multiply_by_columns(float (&sums)[Groups][D / 8][4],
             for (int group = 0; group < Groups; ++group)
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                    const float(&from)[4] = a[group][2 * k + i / 2];
+                    const float (&from)[4] = a[group][2 * k + i / 2];
                     left[group][i] = pack<T>(from[i % 2 * 2], from[i % 2 * 2 + 1]);
                 }
 #pragma unroll
@@ -293,7 +310,8 @@ __device__ inline void multiply_by_columns(float (&sums)[Groups][D / 8][4],
 #pragma unroll
         for (int n = 0; n < Pieces; ++n)
 #pragma unroll
-            for (int i = 0; i < 8; ++i) {  // column n * 8 + i is held by lane i / 2 of the four that share a row
+            for (int i = 0; i < 8;
+                 ++i) {  // column n * 8 + i is held by lane i / 2 of the four that share a row
                 float left[2 * Groups];
 #pragma unroll
                 for (int r = 0; r < 2 * Groups; ++r)
@@ -342,19 +360,19 @@ __device__ inline uint32_t kept_words(const Dropout& dropout, const PhiloxKey& k
 }
 
 // For a 16 x 8 piece of scores whose rows are queries: bit i tells whether this lane's element i is kept.
-// Philox gives four neighbouring keys of a query at a time, which two lanes share: one of them draws for row g,
-// the other for row g + 8.
+// Philox gives four neighbouring keys of a query at a time, which two lanes share: one of them draws for row
+// g, the other for row g + 8.
 __device__ inline uint32_t kept_along_keys(const Dropout& dropout, const PhiloxKey& key, uint32_t first_query,
                                            uint32_t first_key, uint32_t head) {
     const uint32_t lane = static_cast<uint32_t>(lane_index()), odd = lane & 1u;
-    const uint32_t mine = kept_words(dropout, key, first_key / 4 + (lane >> 1 & 1u),
-                                     first_query + lane / 4 + 8 * odd, head);
+    const uint32_t mine =
+        kept_words(dropout, key, first_key / 4 + (lane >> 1 & 1u), first_query + lane / 4 + 8 * odd, head);
     const uint32_t other = __shfl_xor_sync(kAllLanes, mine, 1);
     return odd ? other >> 2 | (mine >> 2) << 2 : (mine & 3u) | (other & 3u) << 2;
 }
 
-// The same where rows are keys and columns queries: four lanes hold four neighbouring keys of 2 x 2 places, and
-// each of them draws for one place.
+// The same where rows are keys and columns queries: four lanes hold four neighbouring keys of 2 x 2 places,
+// and each of them draws for one place.
 __device__ inline uint32_t kept_along_queries(const Dropout& dropout, const PhiloxKey& key,
                                               uint32_t first_query, uint32_t first_key, uint32_t head) {
     const uint32_t lane = static_cast<uint32_t>(lane_index());
@@ -390,8 +408,8 @@ __device__ inline void transpose_among_four(uint32_t (&words)[4]) {
 // Stores the 16 rows of a group, times a factor each, where `valid` (index 0: row g, 1: row g + 8), as whole
 // 32-byte sectors. `to` is where row g = 0 begins.
 template <typename T, int D>
-__device__ inline void store_rows(T* to, int64_t row_stride, const float (&rows)[D / 8][4], const float (&factor)[2],
-                                  const bool (&valid)[2], int head_dim) {
+__device__ inline void store_rows(T* to, int64_t row_stride, const float (&rows)[D / 8][4],
+                                  const float (&factor)[2], const bool (&valid)[2], int head_dim) {
     const int g = lane_index() / 4, t = lane_index() % 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -407,7 +425,8 @@ __device__ inline void store_rows(T* to, int64_t row_stride, const float (&rows)
                 transpose_among_four(words);
                 const int column = 32 * n + 8 * t;
                 if (valid[half] && column < head_dim)
-                    *reinterpret_cast<uint4*>(row + column) = make_uint4(words[0], words[1], words[2], words[3]);
+                    *reinterpret_cast<uint4*>(row + column) =
+                        make_uint4(words[0], words[1], words[2], words[3]);
             }
         } else {
 #pragma unroll

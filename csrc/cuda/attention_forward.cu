@@ -24,8 +24,8 @@ __global__ void __launch_bounds__(kMostThreads)
     ring.head_dim = head_dim;
     ring.slots = slots;
 
-    // Rows are compared by their largest score before the scale is applied, which takes a scale above zero: the
-    // sign, or a scale of zero, goes to the scores.
+    // Rows are compared by their largest score before the scale is applied, which takes a scale above zero:
+    // the sign, or a scale of zero, goes to the scores.
     const float sign = a.scale < 0.0f ? -1.0f : a.scale > 0.0f ? 1.0f : 0.0f;
     const float score_scale = a.scale == 0.0f ? 1.0f : fabsf(a.scale) * kLog2e;
     PhiloxKey key{};
@@ -45,7 +45,8 @@ __global__ void __launch_bounds__(kMostThreads)
 
         for (int tile = split; tile < query_tiles; tile += static_cast<int>(splits)) {
             const int first = tile * block_rows + warp * kRows;
-            const int tiles = ring.tiles(end_of_keys(s, static_cast<int64_t>(tile + 1) * block_rows, a.causal));
+            const int tiles =
+                ring.tiles(end_of_keys(s, static_cast<int64_t>(tile + 1) * block_rows, a.causal));
             const bool copies = tile == split || !stays;
             __syncwarp();  // the queries before have been read
             copy_rows<T, D>(queries, row_of<T>(a.q, s.start_q, head), a.q.token_stride, first, s.len_q, kRows,
@@ -193,7 +194,8 @@ __global__ void __launch_bounds__(kMostThreads)
                             sum == 0.0f ? negative_infinity() : (row_max[group][half] + log2f(sum)) * kLn2;
                 }
                 const int64_t stride = a.heads * a.head_dim;
-                T* to = static_cast<T*>(a.out) + (s.start_q + first + group * 16) * stride + head * a.head_dim;
+                T* to =
+                    static_cast<T*>(a.out) + (s.start_q + first + group * 16) * stride + head * a.head_dim;
                 store_rows<T, D>(to, stride, out[group], factor, valid, head_dim);
             }
         }
@@ -205,8 +207,8 @@ __global__ void __launch_bounds__(kMostThreads)
 
 template <typename T, int D, int Groups>
 void launch_forward(const AttentionArgs& a, const ForwardPlan& plan) {
-    const Launch how{dim3(static_cast<unsigned>(plan.blocks)), dim3(static_cast<unsigned>(plan.warps * kWarp)),
-                     plan.shared_bytes, a.stream};
+    const Launch how{dim3(static_cast<unsigned>(plan.blocks)),
+                     dim3(static_cast<unsigned>(plan.warps * kWarp)), plan.shared_bytes, a.stream};
     if (a.dropout.seed != nullptr)
         launch(attention_forward_kernel<T, D, Groups, true>, how, a, plan.splits, plan.slots);
     else
@@ -216,10 +218,14 @@ void launch_forward(const AttentionArgs& a, const ForwardPlan& plan) {
 template <typename T>
 void launch_forward(const AttentionArgs& a, const ForwardPlan& plan) {
     switch (plan.d) {
-        case 32: return plan.groups == 2 ? launch_forward<T, 32, 2>(a, plan) : launch_forward<T, 32, 1>(a, plan);
-        case 64: return plan.groups == 2 ? launch_forward<T, 64, 2>(a, plan) : launch_forward<T, 64, 1>(a, plan);
-        case 96: return launch_forward<T, 96, 1>(a, plan);
-        default: return launch_forward<T, 128, 1>(a, plan);
+        case 32:
+            return plan.groups == 2 ? launch_forward<T, 32, 2>(a, plan) : launch_forward<T, 32, 1>(a, plan);
+        case 64:
+            return plan.groups == 2 ? launch_forward<T, 64, 2>(a, plan) : launch_forward<T, 64, 1>(a, plan);
+        case 96:
+            return launch_forward<T, 96, 1>(a, plan);
+        default:
+            return launch_forward<T, 128, 1>(a, plan);
     }
 }
 

@@ -1,6 +1,6 @@
-// How attention's launches are laid out: plain host functions of sizes alone, so that they can be tested where
-// no GPU is. Every grid is one-dimensional (y and z end at 65535) and ends at kMostBlocks; a block takes its
-// work in steps of the grid, so nothing is left out.
+// How attention's launches are laid out: plain host functions of sizes alone, so that they can be tested
+// where no GPU is. Every grid is one-dimensional (y and z end at 65535) and ends at kMostBlocks; a block
+// takes its work in steps of the grid, so nothing is left out.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -43,8 +43,8 @@ constexpr int backward_tile(Dtype dtype, int d) {
     return (dtype == Dtype::float32 ? 32 : 64) / (d > 64 ? 2 : 1);
 }
 
-// What is left of a block's `free` shared memory after a tile slot each time: from 1 to `most` slots, 0 where not
-// even one fits.
+// What is left of a block's `free` shared memory after a tile slot each time: from 1 to `most` slots, 0 where
+// not even one fits.
 constexpr int slots_that_fit(size_t free, size_t slot_bytes, int64_t most) {
     const int64_t fit = static_cast<int64_t>(free / slot_bytes);
     return static_cast<int>(fit < most ? fit : most);
@@ -67,8 +67,10 @@ inline ForwardPlan plan_forward(const Sizes& s, const Machine& machine) {
     ForwardPlan plan{};
     plan.d = padded_head_dim(s.head_dim);
     const int64_t pairs = s.batch * s.heads;
-    const int64_t busy = 4 * static_cast<int64_t>(machine.multiprocessors);  // blocks that keep the device busy
-    const bool wide = plan.d <= 64 && s.max_seqlen_q > 64 && pairs * divide_up(s.max_seqlen_q, 128) >= busy / 2;
+    const int64_t busy =
+        4 * static_cast<int64_t>(machine.multiprocessors);  // blocks that keep the device busy
+    const bool wide =
+        plan.d <= 64 && s.max_seqlen_q > 64 && pairs * divide_up(s.max_seqlen_q, 128) >= busy / 2;
     plan.groups = wide ? 2 : 1;
     const int64_t warp_rows = 16 * plan.groups;
     plan.warps = static_cast<int>(divide_up(s.max_seqlen_q < 1 ? 1 : s.max_seqlen_q, warp_rows));
@@ -90,7 +92,8 @@ inline ForwardPlan plan_forward(const Sizes& s, const Machine& machine) {
 
     const bool walks = plan.splits < query_tiles;
     const size_t free = machine.shared_bytes_per_block - queries;
-    const size_t half = machine.shared_bytes_per_block / 2 > queries ? machine.shared_bytes_per_block / 2 - queries : 0;
+    const size_t half =
+        machine.shared_bytes_per_block / 2 > queries ? machine.shared_bytes_per_block / 2 - queries : 0;
     plan.slots = slots_that_fit(free, slot, needed);
     if (walks && slots_that_fit(half, slot, key_tiles) == key_tiles)
         plan.slots = static_cast<int>(key_tiles);
@@ -112,8 +115,8 @@ struct BackwardPlan {
     int64_t blocks;
 };
 
-// For the kernel whose blocks own keys (and walk along queries, with their statistics), or own queries (and walk
-// along keys).
+// For the kernel whose blocks own keys (and walk along queries, with their statistics), or own queries (and
+// walk along keys).
 inline BackwardPlan plan_backward(const Sizes& s, const Machine& machine, bool owns_keys) {
     BackwardPlan plan{};
     plan.d = padded_head_dim(s.head_dim);
