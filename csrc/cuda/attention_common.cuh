@@ -15,6 +15,7 @@
 #include <ptx.cuh>
 
 #include "csrc/cuda/attention.h"
+#include "csrc/cuda/attention_plan.h"
 #include "csrc/cuda/common.cuh"
 #include "csrc/cuda/dropout.cuh"
 
@@ -22,7 +23,8 @@ namespace rk::cuda::attention {
 
 constexpr float kLog2e = 1.4426950408889634f;  // scores are exponentiated in base 2
 constexpr float kLn2 = 0.6931471805599453f;
-constexpr int kMostThreads = 256;
+constexpr int kMostForwardThreads = 32 * kMostForwardWarps;
+constexpr int kMostBackwardThreads = 32 * kMostBackwardWarps;
 
 template <typename T>
 constexpr bool kOnTensorCores = sizeof(T) == 2;
@@ -44,8 +46,7 @@ __device__ inline float negative_infinity() {
 
 // One sequence: its first packed rows, its lengths; query i sees key j <= i + shift when causal.
 struct Sequence {
-    int64_t start_q, start_k;
-    int len_q, len_k, shift;
+    int start_q, start_k, len_q, len_k, shift;
 };
 
 __device__ inline Sequence sequence(const AttentionArgs& a, int64_t b) {
@@ -75,6 +76,7 @@ template <typename T, int D>
 __device__ inline void copy_rows(T* to, const T* from, int64_t token_stride, int first, int end, int rows,
                                  int head_dim, int thread, int threads) {
     constexpr int kElements = 16 / static_cast<int>(sizeof(T)), kPieces = D / kElements;
+#pragma unroll 1
     for (int i = thread; i < rows * kPieces; i += threads) {
         const int row = i / kPieces, column = i % kPieces * kElements;
         const bool valid = first + row < end && column < head_dim;
@@ -435,6 +437,26 @@ __device__ inline void store_rows(T* to, int64_t row_stride, const float (&rows)
                     *reinterpret_cast<float2*>(row + 8 * n + 2 * t) =
                         make_float2(rows[n][2 * half] * f, rows[n][2 * half + 1] * f);
         }
+    }
+}
+
+// ------------------------------------------------------------------------------- launching
+
+inline Sizes sizes_of(const AttentionArgs& a) {
+    return {a.batch,        a.heads, a.head_dim, a.max_seqlen_q,
+            a.max_seqlen_k, a.dtype, a.causal,   a.dropout.seed != nullptr};
+}
+
+// Launches blocks for all of a plan's work. kernel(a, first, ...): its block i does piece first + i of the
+// work.
+template <typename Plan, typename Kernel, typename... More>
+void launch_all(Kernel* kernel, const AttentionArgs& a, const Plan& plan, More... more) {
+    for (int64_t first = 0; first < plan.work; first += kMostBlocks) {
+        const int64_t blocks = plan.work - first < kMostBlocks ? plan.work - first : kMostBlocks;
+        launch(kernel,
+               {dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(plan.warps * kWarp)),
+                plan.shared_bytes, a.stream},
+               a, first, more...);
     }
 }
 

@@ -6,8 +6,9 @@ namespace attention {
 namespace {
 
 template <typename T, int D, int Groups, bool HasDropout>
-__global__ void __launch_bounds__(kMostThreads)
-    attention_forward_kernel(const AttentionArgs a, const int64_t splits, const int slots) {
+__global__ void __launch_bounds__(kMostForwardThreads, Groups == 1 && D <= 64 ? 3 : 2)
+    attention_forward_kernel(const AttentionArgs a, const int64_t first_work, const int splits,
+                             const int slots) {
     constexpr int kKeys = kOnTensorCores<T> ? 64 : 32;
     constexpr int kRows = 16 * Groups;
     const int lane = lane_index(), g = lane / 4, t = lane % 4, warp = warp_index();
@@ -31,188 +32,184 @@ __global__ void __launch_bounds__(kMostThreads)
     PhiloxKey key{};
     if constexpr (HasDropout) key = philox_key(a.dropout);
 
-    const int64_t pairs = a.batch * a.heads;
-    for (int64_t work = blockIdx.x; work < pairs * splits; work += gridDim.x) {
-        const int split = static_cast<int>(splits - 1 - work / pairs);
-        const int64_t head = work % pairs % a.heads;
-        const Sequence s = sequence(a, work % pairs / a.heads);
-        ring.first = row_of<T>(a.k, s.start_k, head);
-        ring.second = row_of<T>(a.v, s.start_k, head);
-        ring.length = s.len_k;
-        const int key_tiles = ring.tiles(s.len_k);
-        const bool stays = key_tiles <= slots;
-        const int query_tiles = (s.len_q + block_rows - 1) / block_rows;
+    const int64_t work = first_work + blockIdx.x, pairs = a.batch * a.heads;
+    const int split = splits - 1 - static_cast<int>(work / pairs);
+    const int head = static_cast<int>(work % pairs % a.heads);
+    const Sequence s = sequence(a, work % pairs / a.heads);
+    ring.first = row_of<T>(a.k, s.start_k, head);
+    ring.second = row_of<T>(a.v, s.start_k, head);
+    ring.length = s.len_k;
+    const int key_tiles = ring.tiles(s.len_k);
+    const bool stays = key_tiles <= slots;
+    const int query_tiles = (s.len_q + block_rows - 1) / block_rows;
 
-        for (int tile = split; tile < query_tiles; tile += static_cast<int>(splits)) {
-            const int first = tile * block_rows + warp * kRows;
-            const int tiles =
-                ring.tiles(end_of_keys(s, static_cast<int64_t>(tile + 1) * block_rows, a.causal));
-            const bool copies = tile == split || !stays;
-            __syncwarp();  // the queries before have been read
-            copy_rows<T, D>(queries, row_of<T>(a.q, s.start_q, head), a.q.token_stride, first, s.len_q, kRows,
-                            head_dim, lane, kWarp);
-            ptx::copy_async_commit();
-            if (copies) {
-                if (tile != split) {
-                    wait_for_all_but(1);
-                    __syncthreads();  // all warps have left the tiles of the last pass
-                }
-                ring.start(0, stays ? key_tiles : tiles);
+    for (int tile = split; tile < query_tiles; tile += splits) {
+        const int first = tile * block_rows + warp * kRows;
+        const int tiles = ring.tiles(end_of_keys(s, static_cast<int64_t>(tile + 1) * block_rows, a.causal));
+        const bool copies = tile == split || !stays;
+        __syncwarp();  // the queries before have been read
+        copy_rows<T, D>(queries, row_of<T>(a.q, s.start_q, head), a.q.token_stride, first, s.len_q, kRows,
+                        head_dim, lane, kWarp);
+        ptx::copy_async_commit();
+        if (copies) {
+            if (tile != split) {
+                wait_for_all_but(1);
+                __syncthreads();  // all warps have left the tiles of the last pass
             }
-            wait_for_all_but(copies ? ring.issued : 0);
-            __syncwarp();
-            LeftOperand<T, D, Groups, kOnTensorCores<T>> q;
-            q.load(queries);
+            ring.start(0, stays ? key_tiles : tiles);
+        }
+        wait_for_all_but(copies ? ring.issued : 0);
+        __syncwarp();
+        LeftOperand<T, D, Groups, kOnTensorCores<T>> q;
+        q.load(queries);
 
-            float out[Groups][D / 8][4], row_max[Groups][2], row_sum[Groups][2];
-            set_zero(out);
+        float out[Groups][D / 8][4], row_max[Groups][2], row_sum[Groups][2];
+        set_zero(out);
+#pragma unroll
+        for (int group = 0; group < Groups; ++group)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                row_max[group][half] = negative_infinity();  // in base 2, scaled
+                row_sum[group][half] = 0.0f;                 // of this lane's columns
+            }
+
+        for (int j = 0; j < tiles; ++j) {
+            ring.wait_for(j);
+            const int first_key = j * kKeys;
+            if (first >= s.len_q || (a.causal && first_key > first + kRows - 1 + s.shift)) continue;
+            const bool diagonal = a.causal && first_key + kKeys - 1 > first + s.shift;
+            bool masked = diagonal;
+            uint32_t seen[kKeys / 32];
+            if (first_key + kKeys > s.len_k || a.key_mask != nullptr) {
+                uint32_t any = 0, all = ~0u;
+#pragma unroll
+                for (int i = 0; i < kKeys / 32; ++i) {
+                    seen[i] = seen_keys(a.key_mask, s, first_key + 32 * i);
+                    any |= seen[i];
+                    all &= seen[i];
+                }
+                if (any == 0) continue;
+                masked = masked || all != ~0u;
+            } else {
+#pragma unroll
+                for (int i = 0; i < kKeys / 32; ++i) seen[i] = ~0u;
+            }
+
+            float scores[Groups][kKeys / 8][4];
+            set_zero(scores);
+            multiply_by_rows<T, D>(scores, q, ring.first_tile(j));
+            if (sign != 1.0f) {
+#pragma unroll
+                for (int group = 0; group < Groups; ++group)
+#pragma unroll
+                    for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) scores[group][n][i] *= sign;
+            }
+            if (masked) {
+#pragma unroll
+                for (int n = 0; n < kKeys / 8; ++n) {
+                    const uint32_t bits = seen[n / 4] >> (8 * (n % 4) + 2 * t);
+#pragma unroll
+                    for (int group = 0; group < Groups; ++group)
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) {
+                            const int row = first + group * 16 + i / 2 * 8 + g;
+                            const int column = first_key + 8 * n + 2 * t + i % 2;
+                            const bool visible =
+                                (bits >> (i % 2) & 1u) && (!diagonal || column <= row + s.shift);
+                            scores[group][n][i] = visible ? scores[group][n][i] : negative_infinity();
+                        }
+                }
+            }
+
+            float decay[Groups][2];
+            bool decays = false;
 #pragma unroll
             for (int group = 0; group < Groups; ++group)
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
-                    row_max[group][half] = negative_infinity();  // in base 2, scaled
-                    row_sum[group][half] = 0.0f;                 // of this lane's columns
+                    float largest = negative_infinity();
+#pragma unroll
+                    for (int n = 0; n < kKeys / 8; ++n)
+                        largest =
+                            fmaxf(largest, fmaxf(scores[group][n][2 * half], scores[group][n][2 * half + 1]));
+                    largest = warp_max<4>(largest) * score_scale;
+                    largest = fmaxf(row_max[group][half], largest);
+                    // a row that has seen no key yet is measured from 0: its weights are 2^-inf, zeros
+                    const float reference = largest == negative_infinity() ? 0.0f : largest;
+                    decay[group][half] = ptx::exp2(row_max[group][half] - reference);
+                    decays = decays || (decay[group][half] != 1.0f);
+                    row_max[group][half] = largest;
+                    float sum = 0.0f;
+#pragma unroll
+                    for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+                        for (int e = 0; e < 2; ++e) {
+                            float& score = scores[group][n][2 * half + e];
+                            score = ptx::exp2(fmaf(score, score_scale, -reference));
+                            sum += score;
+                        }
+                    row_sum[group][half] = row_sum[group][half] * decay[group][half] + sum;
                 }
-
-            for (int j = 0; j < tiles; ++j) {
-                ring.wait_for(j);
-                const int first_key = j * kKeys;
-                if (first >= s.len_q || (a.causal && first_key > first + kRows - 1 + s.shift)) continue;
-                const bool diagonal = a.causal && first_key + kKeys - 1 > first + s.shift;
-                bool masked = diagonal;
-                uint32_t seen[kKeys / 32];
-                if (first_key + kKeys > s.len_k || a.key_mask != nullptr) {
-                    uint32_t any = 0, all = ~0u;
-#pragma unroll
-                    for (int i = 0; i < kKeys / 32; ++i) {
-                        seen[i] = seen_keys(a.key_mask, s, first_key + 32 * i);
-                        any |= seen[i];
-                        all &= seen[i];
-                    }
-                    if (any == 0) continue;
-                    masked = masked || all != ~0u;
-                } else {
-#pragma unroll
-                    for (int i = 0; i < kKeys / 32; ++i) seen[i] = ~0u;
-                }
-
-                float scores[Groups][kKeys / 8][4];
-                set_zero(scores);
-                multiply_by_rows<T, D>(scores, q, ring.first_tile(j));
-                if (sign != 1.0f) {
-#pragma unroll
-                    for (int group = 0; group < Groups; ++group)
-#pragma unroll
-                        for (int n = 0; n < kKeys / 8; ++n)
-#pragma unroll
-                            for (int i = 0; i < 4; ++i) scores[group][n][i] *= sign;
-                }
-                if (masked) {
-#pragma unroll
-                    for (int n = 0; n < kKeys / 8; ++n) {
-                        const uint32_t bits = seen[n / 4] >> (8 * (n % 4) + 2 * t);
-#pragma unroll
-                        for (int group = 0; group < Groups; ++group)
-#pragma unroll
-                            for (int i = 0; i < 4; ++i) {
-                                const int row = first + group * 16 + i / 2 * 8 + g;
-                                const int column = first_key + 8 * n + 2 * t + i % 2;
-                                const bool visible =
-                                    (bits >> (i % 2) & 1u) && (!diagonal || column <= row + s.shift);
-                                scores[group][n][i] = visible ? scores[group][n][i] : negative_infinity();
-                            }
-                    }
-                }
-
-                float decay[Groups][2];
-                bool decays = false;
+            // The first tile has nothing to rescale, and later ones seldom move the maximum of every row.
+            if (j > 0 && __any_sync(kAllLanes, decays)) {
 #pragma unroll
                 for (int group = 0; group < Groups; ++group)
 #pragma unroll
-                    for (int half = 0; half < 2; ++half) {
-                        float largest = negative_infinity();
+                    for (int n = 0; n < D / 8; ++n)
 #pragma unroll
-                        for (int n = 0; n < kKeys / 8; ++n)
-                            largest = fmaxf(
-                                largest, fmaxf(scores[group][n][2 * half], scores[group][n][2 * half + 1]));
-                        largest = warp_max<4>(largest) * score_scale;
-                        largest = fmaxf(row_max[group][half], largest);
-                        // a row that has seen no key yet is measured from 0: its weights are 2^-inf, zeros
-                        const float reference = largest == negative_infinity() ? 0.0f : largest;
-                        decay[group][half] = ptx::exp2(row_max[group][half] - reference);
-                        decays = decays || (decay[group][half] != 1.0f);
-                        row_max[group][half] = largest;
-                        float sum = 0.0f;
+                        for (int i = 0; i < 4; ++i) out[group][n][i] *= decay[group][i / 2];
+            }
+            if constexpr (HasDropout) {
 #pragma unroll
-                        for (int n = 0; n < kKeys / 8; ++n)
+                for (int group = 0; group < Groups; ++group)
 #pragma unroll
-                            for (int e = 0; e < 2; ++e) {
-                                float& score = scores[group][n][2 * half + e];
-                                score = ptx::exp2(fmaf(score, score_scale, -reference));
-                                sum += score;
-                            }
-                        row_sum[group][half] = row_sum[group][half] * decay[group][half] + sum;
+                    for (int n = 0; n < kKeys / 8; ++n) {
+                        const uint32_t kept = kept_along_keys(
+                            a.dropout, key, static_cast<uint32_t>(s.start_q + first + group * 16),
+                            static_cast<uint32_t>(first_key + 8 * n), static_cast<uint32_t>(head));
+#pragma unroll
+                        for (int i = 0; i < 4; ++i)
+                            scores[group][n][i] = kept >> i & 1u ? scores[group][n][i] : 0.0f;
                     }
-                // The first tile has nothing to rescale, and later ones seldom move the maximum of every row.
-                if (j > 0 && __any_sync(kAllLanes, decays)) {
-#pragma unroll
-                    for (int group = 0; group < Groups; ++group)
-#pragma unroll
-                        for (int n = 0; n < D / 8; ++n)
-#pragma unroll
-                            for (int i = 0; i < 4; ++i) out[group][n][i] *= decay[group][i / 2];
-                }
-                if constexpr (HasDropout) {
-#pragma unroll
-                    for (int group = 0; group < Groups; ++group)
-#pragma unroll
-                        for (int n = 0; n < kKeys / 8; ++n) {
-                            const uint32_t kept = kept_along_keys(
-                                a.dropout, key, static_cast<uint32_t>(s.start_q + first + group * 16),
-                                static_cast<uint32_t>(first_key + 8 * n), static_cast<uint32_t>(head));
-#pragma unroll
-                            for (int i = 0; i < 4; ++i)
-                                scores[group][n][i] = kept >> i & 1u ? scores[group][n][i] : 0.0f;
-                        }
-                }
-                multiply_by_columns<T, D>(out, scores, ring.second_tile(j));
             }
-
-            if (first >= s.len_q) continue;
-#pragma unroll
-            for (int group = 0; group < Groups; ++group) {
-                float factor[2];
-                bool valid[2];
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    const int row = first + group * 16 + half * 8 + g;
-                    const float sum = warp_sum<4>(row_sum[group][half]);
-                    valid[half] = row < s.len_q;
-                    factor[half] = sum == 0.0f ? 0.0f : a.dropout.scale / sum;
-                    if (valid[half] && t == 0)
-                        a.lse[head * a.total_q + s.start_q + row] =
-                            sum == 0.0f ? negative_infinity() : (row_max[group][half] + log2f(sum)) * kLn2;
-                }
-                const int64_t stride = a.heads * a.head_dim;
-                T* to =
-                    static_cast<T*>(a.out) + (s.start_q + first + group * 16) * stride + head * a.head_dim;
-                store_rows<T, D>(to, stride, out[group], factor, valid, head_dim);
-            }
+            multiply_by_columns<T, D>(out, scores, ring.second_tile(j));
         }
-        // The last pass may have stopped short of what was copied (causal).
-        ptx::copy_async_wait<0>();
-        __syncthreads();
+
+        if (first >= s.len_q) continue;
+#pragma unroll
+        for (int group = 0; group < Groups; ++group) {
+            float factor[2];
+            bool valid[2];
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int row = first + group * 16 + half * 8 + g;
+                const float sum = warp_sum<4>(row_sum[group][half]);
+                valid[half] = row < s.len_q;
+                factor[half] = sum == 0.0f ? 0.0f : a.dropout.scale / sum;
+                if (valid[half] && t == 0)
+                    a.lse[head * a.total_q + s.start_q + row] =
+                        sum == 0.0f ? negative_infinity() : (row_max[group][half] + log2f(sum)) * kLn2;
+            }
+            const int64_t stride = a.heads * a.head_dim;
+            T* to = static_cast<T*>(a.out) + (s.start_q + first + group * 16) * stride + head * a.head_dim;
+            store_rows<T, D>(to, stride, out[group], factor, valid, head_dim);
+        }
     }
+    // The last pass may have stopped short of what was copied (causal).
+    ptx::copy_async_wait<0>();
 }
 
 template <typename T, int D, int Groups>
 void launch_forward(const AttentionArgs& a, const ForwardPlan& plan) {
-    const Launch how{dim3(static_cast<unsigned>(plan.blocks)),
-                     dim3(static_cast<unsigned>(plan.warps * kWarp)), plan.shared_bytes, a.stream};
-    if (a.dropout.seed != nullptr)
-        launch(attention_forward_kernel<T, D, Groups, true>, how, a, plan.splits, plan.slots);
-    else
-        launch(attention_forward_kernel<T, D, Groups, false>, how, a, plan.splits, plan.slots);
+    if constexpr (Groups == 1) {
+        if (a.dropout.seed != nullptr)
+            return launch_all(attention_forward_kernel<T, D, 1, true>, a, plan, static_cast<int>(plan.splits),
+                              plan.slots);
+    }
+    launch_all(attention_forward_kernel<T, D, Groups, false>, a, plan, static_cast<int>(plan.splits),
+               plan.slots);
 }
 
 template <typename T>
@@ -236,8 +233,7 @@ void attention_forward(const AttentionArgs& a) {
     using namespace attention;
     const Device& device = current_device();
     const ForwardPlan plan =
-        plan_forward({a.batch, a.heads, a.head_dim, a.max_seqlen_q, a.max_seqlen_k, a.dtype},
-                     {device.multiprocessors, device.shared_bytes_per_block});
+        plan_forward(sizes_of(a), {device.multiprocessors, device.shared_bytes_per_block});
     RK_FOR_DTYPE(a.dtype, T, launch_forward<T>(a, plan))
 }
 

@@ -1,19 +1,23 @@
 // How attention's launches are laid out: plain host functions of sizes alone, so that they can be tested
-// where no GPU is. Every grid is one-dimensional (y and z end at 65535) and ends at kMostBlocks; a block
-// takes its work in steps of the grid, so nothing is left out.
+// where no GPU is. Grids are one-dimensional (y and z end at 65535); work beyond kMostBlocks takes a second
+// launch.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
+
+#include <optional>
 
 #include "csrc/cuda/dtype.h"
 
 namespace rk::cuda::attention {
 
 constexpr int64_t kMostBlocks = 2147483647;
+constexpr int kMostForwardWarps = 4, kMostBackwardWarps = 8;
 
 struct Sizes {
     int64_t batch, heads, head_dim, max_seqlen_q, max_seqlen_k;
     Dtype dtype;
+    bool causal, dropout;
 };
 
 struct Machine {
@@ -57,24 +61,25 @@ struct ForwardPlan {
     int64_t splits;  // blocks that share the query tiles of one (sequence, head)
     int slots;       // of key and value tiles, in shared memory
     size_t shared_bytes;
-    int64_t blocks;
+    int64_t work;  // blocks
 };
 
-// Long sequences: four warps of 32 queries, so that what is read of a tile serves twice. Short ones: as many
-// warps of 16 as they have rows. One block walks all query tiles of a (sequence, head) when there are blocks
-// enough without splitting them, and then keeps all keys and values if they fit beside a second block.
+// Long sequences: four warps of 32 queries, so that what is read of a tile serves twice (not with dropout,
+// where random numbers take longer than that). Short ones: as many warps of 16 as they have rows. One block
+// walks all query tiles of a (sequence, head) when there are blocks enough without splitting them, and then
+// keeps all keys and values if they fit beside a second block.
 inline ForwardPlan plan_forward(const Sizes& s, const Machine& machine) {
     ForwardPlan plan{};
     plan.d = padded_head_dim(s.head_dim);
     const int64_t pairs = s.batch * s.heads;
     const int64_t busy =
         4 * static_cast<int64_t>(machine.multiprocessors);  // blocks that keep the device busy
-    const bool wide =
-        plan.d <= 64 && s.max_seqlen_q > 64 && pairs * divide_up(s.max_seqlen_q, 128) >= busy / 2;
+    const bool wide = !s.dropout && plan.d <= 64 && s.max_seqlen_q > 64 &&
+                      pairs * divide_up(s.max_seqlen_q, 128) >= busy / 2;
     plan.groups = wide ? 2 : 1;
     const int64_t warp_rows = 16 * plan.groups;
     plan.warps = static_cast<int>(divide_up(s.max_seqlen_q < 1 ? 1 : s.max_seqlen_q, warp_rows));
-    if (plan.warps > 4) plan.warps = 4;
+    if (plan.warps > kMostForwardWarps) plan.warps = kMostForwardWarps;
 
     const size_t row = row_bytes(s.dtype, plan.d);
     const int keys = forward_tile(s.dtype);
@@ -101,8 +106,7 @@ inline ForwardPlan plan_forward(const Sizes& s, const Machine& machine) {
         plan.slots = 3;
     plan.shared_bytes = queries + plan.slots * slot;
 
-    const int64_t work = s.max_seqlen_q > 0 ? pairs * plan.splits : 0;
-    plan.blocks = work < kMostBlocks ? work : kMostBlocks;
+    plan.work = s.max_seqlen_q > 0 ? pairs * plan.splits : 0;
     return plan;
 }
 
@@ -112,7 +116,7 @@ struct BackwardPlan {
     int64_t tiles;  // of what blocks own, in the longest sequence
     int slots;      // of tiles of what the block walks along
     size_t shared_bytes;
-    int64_t blocks;
+    int64_t work;  // blocks
 };
 
 // For the kernel whose blocks own keys (and walk along queries, with their statistics), or own queries (and
@@ -130,7 +134,8 @@ inline BackwardPlan plan_backward(const Sizes& s, const Machine& machine, bool o
     const int needed = other_tiles < 2 ? 1 : 2;
 
     plan.warps = static_cast<int>(divide_up(own < 1 ? 1 : own, 16));
-    const int most = pairs * divide_up(own, 128) >= 2 * static_cast<int64_t>(machine.multiprocessors) ? 8 : 4;
+    const bool many = pairs * divide_up(own, 128) >= 2 * static_cast<int64_t>(machine.multiprocessors);
+    const int most = many ? kMostBackwardWarps : kMostBackwardWarps / 2;
     if (plan.warps > most) plan.warps = most;
     while (plan.warps > 1 && 2 * plan.warps * 16 * row + needed * slot > machine.shared_bytes_per_block)
         plan.warps /= 2;
@@ -138,8 +143,27 @@ inline BackwardPlan plan_backward(const Sizes& s, const Machine& machine, bool o
     plan.slots = slots_that_fit(machine.shared_bytes_per_block - owned, slot, needed);
     plan.shared_bytes = owned + plan.slots * slot;
     plan.tiles = divide_up(own, plan.warps * 16);
-    const int64_t work = pairs * plan.tiles;
-    plan.blocks = work < kMostBlocks ? work : kMostBlocks;
+    plan.work = pairs * plan.tiles;
+    return plan;
+}
+
+// For the kernel whose blocks own whole sequences: a warp for every 16 keys. Nothing where it does not serve.
+inline std::optional<BackwardPlan> plan_backward_of_sequences(const Sizes& s, const Machine& machine) {
+    BackwardPlan plan{};
+    plan.d = padded_head_dim(s.head_dim);
+    if (s.causal || plan.d > 64 || s.dtype == Dtype::float32 || s.max_seqlen_k > 16 * kMostBackwardWarps)
+        return {};
+    plan.warps = static_cast<int>(divide_up(s.max_seqlen_k < 1 ? 1 : s.max_seqlen_k, 16));
+    plan.tiles = 1;
+    const size_t row = row_bytes(s.dtype, plan.d);
+    const int columns = backward_tile(s.dtype, plan.d);
+    const size_t slot = 2 * columns * row + columns * 8;
+    const size_t owned = 2 * plan.warps * 16 * row, grad_scores = plan.warps * 16 * (columns + 8) * 2;
+    const int needed = divide_up(s.max_seqlen_q, columns) < 2 ? 1 : 2;
+    if (owned + grad_scores + needed * slot > machine.shared_bytes_per_block) return {};
+    plan.slots = needed;
+    plan.shared_bytes = owned + grad_scores + plan.slots * slot;
+    plan.work = s.batch * s.heads;
     return plan;
 }
 
