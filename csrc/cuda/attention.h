@@ -30,8 +30,8 @@ struct AttentionArgs {
     void* out;   // [Tq, heads, head_dim], contiguous; written by forward, read by backward
     float* lse;  // [heads, Tq], natural logarithm, -inf for a row that sees no key; likewise
 
-    HeadsView grad_out;              // backward
-    float* delta;                    // [heads, Tq] scratch of backward: the row sums of grad_out * out
+    HeadsView grad_out;  // backward
+    float2* statistics;  // [heads, Tq] scratch of backward: (lse in base 2, row sum of grad_out * out)
     void *grad_q, *grad_k, *grad_v;  // [T, heads, head_dim], contiguous; backward
 };
 
