@@ -29,7 +29,7 @@ TEXTS = [
     *cli.SENTENCES,
     "",
     " ",
-    *(" ".join(random.Random(i).choices("the ferry leaves at seven bibliothèque".split(), k=i)) for i in range(1, 40)),
+    *(" ".join(random.Random(i).choices(("the", "ferry", "leaves", "at", "seven", "là"), k=i)) for i in range(1, 40)),
 ]
 SMALL = {"window": 16, "batch_tokens": 100}  # several windows, and several batches in each
 
@@ -118,7 +118,7 @@ def test_the_embeddings_are_those_of_one_text_at_a_time(model, tokenizer, vector
             assert (ours[i] - exact[i]).norm() < 1e-4 * exact[i].norm(), text
 
 
-def test_what_it_reports(model, tokenizer):
+def test_what_it_reports(model, tokenizer, capsys):
     lengths = np.array([len(ids) for ids in tokenizer(TEXTS, truncation=True, max_length=64)["input_ids"]])
     longer = sum(len(ids) > 64 for ids in tokenizer(TEXTS)["input_ids"])
     fits = next(ids for ids in tokenizer(TEXTS)["input_ids"] if len(ids) > 64)[1:63]
@@ -126,7 +126,8 @@ def test_what_it_reports(model, tokenizer):
     assert len(tokenizer(exactly)["input_ids"]) == 64
     plain = [lengths[i : i + 32] for i in range(0, len(lengths), 32)]
     padding = sum(len(rows) * rows.max() - rows.sum() for rows in plain)
-    report = rk.encode(model, tokenizer, TEXTS)
+    report = rk.encode(model, tokenizer, TEXTS, progress=True)
+    assert f"{len(TEXTS)}/{len(TEXTS)}" in capsys.readouterr().err
     assert (report.texts, report.tokens, report.bad) == (len(TEXTS), lengths.sum(), 0)
     assert report.truncated == longer > 0
     assert (report.padding, report.padding_avoided) == (0, padding)
@@ -573,6 +574,8 @@ def change_config(model, tokenizer, file):
         (change_input, {}, "input"),
         (change_model, {}, "model"),
         (change_config, {}, "model"),
+        (None, {"format": "text"}, "format"),
+        (None, {"field": "body"}, "field"),
         (None, {"pooling": "cls"}, "pooling"),
         (None, {"normalize": True}, "normalize"),
         (None, {"dtype": "float16"}, "dtype"),

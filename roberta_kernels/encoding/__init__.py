@@ -195,7 +195,8 @@ def encode(
                     "input": source.fingerprint,
                     "model": _model_fingerprint(base),
                     "tokenizer": _tokenizer_fingerprint(tokenizer),
-                    "field": field if isinstance(texts, Path) else None,
+                    "format": format_of(texts, format) if isinstance(texts, Path) else "objects",
+                    "field": field,
                     "pooling": pooling,
                     "normalize": normalize,
                     "dtype": dtype,
@@ -210,7 +211,8 @@ def encode(
 
         # The reader-ahead ends last: it may be in the middle of a window, and the state is to be saved before that.
         with ThreadPoolExecutor(1) as ahead, target, _bar(progress, source) as bar:
-            bar.update(target.state.rows, 0)
+            resumed = target.state.rows
+            bar.update(resumed, 0)
             windows = _windows(source, target.state.rows, window)
 
             def read_ahead() -> Any:
@@ -225,7 +227,9 @@ def encode(
                 counts = _counted(target.state.counts, current, batches, packed)
                 target.start_window(len(current.lengths), current.bad)
                 done = target.state.batches  # by an earlier run
-                bar.update(len(current.bad) + sum(map(len, batches[:done])), 0)
+                earlier = sum(map(len, batches[:done]))
+                resumed += earlier
+                bar.update(len(current.bad) + earlier, 0)
                 for rows in batches[done:]:
                     values = _embed(base, [current.ids[row] for row in rows], tokens.pad, pooling, normalize)
                     target.write(rows, values.cpu().numpy().astype(kind))
@@ -248,7 +252,7 @@ def encode(
         seconds=target.seconds,
         packed=packed,
         detours=detours,
-        resumed=target.resumed,
+        resumed=resumed,
         bad_rows=target.bad,
         output=path,
         errors=errors,

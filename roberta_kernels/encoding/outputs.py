@@ -65,8 +65,6 @@ class State:
 class MemoryOutput:
     """Keeps everything. A context manager like FileOutput."""
 
-    resumed = 0
-
     def __init__(self, width: int, dtype: np.dtype) -> None:
         self.state = State()
         self.bad: list[tuple[int, str]] = []
@@ -146,7 +144,7 @@ class FileOutput:
         except BaseException:
             self._file.close()
             raise
-        self.state, self.resumed = state, state.rows
+        self.state = state
         self._began = time.perf_counter() - state.seconds
         self._save()
         return self
