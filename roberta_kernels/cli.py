@@ -475,7 +475,7 @@ def encode(
     except KeyboardInterrupt:
         err.print(Text("interrupted; the same command continues it", "yellow"))
         raise typer.Exit(INTERRUPTED) from None
-    except (ValueError, TypeError, backends.BackendError) as error:
+    except (encoding.EncodingError, backends.BackendError) as error:
         _fail(str(error))
     except OSError as error:
         _fail(f"{error.filename or output}: {error.strerror or error}")

@@ -423,7 +423,7 @@ class Stop:
 
     def __init__(self, monkeypatch, after: int | None = None, error: type[BaseException] = KeyboardInterrupt):
         self.calls, self._after, self._error = 0, after, error
-        self._embed = outputs_embed
+        self._embed = right_embed
         monkeypatch.setattr(encoding, "_embed", self)
 
     def __call__(self, *args):
@@ -433,7 +433,7 @@ class Stop:
         return self._embed(*args)
 
 
-outputs_embed = encoding._embed
+right_embed = encoding._embed
 
 
 @pytest.mark.parametrize("out", ["out.npy", "out.parquet"])
@@ -494,6 +494,26 @@ def test_an_interrupt_at_any_point_of_saving_keeps_the_file_whole(model, tokeniz
                 rk.encode(model, tokenizer, file, path, **SMALL)
         rk.encode(model, tokenizer, file, path, **SMALL)
         assert path.read_bytes() == whole.read_bytes(), name
+
+
+def test_interrupted_while_the_parquet_file_is_written(model, tokenizer, file, tmp_path, monkeypatch):
+    pytest.importorskip("pyarrow")
+    path = tmp_path / "out.parquet"
+    with monkeypatch.context() as patched:
+        write_parquet = outputs.FileOutput._write_parquet
+
+        def interrupted(self, new):
+            write_parquet(self, new)
+            raise KeyboardInterrupt
+
+        patched.setattr(outputs.FileOutput, "_write_parquet", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            rk.encode(model, tokenizer, file, path, **SMALL)
+    assert not path.exists()
+    rest = Stop(monkeypatch)
+    report = rk.encode(model, tokenizer, file, path, **SMALL)
+    assert rest.calls == 0
+    assert report.resumed == report.texts == len(read(path)) == len(TEXTS)
 
 
 KILLED = """
@@ -648,7 +668,7 @@ def test_two_runs_into_one_file_are_refused(model, tokenizer, file, tmp_path, mo
             for options in ({}, {"overwrite": True}):
                 with pytest.raises(rk.EncodingError, match="another run"):
                     rk.encode(model, tokenizer, file, tmp_path / "out.npy", **options, **SMALL)
-        return outputs_embed(*args)
+        return right_embed(*args)
 
     monkeypatch.setattr(encoding, "_embed", embed)
     rk.patch(model)
@@ -660,12 +680,25 @@ def test_two_runs_into_one_file_are_refused(model, tokenizer, file, tmp_path, mo
 def test_a_file_that_changes_under_the_run_is_noticed(model, tokenizer, file, tmp_path, monkeypatch):
     def embed(*args):
         os.truncate(file, file.stat().st_size - 100)
-        return outputs_embed(*args)
+        return right_embed(*args)
 
     monkeypatch.setattr(encoding, "_embed", embed)
     with pytest.raises(rk.EncodingError, match="changed while it was read"):
         rk.encode(model, tokenizer, file, tmp_path / "out.npy", **SMALL)
-    assert not (tmp_path / "out.npy").exists()
+    assert list(tmp_path.iterdir()) == [file]  # what of it was encoded cannot be told
+
+
+def test_a_list_that_changes_under_the_run_is_noticed(model, tokenizer, tmp_path, monkeypatch):
+    texts = TEXTS.copy()
+
+    def embed(*args):
+        texts.pop()
+        return right_embed(*args)
+
+    monkeypatch.setattr(encoding, "_embed", embed)
+    with pytest.raises(rk.EncodingError, match="changed while they were read"):
+        rk.encode(model, tokenizer, texts, tmp_path / "out.npy", **SMALL)
+    assert list(tmp_path.iterdir()) == []
 
 
 # -- bad requests ------------------------------------------------------------------------------------------------------
@@ -679,6 +712,9 @@ def test_bad_requests(model, tokenizer, tmp_path, monkeypatch):
         rk.encode(model, tokenizer, TEXTS, max_length=65)
     with pytest.raises(TypeError, match="the one inside it"):
         rk.encode(torch.nn.Sequential(model), tokenizer, TEXTS)
+    t5 = transformers.T5Config(vocab_size=400, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    with pytest.raises(rk.EncodingError, match="pass its encoder"):
+        rk.encode(transformers.T5Model(t5), tokenizer, TEXTS)
     with pytest.raises(rk.EncodingError, match=r"\.npy or \.parquet"):
         rk.encode(model, tokenizer, TEXTS, tmp_path / "out.csv")
     with pytest.raises(rk.EncodingError, match="does not say its format"):

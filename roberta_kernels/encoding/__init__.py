@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from roberta_kernels import backends, patching
 from roberta_kernels._version import __version__
 from roberta_kernels.encoding.outputs import Counts, FileOutput, MemoryOutput, check_output
-from roberta_kernels.encoding.sources import Bad, EncodingError, Row, Source, format_of, open_source
+from roberta_kernels.encoding.sources import Bad, EncodingError, InputChangedError, Row, Source, format_of, open_source
 
 __all__ = [
     "POOLINGS",
@@ -178,7 +178,7 @@ def encode(
     source = open_source(texts, format, field)
     longest = longest_input(base, tokenizer)
     if max_length is not None and max_length > longest:
-        raise ValueError(f"max_length is {max_length}, and the model takes {longest}")
+        raise EncodingError(f"max_length is {max_length}, and the model takes {longest}")
     tokens = _Tokens(tokenizer, max_length or longest, base.config)
     budget = batch_tokens or BATCH_TOKENS.get(device.type, BATCH_TOKENS["cuda"])
     with _running(model, patch, backend) as unknown:
@@ -237,7 +237,7 @@ def encode(
                     bar.update(len(rows), int(current.lengths[rows].sum()))
                 target.end_window(len(current.lengths), counts)
             if source.rows is not None and target.state.rows != source.rows:
-                raise EncodingError(f"{texts} was changed while it was read")
+                raise InputChangedError("the texts were changed while they were read")
             embeddings = target.finish()
 
     counts = target.state.counts
@@ -284,7 +284,7 @@ def _encoder(model: nn.Module) -> Any:
             "(sentence_transformer[0].auto_model, peft_model.merge_and_unload())"
         )
     if getattr(model.config, "is_encoder_decoder", False):
-        raise TypeError(f"{type(model).__name__} is an encoder and a decoder; pass its encoder")
+        raise EncodingError(f"{type(model).__name__} is an encoder and a decoder; pass its encoder")
     return model.base_model
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from roberta_kernels.encoding.sources import EncodingError, import_pyarrow
+from roberta_kernels.encoding.sources import EncodingError, InputChangedError, import_pyarrow
 
 try:
     import fcntl
@@ -149,17 +149,19 @@ class FileOutput:
         self._save()
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if self._file.closed:  # finished
             return
+        keep = self._description is not None and not (kind and issubclass(kind, InputChangedError))
         try:
-            self._save()
+            if keep:
+                self._save()
         finally:
             self._file.close()
             self._errors.close()
-        if self._description is None:
-            self._partial.unlink(missing_ok=True)
-            self.errors_path.unlink()
+        if not keep:
+            for path in (self._state_path, self._partial, self.errors_path):
+                path.unlink(missing_ok=True)
 
     def _lock(self) -> None:
         if fcntl is not None:

@@ -23,6 +23,10 @@ class EncodingError(ValueError):
     """What was asked for cannot be encoded, or not continued; the message says why."""
 
 
+class InputChangedError(EncodingError):
+    """The texts were changed while they were read: nothing of the run can be kept."""
+
+
 @dataclass(frozen=True, slots=True)
 class Bad:
     """A row that has no text; why."""
@@ -155,7 +159,7 @@ def _json_text(field: str) -> Callable[[str], Any]:
 def _unchanged(path: Path, before: os.stat_result) -> None:
     now = os.stat(path)
     if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
-        raise EncodingError(f"{path} was changed while it was read")
+        raise InputChangedError(f"{path} was changed while it was read")
 
 
 # -- Parquet -----------------------------------------------------------------------------------------------------------
