@@ -19,6 +19,7 @@ from roberta_kernels.backends import (  # noqa: E402
     backend,
     set_backend,
 )
+from roberta_kernels.encoding import EncodeReport, EncodingError, encode  # noqa: E402
 from roberta_kernels.models import (  # noqa: E402
     FastRoberta,
     FastRobertaForCausalLM,
@@ -40,6 +41,8 @@ from roberta_kernels.verification import VerificationReport, verify  # noqa: E40
 
 __all__ = [
     "BackendError",
+    "EncodeReport",
+    "EncodingError",
     "FastRoberta",
     "FastRobertaForCausalLM",
     "FastRobertaForMaskedLM",
@@ -52,6 +55,7 @@ __all__ = [
     "__version__",
     "available_backends",
     "backend",
+    "encode",
     "is_patched",
     "ops",
     "patch",

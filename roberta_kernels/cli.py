@@ -1,6 +1,8 @@
-"""The command `roberta-kernels`: what is here, a demo, does the promise hold for a model, and the benchmarks.
+"""The command `roberta-kernels`: what is here, a demo, does the promise hold for a model, a corpus into
+embeddings, and the benchmarks.
 
-Exit codes: 0 all is well; 1 the promise is broken; 2 the request cannot be carried out (one line says why).
+Exit codes: 0 all is well; 1 the promise is broken; 2 the request cannot be carried out (one line says why);
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from rich.text import Text
 
 from roberta_kernels import __version__, backends
 
-BROKEN, BAD_REQUEST = 1, 2
+BROKEN, BAD_REQUEST, INTERRUPTED = 1, 2, 130
 
 app = typer.Typer(
     help="Fused kernels that make any Hugging Face RoBERTa-family model faster, with the same answers.",
@@ -90,11 +92,29 @@ class Backend(str, Enum):
     reference = "reference"
 
 
+class Format(str, Enum):
+    auto = "auto"
+    text = "text"
+    jsonl = "jsonl"
+    parquet = "parquet"
+
+
+class Pooling(str, Enum):
+    mean = "mean"
+    cls = "cls"
+    max = "max"
+
+
+class OutputDtype(str, Enum):
+    float32 = "float32"
+    float16 = "float16"
+
+
 def _names(choices: type[Enum]) -> str:
     return ", ".join(choice.value for choice in choices)
 
 
-_BACKEND_HELP = f"The kernels to verify: {_names(Backend)}; auto: those that serve here."
+_BACKEND_HELP = f"The kernels to run: {_names(Backend)}; auto: those that serve here."
 _TASK_HELP = f"Load it for this task: {_names(Task)}; auto: what its configuration names."
 
 
@@ -194,11 +214,7 @@ def verify(
     sentences = _sentences(sentence, text)
     _quiet_transformers()
     loaded, notes = _load(model, task, dtype)
-    place = _device(device)
-    try:
-        loaded.to(place)
-    except (RuntimeError, AssertionError) as error:
-        _fail(f"cannot use device {device!r}: {_first_line(error)}")
+    _move(loaded, device)
     tokenizer = _tokenizer(model, required=sentences is not None)
     batch = _batch(loaded, tokenizer, sentences or list(SENTENCES)) if tokenizer is not None else None
 
@@ -247,8 +263,19 @@ def _device(name: str) -> torch.device:
         _fail(f"no such device: {_first_line(error)}")
 
 
-def _load(path: str, task: Task, dtype: Dtype) -> tuple[Any, list[str]]:
-    """The model of a folder or hub name, and what a reader of its figures should know about how it was loaded."""
+def _move(model: Any, device: str) -> None:
+    place = _device(device)
+    try:
+        model.to(place)
+    except (RuntimeError, AssertionError) as error:
+        _fail(f"cannot use device {device!r}: {_first_line(error)}")
+
+
+def _load(path: str, task: Task, dtype: Dtype, unused: tuple[str, ...] = ()) -> tuple[Any, list[str]]:
+    """The model of a folder or hub name, and what a reader of its figures should know about how it was loaded.
+
+    unused: beginnings of the names of weights that will not be used, so that it does not matter where they are missing.
+    """
     import transformers
 
     folder = Path(path).expanduser()
@@ -273,7 +300,7 @@ def _load(path: str, task: Task, dtype: Dtype) -> tuple[Any, list[str]]:
     except Exception as error:  # whatever a damaged folder can cause: one line is what helps
         _fail(f"cannot load {path}: {type(error).__name__}: {_first_line(error)}")
     notes = []
-    missing = sorted(info.get("missing_keys") or [])
+    missing = sorted(name for name in info.get("missing_keys") or [] if not name.startswith(unused))
     if missing:
         shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         notes.append(f"{len(missing)} weights are not in the files and have random values: {shown}")
@@ -299,16 +326,14 @@ def _tokenizer(path: str, *, required: bool) -> Any:
 
 
 def _batch(model: Any, tokenizer: Any, sentences: list[str]) -> dict[str, Any]:
+    from roberta_kernels.encoding import longest_input
     from roberta_kernels.verification import VerificationError, complete_batch
 
-    config = model.config
-    pad = getattr(config, "pad_token_id", None)
-    longest = getattr(config, "max_position_embeddings", 512) - (1 if pad is None else pad + 1)
     if tokenizer.pad_token is None:
         _fail("the tokenizer has no padding token")
-    encoded = tokenizer(sentences, padding=True, truncation=True, max_length=max(1, longest), return_tensors="pt")
+    encoded = tokenizer(sentences, padding=True, truncation=True, max_length=longest_input(model), return_tensors="pt")
     ids, mask = encoded["input_ids"], encoded["attention_mask"]
-    highest, vocabulary = int(ids.max()), getattr(config, "vocab_size", None)
+    highest, vocabulary = int(ids.max()), getattr(model.config, "vocab_size", None)
     if vocabulary is not None and highest >= vocabulary:
         _fail(f"the tokenizer is not this model's: it gives token {highest}, and the model knows {vocabulary}")
     try:
@@ -371,6 +396,93 @@ def demo(
         _fail(str(error))
     if not holds:
         raise typer.Exit(BROKEN)
+
+
+@app.command()
+def encode(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="Texts: .txt (one a line), .jsonl or .parquet.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Embeddings, a row for each text: .npy or .parquet.")],
+    model: Annotated[str, typer.Option(metavar="PATH_OR_ID", help="A model folder, or the name of one on a hub.")],
+    format: Annotated[
+        Format, typer.Option(metavar="NAME", help=f"Of IN: {_names(Format)}; auto: by its extension.")
+    ] = Format.auto,
+    field: Annotated[str, typer.Option(help="The JSON field or Parquet column with the text.")] = "text",
+    pooling: Annotated[
+        Pooling, typer.Option(metavar="NAME", help=f"Over a text's tokens: {_names(Pooling)}.")
+    ] = Pooling.mean,
+    normalize: Annotated[bool, typer.Option("--normalize", help="Divide each embedding by its length.")] = False,
+    output_dtype: Annotated[
+        OutputDtype, typer.Option(metavar="NAME", help=f"Of the embeddings: {_names(OutputDtype)}.")
+    ] = OutputDtype.float32,
+    dtype: Annotated[
+        Dtype, typer.Option(metavar="NAME", help=f"The dtype to run in: {_names(Dtype)}; auto: that of the files.")
+    ] = Dtype.auto,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens; longer texts are truncated. By default what the model takes.")
+    ] = None,
+    batch_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens in a batch. By default 2048 on a CPU, 32768 on a GPU.")
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(min=1, help="Texts sorted by length together; bounds the memory. By default 8192.")
+    ] = None,
+    backend: Annotated[Backend, typer.Option(metavar="NAME", help=_BACKEND_HELP)] = Backend.auto,
+    original: Annotated[bool, typer.Option("--original", help="Run the model's own code, not the kernels.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto: the GPU when there is one.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default what torch takes.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT, and begin again where a run was interrupted.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON instead of a table.")] = False,
+) -> None:
+    """Embeds a corpus of any size: a row of OUT for each line of IN, in the same order, in bounded memory.
+
+    A line that cannot be read becomes a row of NaN (null in Parquet), and OUT.errors.jsonl says why; the exit code is
+    still 0. Interrupted, the same command goes on where it was (OUT.state.json, OUT.partial) and gives the same file.
+    """
+    from roberta_kernels import encoding
+
+    _quiet_transformers()
+    try:
+        encoding.format_of(source, None if format is Format.auto else format.value)
+        encoding.check_output(output)
+        source.open("rb").close()
+        loaded, notes = _load(model, Task.base, dtype, unused=("pooler.",))
+        tokenizer = _tokenizer(model, required=True)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        _move(loaded, device)
+        for note in notes:
+            err.print(Text(f"note: {note}", "yellow"))
+        report = encoding.encode(
+            loaded,
+            tokenizer,
+            source,
+            output,
+            pooling=pooling.value,
+            normalize=normalize,
+            dtype=output_dtype.value,
+            max_length=max_length,
+            batch_tokens=batch_tokens,
+            window=window or encoding.WINDOW,
+            format=None if format is Format.auto else format.value,
+            field=field,
+            patch=not original,
+            backend=backend.value,
+            overwrite=overwrite,
+            progress=err.is_terminal,
+        )
+    except KeyboardInterrupt:
+        err.print(Text("interrupted; the same command continues it", "yellow"))
+        raise typer.Exit(INTERRUPTED) from None
+    except (encoding.EncodingError, backends.BackendError) as error:
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"{error.filename or output}: {error.strerror or error}")
+    if as_json:
+        typer.echo(json.dumps(report.as_dict(), indent=2))
+    else:
+        out.print(report)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})

@@ -58,7 +58,7 @@ def save(folder, architecture: str, tokenizer=None, **options):
 def test_version_and_help():
     assert rk.__version__ in invoke("--version").output
     text = invoke("--help").output
-    for command in ("env", "demo", "verify", "bench"):
+    for command in ("env", "demo", "verify", "encode", "bench"):
         assert command in text
 
 

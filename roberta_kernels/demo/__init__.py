@@ -21,6 +21,7 @@ from rich.text import Text
 
 from roberta_kernels import __version__, backends
 from roberta_kernels.demo import corpus, throughput, training
+from roberta_kernels.encoding import longest_input
 
 
 class DemoError(RuntimeError):
@@ -70,7 +71,7 @@ def run(options: Options, console: Console, *, model: Any = None, tokenizer: Any
     if len(texts) < 200:
         raise DemoError(f"this Python's standard library has {len(texts)} docstrings; the demo needs its sources (200)")
     own_tokenizer = corpus.train_tokenizer(texts, scale.vocabulary)
-    longest = corpus.LONGEST if model is None else _longest(model)
+    longest = corpus.LONGEST if model is None else min(corpus.LONGEST, longest_input(model))
     encoded = corpus.encode(tokenizer or own_tokenizer, texts, longest)
     lengths = [len(ids) for ids in encoded]
     middle = sorted(lengths)[len(lengths) // 2]
@@ -159,12 +160,6 @@ def _dtype(wish: str, device: torch.device, model: Any) -> torch.dtype:
     if model is not None and device.type == "cpu":
         return model.dtype
     return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
-def _longest(model: Any) -> int:
-    config = model.config
-    pad = getattr(config, "pad_token_id", None)
-    return min(corpus.LONGEST, getattr(config, "max_position_embeddings", 512) - (1 if pad is None else pad + 1))
 
 
 def _random_encoder(vocabulary: int, scale: _Scale, seed: int) -> Any:

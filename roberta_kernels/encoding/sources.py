@@ -1,0 +1,220 @@
+"""Where the texts come from: lines of a file, rows of a Parquet column, or Python objects.
+
+Every source is read as a stream, one row after another, and gives a row for each line whatever is wrong with it: a
+text, or a `Bad` with the reason. So row i of the output is always line i + 1 of the input.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FORMATS = {".txt": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+LONGEST_LINE = 4 << 20  # bytes; a longer line is bad, so that a file without line ends does not fill the memory
+
+
+class EncodingError(ValueError):
+    """What was asked for cannot be encoded, or not continued; the message says why."""
+
+
+class InputChangedError(EncodingError):
+    """The texts were changed while they were read: nothing of the run can be kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bad:
+    """A row that has no text; why."""
+
+    reason: str
+
+
+Row = str | Bad
+
+
+@dataclass(frozen=True)
+class Source:
+    """rows: how many, or None for an iterator. fingerprint: of all the content, or None where it can be read only once.
+    read: rows from number `start` on."""
+
+    rows: int | None
+    fingerprint: str | None
+    read: Callable[[int], Iterator[Row]]
+
+
+def format_of(path: Path, wish: str | None) -> str:
+    """ "text", "jsonl" or "parquet": the wish, or what the extension says."""
+    if wish is not None:
+        if wish not in FORMATS.values():
+            raise EncodingError(f"unknown format {wish!r}; known: {', '.join(dict.fromkeys(FORMATS.values()))}")
+        return wish
+    try:
+        return FORMATS[path.suffix.lower()]
+    except KeyError:
+        raise EncodingError(
+            f"the extension of {path} does not say its format; known: {', '.join(FORMATS)}; or name the format"
+        ) from None
+
+
+def open_source(texts: Iterable[Any] | Path, format: str | None, field: str) -> Source:
+    """A file by its Path, a collection, or an iterator of texts.
+
+    Raises EncodingError for a format that is unknown or a column that is not there, OSError for a file that cannot be
+    read, TypeError for anything else.
+    """
+    if isinstance(texts, Path):
+        kind = format_of(texts, format)
+        if kind == "parquet":
+            return _parquet_source(texts, field)
+        return _line_source(texts, _json_text(field) if kind == "jsonl" else lambda line: line)
+    if isinstance(texts, (str, bytes)):
+        raise TypeError("texts is one string: give a list of them, or a pathlib.Path to read a file")
+    if isinstance(texts, Iterator) or not hasattr(texts, "__len__"):
+        return Source(None, None, lambda start: map(_checked, texts))
+    rows = len(texts)  # type: ignore[arg-type]
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(repr(text).encode("utf-8", "backslashreplace") + b"\n")  # repr has no line ends
+    return Source(rows, digest.hexdigest(), lambda start: map(_checked, itertools.islice(texts, start, None)))
+
+
+def _checked(value: Any) -> Row:
+    """A value as a row: a string that can be written as UTF-8, or what is wrong with it."""
+    if value is None:
+        return Bad("null")
+    if not isinstance(value, str):
+        return Bad(f"not a string: {type(value).__name__}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return Bad(f"not text: {error}")  # half of a surrogate pair, which JSON can spell
+    return value
+
+
+# -- lines -------------------------------------------------------------------------------------------------------------
+
+
+def _line_source(path: Path, parse: Callable[[str], Row]) -> Source:
+    """Rows are lines that end in \\n or \\r\\n; the last may lack its end. Reads the file once: counts, hashes."""
+    digest, rows, last = hashlib.sha256(), 0, b"\n"
+    before = os.stat(path)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+            rows += block.count(b"\n")
+            last = block[-1:]
+    rows += last != b"\n"
+
+    def read(start: int) -> Iterator[Row]:
+        with open(path, "rb") as file:
+            for number, line in enumerate(itertools.islice(_lines(file), rows)):
+                if number >= start:
+                    yield line if isinstance(line, Bad) else _decoded(line, number, parse)
+        _unchanged(path, before)
+
+    return Source(rows, digest.hexdigest(), read)
+
+
+def _lines(file: Any) -> Iterator[bytes | Bad]:
+    while line := file.readline(LONGEST_LINE + 1):
+        if len(line) <= LONGEST_LINE:
+            yield line
+            continue
+        while line and not line.endswith(b"\n"):
+            line = file.readline(1 << 20)
+        yield Bad(f"longer than {LONGEST_LINE} bytes")
+
+
+def _decoded(line: bytes, number: int, parse: Callable[[str], Row]) -> Row:
+    if line.endswith(b"\n"):
+        line = line[:-2] if line.endswith(b"\r\n") else line[:-1]
+    try:
+        text = line.decode("utf-8-sig" if number == 0 else "utf-8")
+    except UnicodeDecodeError as error:
+        return Bad(f"not UTF-8: {error}")
+    row = parse(text)
+    return row if isinstance(row, Bad) else _checked(row)
+
+
+def _json_text(field: str) -> Callable[[str], Any]:
+    def parse(line: str) -> Any:
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            return Bad(f"not JSON: {error}")
+        if not isinstance(value, dict):
+            return Bad("not a JSON object")
+        if field not in value:
+            return Bad(f"no field {field!r}")
+        return value[field]
+
+    return parse
+
+
+def _unchanged(path: Path, before: os.stat_result) -> None:
+    now = os.stat(path)
+    if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+        raise InputChangedError(f"{path} was changed while it was read")
+
+
+# -- Parquet -----------------------------------------------------------------------------------------------------------
+
+
+def import_pyarrow() -> Any:
+    """The package pyarrow, with pyarrow.parquet. Raises EncodingError, saying how to get it, where it is missing."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ModuleNotFoundError as error:
+        raise EncodingError("Parquet needs pyarrow: pip install roberta_kernels[parquet]") from error
+    return pyarrow
+
+
+def _parquet_source(path: Path, field: str) -> Source:
+    pyarrow = import_pyarrow()
+    before = os.stat(path)
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    try:
+        with pyarrow.parquet.ParquetFile(path) as parquet:
+            schema, rows = parquet.schema_arrow, parquet.metadata.num_rows
+    except pyarrow.ArrowInvalid as error:
+        raise EncodingError(f"{path} is not a Parquet file: {error}") from error
+    if field not in schema.names:
+        raise EncodingError(f"{path} has no column {field!r}; it has: {', '.join(schema.names)}")
+    kind = schema.field(field).type
+    value = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+    if not (pyarrow.types.is_string(value) or pyarrow.types.is_large_string(value)):
+        raise EncodingError(f"column {field!r} of {path} is not text, but {kind}")
+
+    def read(start: int) -> Iterator[Row]:
+        number = 0
+        with pyarrow.parquet.ParquetFile(path) as parquet:
+            for batch in parquet.iter_batches(batch_size=1024, columns=[field]):
+                if number + len(batch) > start:
+                    # As bytes, because one value that is not UTF-8 would make the whole batch fail.
+                    column = batch.column(0).cast(value).cast(pyarrow.large_binary())
+                    for cell in column[max(0, start - number) :]:
+                        yield _cell(cell.as_py())
+                number += len(batch)
+        _unchanged(path, before)
+
+    return Source(rows, digest.hexdigest(), read)
+
+
+def _cell(value: bytes | None) -> Row:
+    if value is None:
+        return Bad("null")
+    if len(value) > LONGEST_LINE:
+        return Bad(f"longer than {LONGEST_LINE} bytes")
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return Bad(f"not UTF-8: {error}")
