@@ -181,6 +181,8 @@ def test_a_tensor_of_another_shape(name: str, argument: str) -> None:
     names = "|".join(tensors_of(name)) if argument in measures else argument
     if argument.startswith("cu_seqlens"):
         names = "cu_seqlens_q|cu_seqlens_k"
+    elif argument.endswith("_embeddings"):  # one check for the rank of all three
+        names += "|tables"
     changes = [lambda t: torch.cat([t, t[:1]]), lambda t: t[None], lambda t: t[..., 0]]
     if (name, argument) in (("attention_forward", "q"), ("gelu_ffn_forward", "x")) or argument.endswith("_embeddings"):
         del changes[0]  # one more row there is another good call
