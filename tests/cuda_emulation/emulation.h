@@ -59,6 +59,9 @@ void warp_collective(const char* what, uint32_t mask, const void* in, void* out,
 int block_barrier(int id, int count, int predicate);
 void block_barrier_arrive(int id, int count);  // arrives without waiting
 
+// Launches are recorded, and nothing runs.
+bool is_dry_run();
+
 // Runs kernel() for every thread of every block; launch.cuh calls it.
 void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
 

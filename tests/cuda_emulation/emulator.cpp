@@ -280,6 +280,10 @@ std::string place() {
 
 }  // namespace
 
+bool is_dry_run() {
+    return settings.dry_run;
+}
+
 const uint3& thread_index() {
     return current().thread;
 }

@@ -181,8 +181,10 @@ def test_a_tensor_of_another_shape(name: str, argument: str) -> None:
     names = "|".join(tensors_of(name)) if argument in measures else argument
     if argument.startswith("cu_seqlens"):
         names = "cu_seqlens_q|cu_seqlens_k"
+    elif argument.endswith("_embeddings"):  # one check for the rank of all three
+        names += "|tables"
     changes = [lambda t: torch.cat([t, t[:1]]), lambda t: t[None], lambda t: t[..., 0]]
-    if (name, argument) in (("attention_forward", "q"), ("gelu_ffn_forward", "x")):
+    if (name, argument) in (("attention_forward", "q"), ("gelu_ffn_forward", "x")) or argument.endswith("_embeddings"):
         del changes[0]  # one more row there is another good call
     for change in changes:
         arguments = call(name, dropout_p=0.25)
@@ -284,6 +286,8 @@ ROWS = [name for name in NAMES if "layer_norm" in name]
 )
 @pytest.mark.parametrize("name", ROWS)
 def test_rows(on_device: int, launches: Any, name: str, tokens: int, width: int, dtype: torch.dtype) -> None:
+    if name == "embedding_layer_norm_backward" and tokens > 2**23:
+        pytest.skip("its ids are sorted by torch, also in a dry run")
     arguments = call(name, vast, dtype=dtype, tokens=tokens, width=width, dropout_p=0.25)
     shapes_like(name, run(name, arguments), arguments)
     within_limits(launches())
