@@ -1,5 +1,9 @@
 #include <device.h>
 
+#include <array>
+#include <optional>
+#include <utility>
+
 #include "csrc/cuda/attention.h"
 #include "csrc/cuda/tensor_checks.h"
 
@@ -28,24 +32,25 @@ struct Checked {
     std::optional<Tensor> key_mask;
 };
 
-void check_heads(const Checks& checks, const char* op, const Tensor& t, const char* name, int64_t tokens,
-                 int64_t heads, int64_t head_dim) {
+void check_heads(const Checks& checks, const Tensor& t, const char* name, int64_t tokens, int64_t heads,
+                 int64_t head_dim) {
     checks.same(t, name, checks.scalar_type());
-    STD_TORCH_CHECK(t.dim() == 3 && t.size(0) == tokens && t.size(1) == heads && t.size(2) == head_dim, op,
-                    ": ", name, " must have shape [", tokens, ", ", heads, ", ", head_dim, "]");
+    STD_TORCH_CHECK(t.dim() == 3 && t.size(0) == tokens && t.size(1) == heads && t.size(2) == head_dim,
+                    checks.op(), ": ", name, " must have shape [", tokens, ", ", heads, ", ", head_dim, "]");
 }
 
 // The values of cu_seqlens stay on the device, unread.
-int64_t check_cu_seqlens(const Checks& checks, const char* op, const Tensor& t, const char* name) {
+int64_t check_cu_seqlens(const Checks& checks, const Tensor& t, const char* name) {
     checks.same(t, name, ScalarType::Int);
-    STD_TORCH_CHECK(t.dim() == 1 && t.size(0) >= 1, op, ": ", name, " must have shape [B + 1]");
+    STD_TORCH_CHECK(t.dim() == 1 && t.size(0) >= 1, checks.op(), ": ", name, " must have shape [B + 1]");
     return t.size(0) - 1;
 }
 
-Checked check(const Checks& checks, const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
+Checked check(const Checks& checks, const Tensor& q, const Tensor& k, const Tensor& v,
               const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, int64_t max_seqlen_q,
               int64_t max_seqlen_k, double scale, bool causal, const std::optional<Tensor>& key_mask,
               double dropout_p, const std::optional<Tensor>& seed) {
+    const char* op = checks.op();
     STD_TORCH_CHECK(q.dim() == 3, op, ": q must have shape [Tq, heads, head_dim]");
     STD_TORCH_CHECK(k.dim() == 3, op, ": k must have shape [Tk, heads, head_dim]");
     AttentionArgs a{};
@@ -55,14 +60,14 @@ Checked check(const Checks& checks, const char* op, const Tensor& q, const Tenso
     a.head_dim = q.size(2);
     STD_TORCH_CHECK(a.head_dim >= 16 && a.head_dim <= 128 && a.head_dim % 8 == 0, op,
                     ": head_dim must be a multiple of 8 from 16 to 128, not ", a.head_dim);
-    check_heads(checks, op, k, "k", a.total_k, a.heads, a.head_dim);
-    check_heads(checks, op, v, "v", a.total_k, a.heads, a.head_dim);
+    check_heads(checks, k, "k", a.total_k, a.heads, a.head_dim);
+    check_heads(checks, v, "v", a.total_k, a.heads, a.head_dim);
     const std::pair<const Tensor&, const char*> rows[] = {{q, "q"}, {k, "k"}, {v, "v"}};
     for (const auto& [t, name] : rows)
         STD_TORCH_CHECK(t.stride(2) == 1 || t.size(0) == 0, op, ": ", name,
                         " must have unit stride in head_dim, not ", t.stride(2));
-    a.batch = check_cu_seqlens(checks, op, cu_seqlens_q, "cu_seqlens_q");
-    STD_TORCH_CHECK(check_cu_seqlens(checks, op, cu_seqlens_k, "cu_seqlens_k") == a.batch, op,
+    a.batch = check_cu_seqlens(checks, cu_seqlens_q, "cu_seqlens_q");
+    STD_TORCH_CHECK(check_cu_seqlens(checks, cu_seqlens_k, "cu_seqlens_k") == a.batch, op,
                     ": cu_seqlens_k must have ", a.batch + 1, " elements, as cu_seqlens_q, not ",
                     cu_seqlens_k.size(0));
     STD_TORCH_CHECK(max_seqlen_q >= 0 && max_seqlen_k >= 0, op,
@@ -98,11 +103,10 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
                                    int64_t max_seqlen_q, int64_t max_seqlen_k, double scale, bool causal,
                                    const std::optional<Tensor>& key_mask, double dropout_p,
                                    const std::optional<Tensor>& seed) {
-    const char* op = "attention";
-    const Checks checks(op, q, "q");
+    const Checks checks("attention", q, "q");
     const OnDeviceOf device(q);
-    Checked c = check(checks, op, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale,
-                      causal, key_mask, dropout_p, seed);
+    Checked c = check(checks, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal,
+                      key_mask, dropout_p, seed);
     AttentionArgs& a = c.args;
     a.stream = device.stream();
     Tensor out = checks.empty({a.total_q, a.heads, a.head_dim});
@@ -119,17 +123,16 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor
                                             int64_t max_seqlen_q, int64_t max_seqlen_k, double scale,
                                             bool causal, const std::optional<Tensor>& key_mask,
                                             double dropout_p, const std::optional<Tensor>& seed) {
-    const char* op = "attention_backward";
-    const Checks checks(op, q, "q");
+    const Checks checks("attention_backward", q, "q");
     const OnDeviceOf device(q);
-    Checked c = check(checks, op, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale,
-                      causal, key_mask, dropout_p, seed);
+    Checked c = check(checks, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal,
+                      key_mask, dropout_p, seed);
     AttentionArgs& a = c.args;
     a.stream = device.stream();
-    check_heads(checks, op, grad_out, "grad_out", a.total_q, a.heads, a.head_dim);
-    check_heads(checks, op, out, "out", a.total_q, a.heads, a.head_dim);
+    check_heads(checks, grad_out, "grad_out", a.total_q, a.heads, a.head_dim);
+    check_heads(checks, out, "out", a.total_q, a.heads, a.head_dim);
     checks.same(lse, "lse", ScalarType::Float);
-    STD_TORCH_CHECK(lse.dim() == 2 && lse.size(0) == a.heads && lse.size(1) == a.total_q, op,
+    STD_TORCH_CHECK(lse.dim() == 2 && lse.size(0) == a.heads && lse.size(1) == a.total_q, checks.op(),
                     ": lse must have shape [", a.heads, ", ", a.total_q, "]");
     const Tensor grad = aligned(grad_out);  // autograd may hand over any strides (an expanded scalar, say)
     const Tensor saved_out = aligned(as_contiguous(out)), saved_lse = as_contiguous(lse);

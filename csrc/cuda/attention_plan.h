@@ -66,8 +66,8 @@ struct ForwardPlan {
 
 // Long sequences: four warps of 32 queries, so that what is read of a tile serves twice (not with dropout,
 // where random numbers take longer than that). Short ones: as many warps of 16 as they have rows. One block
-// walks all query tiles of a (sequence, head) when there are blocks enough without splitting them, and then
-// keeps all keys and values if they fit beside a second block.
+// walks all query tiles of a (sequence, head) when there are blocks enough without splitting them; the keys
+// and values of a sequence that fits in its slots are then copied once.
 inline ForwardPlan plan_forward(const Sizes& s, const Machine& machine) {
     ForwardPlan plan{};
     plan.d = padded_head_dim(s.head_dim);
@@ -84,8 +84,8 @@ inline ForwardPlan plan_forward(const Sizes& s, const Machine& machine) {
     const size_t row = row_bytes(s.dtype, plan.d);
     const int keys = forward_tile(s.dtype);
     const size_t slot = 2 * keys * row;
-    const int64_t key_tiles = divide_up(s.max_seqlen_k, keys);
-    const int needed = static_cast<int>(key_tiles < 1 ? 1 : key_tiles < 2 ? key_tiles : 2);
+    const int64_t key_tiles = divide_up(s.max_seqlen_k < 1 ? 1 : s.max_seqlen_k, keys);
+    const int needed = key_tiles < 2 ? 1 : 2;
     while (plan.warps > 1 && plan.warps * warp_rows * row + needed * slot > machine.shared_bytes_per_block)
         plan.warps /= 2;
     const size_t queries = plan.warps * warp_rows * row;
@@ -95,15 +95,14 @@ inline ForwardPlan plan_forward(const Sizes& s, const Machine& machine) {
     plan.splits = wish < query_tiles ? wish : query_tiles;
     if (plan.splits < 1) plan.splits = 1;
 
+    // Enough slots to copy ahead; more where a second block still fits beside this one: a block that walks
+    // wants all tiles, another three.
     const bool walks = plan.splits < query_tiles;
-    const size_t free = machine.shared_bytes_per_block - queries;
-    const size_t half =
-        machine.shared_bytes_per_block / 2 > queries ? machine.shared_bytes_per_block / 2 - queries : 0;
-    plan.slots = slots_that_fit(free, slot, needed);
-    if (walks && slots_that_fit(half, slot, key_tiles) == key_tiles)
-        plan.slots = static_cast<int>(key_tiles);
-    else if (key_tiles > 2 && slots_that_fit(half / 2, slot, 3) == 3)
-        plan.slots = 3;
+    const size_t room = machine.shared_bytes_per_block / (walks ? 2 : 4);
+    const int comfortable = room > queries ? slots_that_fit(room - queries, slot, walks ? key_tiles : 3) : 0;
+    plan.slots = slots_that_fit(machine.shared_bytes_per_block - queries, slot, needed);
+    if (plan.slots < comfortable)
+        plan.slots = comfortable < key_tiles ? comfortable : static_cast<int>(key_tiles);
     plan.shared_bytes = queries + plan.slots * slot;
 
     plan.work = s.max_seqlen_q > 0 ? pairs * plan.splits : 0;
