@@ -64,7 +64,7 @@ struct FusedBackward {
     const void* preactivation;  // [T, F]
     void* grad_preactivation;   // [T, F]
     void* activation;           // [T, F]
-    Partials partials;          // fused_partials(T, F)
+    Partials partials;          // fused_partials(variant, T, F)
     int64_t tokens, outer, inner;
     Dtype dtype;
     bool tanh;
@@ -95,11 +95,15 @@ inline FusedTile fused_forward_tile(int64_t tokens, int64_t inner, int multiproc
     return rows * columns >= multiprocessors ? FusedTile::large : FusedTile::small;
 }
 
-// The shape of the partial column sums that a fused backward kernel, whose tile is the large one, writes: one
-// row for each row of tiles, rounded up to whole tiles.
-inline Partials fused_partials(int64_t tokens, int64_t inner) {
+// The shape of the partial column sums that a fused backward kernel, whose tile is the large one, writes: for
+// each row of tiles one row (sm80) or one for each of the four warps that share a tile (sm90), of whole
+// tiles.
+constexpr int64_t kSm90PartialsOfTile = 4;
+inline Partials fused_partials(GeluFfnVariant path, int64_t tokens, int64_t inner) {
+    const int64_t rows = (tokens + kLargeTileRows - 1) / kLargeTileRows;
     const int64_t columns = (inner + kLargeTileColumns - 1) / kLargeTileColumns;
-    return {nullptr, (tokens + kLargeTileRows - 1) / kLargeTileRows, inner, columns * kLargeTileColumns};
+    return {nullptr, path == GeluFfnVariant::sm90 ? rows * kSm90PartialsOfTile : rows, inner,
+            columns * kLargeTileColumns};
 }
 
 // How a call is served: the best of what is allowed and what the device, the dtype and the sizes allow.

@@ -126,7 +126,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_o
 
     const bool fused = path != GeluFfnVariant::portable;
     Partials partials =
-        fused ? fused_partials(tokens, inner) : Partials{nullptr, sum_blocks(tokens), inner, inner};
+        fused ? fused_partials(path, tokens, inner) : Partials{nullptr, sum_blocks(tokens), inner, inner};
     Tensor partial_sums = checks.empty({partials.rows, partials.pitch}, ScalarType::Float);
     partials.data = static_cast<float*>(partial_sums.mutable_data_ptr());
     if (fused) {
