@@ -42,6 +42,11 @@ struct GeluBackward {
 };
 void gelu_backward(const GeluBackward& args);
 
+struct FusedDevice {
+    int multiprocessors;
+    cudaStream_t stream;
+};
+
 // activation = gelu(x w_in^T + b_in), in one kernel.
 struct FusedForward {
     const void* x;        // [T, H]
@@ -52,8 +57,7 @@ struct FusedForward {
     int64_t tokens, hidden, inner;
     Dtype dtype;
     bool tanh;
-    int multiprocessors;
-    cudaStream_t stream;
+    FusedDevice device;
 };
 
 // grad_preactivation = (grad_out w_out) * gelu'(preactivation) with its column sums, and the activation
@@ -68,8 +72,7 @@ struct FusedBackward {
     int64_t tokens, outer, inner;
     Dtype dtype;
     bool tanh;
-    int multiprocessors;
-    cudaStream_t stream;
+    FusedDevice device;
 };
 
 void fused_forward_sm80(const FusedForward& args);

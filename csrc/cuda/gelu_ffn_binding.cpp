@@ -88,8 +88,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_, const Tensor& w_in_, const 
         args.tokens = tokens, args.hidden = hidden, args.inner = inner;
         args.dtype = checks.dtype();
         args.tanh = tanh;
-        args.multiprocessors = properties.multiprocessors;
-        args.stream = device.stream();
+        args.device = {properties.multiprocessors, device.stream()};
         run_fused(path, args);
     }
 
@@ -140,8 +139,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_o
         args.tokens = tokens, args.outer = outer, args.inner = inner;
         args.dtype = checks.dtype();
         args.tanh = tanh;
-        args.multiprocessors = properties.multiprocessors;
-        args.stream = device.stream();
+        args.device = {properties.multiprocessors, device.stream()};
         run_fused(path, args);
     } else {
         multiply(grad_preactivation, grad_out, w_out);  // of the activation: the next kernel works in place

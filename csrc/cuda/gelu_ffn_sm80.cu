@@ -26,7 +26,6 @@
 #include "csrc/cuda/gelu_ffn.h"
 #include "csrc/cuda/gelu_ffn_cutlass.h"
 #include "cutlass/cutlass.h"
-#include "cutlass/gemm/device/gemm_universal_adapter.h"
 #include "cutlass/gemm/kernel/default_gemm_universal_with_visitor.h"
 
 // After those: it relies on what they declare. (It has a function that forgets to return what nobody reads.)
@@ -158,6 +157,12 @@ struct Shapes<FusedTile::small> {
     static constexpr int kStages = 4;
 };
 
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::kThreadCount)
+    fused_kernel(const __grid_constant__ typename Kernel::Params params) {
+    Kernel::invoke(params, *reinterpret_cast<typename Kernel::SharedStorage*>(shared_memory()));
+}
+
 // Product of A [rows, depth] and B, with the columns of D last: `LayoutB` is ColumnMajor for B stored as
 // [columns, depth] and RowMajor for [depth, columns].
 template <class Element, FusedTile kTile, bool kBackward>
@@ -188,24 +193,22 @@ struct Gemm {
         cutlass::arch::OpClassTensorOp, cutlass::arch::Sm80, Block, Warp, cutlass::gemm::GemmShape<16, 8, 16>,
         Epilogue, cutlass::gemm::threadblock::GemmIdentityThreadblockSwizzle<8>, Shapes<kTile>::kStages,
         cutlass::arch::OpMultiplyAdd, kEpilogueStages>::GemmKernel;
-    using Device = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
-
-    // The adapter may hand the transposed problem to a kernel, which would turn the bias by a right angle.
-    static_assert(!Device::kInternalTranspose);
     static_assert(cute::is_same_v<typename Kernel::LayoutA, RowMajor> &&
                   cute::is_same_v<typename Kernel::LayoutB, LayoutB>);
 
     static void run(int64_t rows, int64_t columns, int64_t depth, const void* a, const void* b,
-                    typename Epilogue::Arguments epilogue, cudaStream_t stream) {
-        typename Device::Arguments arguments(
+                    typename Epilogue::Arguments epilogue, const FusedDevice& device) {
+        // Of the strides, those of A and B count: the nodes of the epilogue carry their own.
+        const typename Kernel::Arguments arguments(
             cutlass::gemm::GemmUniversalMode::kGemm,
             {static_cast<int>(rows), static_cast<int>(columns), static_cast<int>(depth)}, 1, epilogue, a, b,
-            nullptr, nullptr, 0, 0, 0, 0, depth, kBackward ? columns : depth, 0, 0);
-        Device device;
-        if (Device::get_workspace_size(arguments) != 0)
-            throw std::logic_error("gelu_ffn: CUTLASS asks for a workspace, and none was expected");
-        check_cutlass(device.initialize(arguments, nullptr, stream), "preparation");
-        check_cutlass(device.run(stream), "launch");
+            nullptr, nullptr, 0, 0, 0, 0, depth, kBackward ? columns : depth, columns, columns);
+        check_cutlass(Kernel::can_implement(arguments), "sizes");
+        const typename Kernel::Params params(arguments, device.multiprocessors, /*blocks on each=*/1);
+        launch(fused_kernel<Kernel>,
+               {params.get_grid_dims(), dim3(Kernel::kThreadCount), sizeof(typename Kernel::SharedStorage),
+                device.stream},
+               params);
     }
 };
 
@@ -222,7 +225,7 @@ void forward(const FusedForward& args) {
             },
             {static_cast<Element*>(args.activation), stride},  // D
         },
-        args.stream);
+        args.device);
 }
 
 template <class Element>
@@ -244,12 +247,12 @@ void backward(const FusedBackward& args) {
             },
             {static_cast<Element*>(args.grad_preactivation), stride},  // D
         },
-        args.stream);
+        args.device);
 }
 
 template <class Element>
 void forward_of(const FusedForward& args) {
-    if (fused_forward_tile(args.tokens, args.inner, args.multiprocessors) == FusedTile::large)
+    if (fused_forward_tile(args.tokens, args.inner, args.device.multiprocessors) == FusedTile::large)
         forward<Element, FusedTile::large>(args);
     else
         forward<Element, FusedTile::small>(args);

@@ -341,20 +341,20 @@ struct Gemm {
 template <class Element, FusedTile kTile>
 void forward(const FusedForward& args) {
     Gemm<Element, kTile, false> gemm(args.tokens, args.inner, args.hidden, args.x, args.w_in, args.activation,
-                                     args.multiprocessors);
+                                     args.device.multiprocessors);
     const StrideMNL stride = make_stride(args.inner, _1{}, int64_t{0});
     gemm.arguments.epilogue.thread = {
         {},                                                                // the sums
         {static_cast<const Element*>(args.b_in), Element(0), {}},          // the bias
         {{static_cast<Element*>(args.preactivation), stride}, args.tanh},  // BiasGelu
     };
-    gemm.run(args.stream);
+    gemm.run(args.device.stream);
 }
 
 template <class Element>
 void backward(const FusedBackward& args) {
     Gemm<Element, FusedTile::large, true> gemm(args.tokens, args.inner, args.outer, args.grad_out, args.w_out,
-                                               args.grad_preactivation, args.multiprocessors);
+                                               args.grad_preactivation, args.device.multiprocessors);
     const StrideMNL stride = make_stride(args.inner, _1{}, int64_t{0});
     gemm.arguments.epilogue.ptr_C = static_cast<const Element*>(args.preactivation);
     gemm.arguments.epilogue.dC = stride;
@@ -366,12 +366,12 @@ void backward(const FusedBackward& args) {
         },
         {args.partials.data, args.partials.pitch},  // ColumnSums
     };
-    gemm.run(args.stream);
+    gemm.run(args.device.stream);
 }
 
 template <class Element>
 void forward_of(const FusedForward& args) {
-    if (fused_forward_tile(args.tokens, args.inner, args.multiprocessors) == FusedTile::large)
+    if (fused_forward_tile(args.tokens, args.inner, args.device.multiprocessors) == FusedTile::large)
         forward<Element, FusedTile::large>(args);
     else
         forward<Element, FusedTile::small>(args);
