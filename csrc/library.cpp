@@ -5,6 +5,9 @@
 
 #ifdef ROBERTA_KERNELS_CUDA
 STABLE_TORCH_LIBRARY(roberta_kernels_cuda, m) {
+    // Which variant of its kernels an op may use (csrc/cuda/variants.h).
+    m.def("get_variant(str op) -> str");
+    m.def("set_variant(str op, str variant) -> ()");
 #else
 STABLE_TORCH_LIBRARY(roberta_kernels_cpu, m) {
     // Which compiled instruction set serves: an index into rk::cpu::kIsaNames; set_isa returns what was set

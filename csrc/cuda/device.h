@@ -3,11 +3,14 @@
 #pragma once
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/tensor.h>
 
 // The dispatch key that the kernels are registered for.
 #define RK_DISPATCH_KEY CUDA
+// torch's own implementation of an op on the device, past the dispatcher: RK_ATEN(mm_out)(...).
+#define RK_ATEN(op) aoti_torch_cuda_##op
 
 namespace rk::cuda {
 

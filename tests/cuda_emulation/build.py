@@ -9,6 +9,7 @@ sanitizers, unless --plain) and prints how to run tests on it. `-- COMMAND ...` 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import platform
 import shutil
@@ -18,8 +19,12 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-# CUTLASS is not emulated: exempt.cpp stands in for these launchers, and says so when one is called.
-EXEMPT = {"gelu_ffn_sm80.cu", "gelu_ffn_sm90.cu"}
+# wgmma and TMA are not emulated: the variants that need them are not built here.
+EXEMPT = {"gelu_ffn_sm90.cu"}
+# Built where CUTLASS's headers are (else the op has one variant less). Those of its headers that hold PTX are replaced
+# by those in cutlass/. Its classes have types that bear the name of another, which g++ takes with -fpermissive alone.
+NEED_CUTLASS = {"gelu_ffn_sm80.cu"}
+CUTLASS_FLAGS = "-fpermissive -w"
 FAULTS = [HERE / "faults.cu"]  # kernels that test the emulation itself
 NAME = "_cuda_emulated.so"
 FLAGS = [
@@ -44,6 +49,17 @@ def cuda_include() -> Path | None:
     return next((path for path in candidates if (path / "cuda_runtime.h").is_file()), None)
 
 
+def cutlass_include() -> Path | None:
+    """CUTLASS's headers: of the checkout that ROBERTA_KERNELS_CUTLASS names, else of the nvidia-cutlass package."""
+    wish = os.environ.get("ROBERTA_KERNELS_CUTLASS")
+    if wish:
+        places = [Path(wish) / "include", Path(wish)]
+    else:
+        spec = importlib.util.find_spec("cutlass_library")
+        places = [Path(spec.origin).parent / "source/include"] if spec is not None and spec.origin else []
+    return next((place.resolve() for place in places if (place / "cutlass/cutlass.h").is_file()), None)
+
+
 def missing() -> str | None:
     """What the emulation needs and this machine lacks, or None."""
     if platform.machine() != "x86_64":
@@ -62,7 +78,8 @@ def kernel_sources() -> list[Path]:
         ROOT / "csrc/library.cpp",
         *sorted((ROOT / "csrc/cuda").glob("*.cpp")),
     ]
-    return sources + [path for path in sorted((ROOT / "csrc/cuda").glob("*.cu")) if path.name not in EXEMPT]
+    left_out = EXEMPT if cutlass_include() is not None else EXEMPT | NEED_CUTLASS
+    return sources + [path for path in sorted((ROOT / "csrc/cuda").glob("*.cu")) if path.name not in left_out]
 
 
 def library(folder: Path, *, sources: list[Path] | None = None, sanitize: bool = True) -> Path:
@@ -84,7 +101,9 @@ def library(folder: Path, *, sources: list[Path] | None = None, sanitize: bool =
         libraries = f"-L{torch_lib} -ltorch_cpu -lc10 -Wl,-rpath,{torch_lib}"
     flags = [*FLAGS, *(SANITIZERS if sanitize else ["-O2"]), *(f"-I{path}" for path in includes)]
     defines = "-DUSE_CUDA -DROBERTA_KERNELS_CUDA -DTORCH_TARGET_VERSION=0x020a000000000000"
-    compile_command = f"g++ -x c++ $flags {defines} -include {HERE / 'emulation.h'} -MD -MF $out.d -c $in -o $out"
+    if cutlass_include() is not None:
+        defines += " -DROBERTA_KERNELS_CUTLASS"
+    compile_command = f"g++ -x c++ $first $flags {defines} -include {HERE / 'emulation.h'} $last -MD -MF $out.d -c $in -o $out"
     lines = [
         f"flags = {' '.join(flags)}",
         f"rule compile\n  command = {compile_command}\n  depfile = $out.d\n  deps = gcc",
@@ -94,6 +113,10 @@ def library(folder: Path, *, sources: list[Path] | None = None, sanitize: bool =
     for source in [HERE / "emulator.cpp", *sources]:
         objects.append(f"{source.stem}{source.suffix.replace('.', '_')}.o")
         lines.append(f"build {objects[-1]}: compile {source}")
+        if source.name in NEED_CUTLASS:
+            lines.append(f"  first = -I{HERE / 'cutlass'}")
+            headers = f"-I{cuda_include()}/cccl -I{cutlass_include()} -include {HERE / 'cutlass/prelude.h'}"
+            lines.append(f"  last = {CUTLASS_FLAGS} {headers}")
     lines.append(f"build {NAME}: link {' '.join(objects)}\n")
     (folder / "build.ninja").write_text("\n".join(lines))
     ninja = shutil.which("ninja") or str(Path(sys.executable).parent / "ninja")

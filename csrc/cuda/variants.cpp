@@ -1,0 +1,110 @@
+// The variants of the ops and what is set of them; set_variant and get_variant for Python.
+//
+// setup.py says what was compiled: ROBERTA_KERNELS_SM90A, the files for sm_90a; ROBERTA_KERNELS_CUTLASS,
+// those that need CUTLASS.
+#include "csrc/cuda/variants.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <atomic>
+#include <stdexcept>
+
+namespace rk::cuda {
+namespace {
+
+struct Variant {
+    const char* name;
+    bool built;
+};
+
+#ifdef ROBERTA_KERNELS_SM90A
+constexpr bool kSm90a = true;
+#else
+constexpr bool kSm90a = false;
+#endif
+#ifdef ROBERTA_KERNELS_CUTLASS
+constexpr bool kCutlass = true;
+#else
+constexpr bool kCutlass = false;
+#endif
+
+// In the order of the enumerators.
+constexpr Variant kAttention[] = {{"portable", true}, {"sm90", kSm90a}};
+constexpr Variant kGeluFfn[] = {{"portable", true}, {"sm80", kCutlass}, {"sm90", kCutlass && kSm90a}};
+
+std::atomic<int> attention_active{0}, gelu_ffn_active{0};
+
+struct Op {
+    const char* name;
+    const Variant* variants;
+    int count;
+    std::atomic<int>* active;
+};
+
+const Op kOps[] = {
+    {"attention", kAttention, 2, &attention_active},
+    {"gelu_ffn", kGeluFfn, 3, &gelu_ffn_active},
+};
+
+const Op& find(const std::string& name) {
+    std::string known;
+    for (const Op& op : kOps) {
+        if (name == op.name) return op;
+        known += (known.empty() ? "" : ", ") + std::string(op.name);
+    }
+    throw std::invalid_argument("no op \"" + name + "\" with variants: there are " + known);
+}
+
+}  // namespace
+
+AttentionVariant attention_variant() {
+    return static_cast<AttentionVariant>(attention_active.load(std::memory_order_relaxed));
+}
+
+GeluFfnVariant gelu_ffn_variant() {
+    return static_cast<GeluFfnVariant>(gelu_ffn_active.load(std::memory_order_relaxed));
+}
+
+std::vector<std::string> variants_of(const std::string& name) {
+    const Op& op = find(name);
+    std::vector<std::string> built;
+    for (int i = 0; i < op.count; ++i)
+        if (op.variants[i].built) built.push_back(op.variants[i].name);
+    return built;
+}
+
+void set_variant(const std::string& name, const std::string& variant) {
+    const Op& op = find(name);
+    for (int i = 0; i < op.count; ++i) {
+        if (op.variants[i].built && variant == op.variants[i].name) {
+            op.active->store(i, std::memory_order_relaxed);
+            return;
+        }
+    }
+    std::string known;
+    for (const std::string& built : variants_of(name)) known += (known.empty() ? "" : ", ") + built;
+    throw std::invalid_argument(name + " has no variant \"" + variant + "\" in this build: it has " + known);
+}
+
+std::string get_variant(const std::string& name) {
+    const Op& op = find(name);
+    return op.variants[op.active->load(std::memory_order_relaxed)].name;
+}
+
+namespace {
+
+void set_variant_op(std::string op, std::string variant) {
+    set_variant(op, variant);
+}
+
+std::string get_variant_op(std::string op) {
+    return get_variant(op);
+}
+
+}  // namespace
+}  // namespace rk::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(roberta_kernels_cuda, CompositeExplicitAutograd, m) {
+    m.impl("set_variant", TORCH_BOX(&rk::cuda::set_variant_op));
+    m.impl("get_variant", TORCH_BOX(&rk::cuda::get_variant_op));
+}

@@ -1,0 +1,24 @@
+// Which of its implementations an op may use: process-wide, set from Python. A variant that this build has
+// not, or the device at hand cannot run, or that does not take the sizes of a call, gives way to the best
+// below it. Every op starts with "portable": roberta_kernels/backends.py raises it where recorded
+// measurements say so. Plain C++.
+#pragma once
+#include <string>
+#include <vector>
+
+namespace rk::cuda {
+
+// In the order of preference: a later one may be served by an earlier one.
+enum class AttentionVariant { portable, sm90 };
+enum class GeluFfnVariant { portable, sm80, sm90 };
+
+AttentionVariant attention_variant();
+GeluFfnVariant gelu_ffn_variant();
+
+// The names of what this build has of an op, in the order of preference. Throws std::invalid_argument for an
+// op without variants, and so do the two below; set_variant also for a name that is not among them.
+std::vector<std::string> variants_of(const std::string& op);
+void set_variant(const std::string& op, const std::string& variant);
+std::string get_variant(const std::string& op);
+
+}  // namespace rk::cuda
