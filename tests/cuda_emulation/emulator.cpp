@@ -113,6 +113,10 @@ struct Barrier {
     std::vector<int> waiting;
 };
 
+struct Later {  // what the copy engine has yet to do, and when
+    uint64_t due;
+    std::function<void()> action;
+};
 struct FailedLater {};  // what fail() throws where no thread runs
 
 struct Block {
@@ -123,7 +127,8 @@ struct Block {
     std::vector<Warp> warps;
     Barrier barriers[kBarriers];
     std::vector<int> runnable, parked;
-    std::vector<std::function<void()>> later;  // what the copy engine has yet to do
+    std::vector<Later> later;
+    uint64_t steps = 0;                        // of the scheduler
     uint64_t number = 0;                       // counts all blocks that ever ran
     int running = -1;
     bool failed = false;
@@ -260,10 +265,12 @@ void run_block() {
         block.runnable.push_back(thread);
     }
     while (!(block.runnable.empty() && block.later.empty()) && !block.failed) {
-        if (!block.later.empty() && (block.runnable.empty() || random_order() % 16 == 0)) {
-            std::swap(block.later[random_order() % block.later.size()], block.later.back());
-            const std::function<void()> action = std::move(block.later.back());
-            block.later.pop_back();
+        block.steps += 1;
+        const auto next = std::min_element(block.later.begin(), block.later.end(),
+                                           [](const Later& a, const Later& b) { return a.due < b.due; });
+        if (next != block.later.end() && (block.runnable.empty() || next->due <= block.steps)) {
+            const std::function<void()> action = std::move(next->action);
+            block.later.erase(next);
             try {
                 action();
             } catch (const FailedLater&) {  // no thread to blame: block.message tells it
@@ -411,7 +418,9 @@ void unpark() {
 }
 
 void later(std::function<void()> action) {
-    block.later.push_back(std::move(action));
+    // At once or after many threads' turns, and anything between.
+    const uint64_t delay = random_order() % (uint64_t{1} << random_order() % 15);
+    block.later.push_back({block.steps + delay, std::move(action)});
 }
 
 void defer(std::function<void()> action) {

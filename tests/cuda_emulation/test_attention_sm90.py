@@ -17,7 +17,10 @@ from roberta_kernels.reference import attention as reference
 from . import build
 
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=f"the CUDA emulation: {build.missing()}")
-SOURCES = [build.HERE / "attention_sm90_entry.cpp", build.ROOT / "csrc/cuda/attention_sm90.cu"]
+SOURCES = [
+    build.HERE / "attention_sm90_entry.cpp",
+    *(build.ROOT / "csrc/cuda" / name for name in ("attention_sm90.cu", "attention_sm90_backward.cu")),
+]
 BF16, FP16 = torch.bfloat16, torch.float16
 
 
@@ -86,24 +89,49 @@ def address(t: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if t is None else t.data_ptr())
 
 
-def forward(library: ctypes.CDLL, inputs: dict[str, Any], *, blocks: int = 3, order: int = 1) -> tuple[Tensor, Tensor]:
-    q, k, v = inputs["q"], inputs["k"], inputs["v"]
-    views = torch.tensor([x for t in (q, k, v) for x in (t.data_ptr(), t.stride(0), t.stride(1))])
+def call(
+    library: ctypes.CDLL,
+    inputs: dict[str, Any],
+    out: Tensor,
+    lse: Tensor,
+    gradients: list[Tensor] | None,
+    *,
+    blocks: int,
+    order: int,
+) -> None:
+    q, k, v, grad = (inputs[name] for name in ("q", "k", "v", "grad"))
+    views = torch.tensor([x for t in (q, k, v, grad) for x in (t.data_ptr(), t.stride(0), t.stride(1))])
     lengths = [(inputs[name][1:] - inputs[name][:-1]).max().item() for name in ("cu_seqlens_q", "cu_seqlens_k")]
     sizes = torch.tensor([len(inputs["cu_seqlens_q"]) - 1, *q.shape[1:], q.shape[0], k.shape[0], *lengths])
-    out = torch.full(q.shape, math.nan, dtype=q.dtype)
-    lse = torch.full((q.shape[1], q.shape[0]), math.nan)
+    addresses = None if gradients is None else torch.tensor([t.data_ptr() for t in gradients])
     message = ctypes.create_string_buffer(512)
     library.rk_emulation_set_device(90, blocks)
     library.rk_emulation_set_seed(ctypes.c_uint64(order))
-    status = library.rk_attention_sm90_forward(
+    status = library.rk_attention_sm90(
         *(address(views), address(inputs["cu_seqlens_q"]), address(inputs["cu_seqlens_k"])),
         *(address(inputs["key_mask"]), address(sizes), ctypes.c_double(inputs["scale"]), int(inputs["causal"])),
         *(int(q.dtype == BF16), ctypes.c_double(inputs["dropout_p"]), address(inputs["seed"])),
-        *(address(out), address(lse), message),
+        *(address(out), address(lse), address(addresses), message),
     )
     assert status == 0, message.value.decode() or "not supported"
+
+
+def forward(library: ctypes.CDLL, inputs: dict[str, Any], *, blocks: int = 3, order: int = 1) -> tuple[Tensor, Tensor]:
+    q = inputs["q"]
+    out = torch.full(q.shape, math.nan, dtype=q.dtype)
+    lse = torch.full((q.shape[1], q.shape[0]), math.nan)
+    call(library, inputs, out, lse, None, blocks=blocks, order=order)
     return out, lse
+
+
+def backward(
+    library: ctypes.CDLL, inputs: dict[str, Any], out: Tensor, lse: Tensor, *, blocks: int = 3, order: int = 1
+) -> list[Tensor]:
+    """Gradients of q, k and v."""
+    gradients = [torch.full(inputs[name].shape, math.nan, dtype=out.dtype) for name in "qkv"]
+    delta = torch.full_like(lse, math.nan)
+    call(library, inputs, out, lse, [*gradients, delta], blocks=blocks, order=order)
+    return gradients
 
 
 def draw(case: Case) -> dict[str, Any]:
@@ -123,8 +151,9 @@ def draw(case: Case) -> dict[str, Any]:
     else:
         q, k, v = (normal(n, case.heads, case.head_dim).to(case.dtype) for n in (total_q, total_k, total_k))
     mask = None if case.mask is None else torch.rand(total_k, generator=generator) < case.mask
+    grad = normal(total_q, case.heads, case.head_dim).to(case.dtype)
     return {
-        **{"q": q, "k": k, "v": v, "cu_seqlens_q": cumulative(case.lengths), "cu_seqlens_k": cumulative(keys)},
+        **{"q": q, "k": k, "v": v, "grad": grad, "cu_seqlens_q": cumulative(case.lengths), "cu_seqlens_k": cumulative(keys)},
         **{"scale": case.head_dim**-0.5 if case.scale is None else case.scale, "causal": case.causal},
         **{"key_mask": mask, "dropout_p": case.dropout_p},
         "seed": torch.randint(-(2**62), 2**62, (1,), generator=generator) if case.dropout_p else None,
@@ -152,13 +181,38 @@ def test_forward(library: ctypes.CDLL, case: Case) -> None:
     torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case.head_dim <= 64], ids=lambda case: case.id)
+def test_backward(library: ctypes.CDLL, case: Case) -> None:
+    inputs = draw(case)
+    out, lse = forward(library, inputs, blocks=case.blocks)
+    got = backward(library, inputs, out, lse, blocks=case.blocks)
+    q, k, v, grad = (inputs[name].double() for name in ("q", "k", "v", "grad"))
+    rest = [inputs[name] for name in ("scale", "causal", "key_mask", "dropout_p", "seed")]
+    ends = (inputs["cu_seqlens_q"], inputs["cu_seqlens_k"])
+    exact = reference.attention_backward(grad, q, k, v, *exactly(inputs), *ends, 0, 0, *rest)
+    eps = torch.finfo(case.dtype).eps
+    # What out's rounding does to the gradients of q and k by way of delta, even where they cancel to nothing.
+    rounding = abs(inputs["scale"]) * eps * case.spread * 8.0 / (1.0 - case.dropout_p)
+    for name, ours, expected in zip("qkv", got, exact, strict=True):
+        assert not ours.isnan().any(), name
+        if ours.numel() == 0:
+            continue
+        error = ours.double() - expected
+        floor = 0.0 if name == "v" else rounding
+        assert error.square().mean().sqrt() <= eps * expected.square().mean().sqrt() + floor, name
+        assert error.abs().max() <= 4 * eps * expected.abs().max() + 8 * floor, name
+
+
 def test_the_order_of_threads_does_not_matter(library: ctypes.CDLL) -> None:
     inputs = draw(Case("", (97, 0, 700, 1, 64, 200), heads=2, causal=True, mask=0.9, dropout_p=0.1))
-    first = forward(library, inputs, blocks=3)
-    for order in range(2, 6):
-        out, lse = forward(library, inputs, blocks=order, order=order)
-        assert torch.equal(out, first[0])
-        assert torch.equal(lse, first[1])
+    first, lse = forward(library, inputs, blocks=3)
+    gradients = backward(library, inputs, first, lse, blocks=3)
+    for order in range(2, 5):
+        again = forward(library, inputs, blocks=order, order=order)
+        assert torch.equal(again[0], first)
+        assert torch.equal(again[1], lse)
+        for t, expected in zip(backward(library, inputs, first, lse, blocks=order, order=order), gradients, strict=True):
+            assert torch.equal(t, expected)
 
 
 def test_sequences_do_not_see_each_other(library: ctypes.CDLL) -> None:
@@ -166,15 +220,18 @@ def test_sequences_do_not_see_each_other(library: ctypes.CDLL) -> None:
     lengths = (30, 97, 50)
     inputs = draw(Case("", lengths, heads=2, contiguous=True))
     alone = {**inputs, "cu_seqlens_q": cumulative((97,)), "cu_seqlens_k": cumulative((97,))}
-    for name in "qkv":
+    for name in ("q", "k", "v", "grad"):
         alone[name] = inputs[name][30:127].clone()
         inputs[name][:30] = inputs[name][127:] = math.nan
     out, lse = forward(library, inputs)
     expected, expected_lse = forward(library, alone)
-    assert torch.equal(out[30:127], expected)
     assert torch.equal(lse[:, 30:127], expected_lse)
-    assert out[:30].isnan().all()
-    assert out[127:].isnan().all()
+    gradients = backward(library, inputs, out, lse)
+    expected_gradients = backward(library, alone, expected, expected_lse)
+    for ours, alone_ours in zip([out, *gradients], [expected, *expected_gradients], strict=True):
+        assert torch.equal(ours[30:127], alone_ours)
+        assert ours[:30].isnan().all()
+        assert ours[127:].isnan().all()
 
 
 @pytest.mark.parametrize("dropout_p", [0.1, 0.5, 0.9])
@@ -206,6 +263,8 @@ def main() -> None:
     for case in CASES:
         if sum(case.lengths) <= 400:
             test_forward(library, case)
+            if case.head_dim <= 64:
+                test_backward(library, case)
             print("ran", case.id, flush=True)
 
 
