@@ -1,17 +1,18 @@
 // Attention forward on Hopper, for the sequence lengths of RoBERTa. Roles and scheduling: attention_sm90.cuh.
 //
-// Idea. At 512 tokens and head dim 64 all keys and values of a head are 128 KiB and fit in the shared memory of one
-// multiprocessor, so a block loads them once for a (sequence, head) and walks its 64-row query tiles over them. Scores come
-// from wgmma with the queries in registers and the keys in shared memory; the probabilities stay in registers as the first
-// operand of the second wgmma, with the values in shared memory as they came. While a warpgroup takes the exponentials of
-// one chunk of 64 keys, the tensor cores multiply its previous chunk with the values, and the chunks of the other two.
-// The running maximum is moved only when it has grown by more than a factor 2^8: usually it is that of the first chunk,
-// and the accumulators are never rescaled. (Nothing is lost by it: maximum and sums belong together, whatever the maximum.)
+// Idea. At 512 tokens and head dim 64 all keys and values of a head are 128 KiB and fit in the shared memory
+// of one multiprocessor, so a block loads them once for a (sequence, head) and walks its 64-row query tiles
+// over them. Scores come from wgmma with the queries in registers and the keys in shared memory; the
+// probabilities stay in registers as the first operand of the second wgmma, with the values in shared memory
+// as they came. While a warpgroup takes the exponentials of one chunk of 64 keys, the tensor cores multiply
+// its previous chunk with the values, and the chunks of the other two. The running maximum is moved only when
+// it has grown by more than a factor 2^8: usually it is that of the first chunk, and the accumulators are
+// never rescaled. (Nothing is lost by it: maximum and sums belong together, whatever the maximum.)
 //
-// Floor, for one head of n queries and keys and head dim d: 4 n n d flops, n n exponentials, 8 n d bytes (q, k, v, out at
-// 2 bytes). At n = 512, d = 64, over a whole H200: 67 Mflop are 68 ns of 990 Tflop/s, 262144 exponentials are 71 ns (16 a
-// clock and multiprocessor), 256 KiB are 55 ns of 4.8 TB/s. At n = 128: 4.2, 4.4 and 14 ns. So memory bounds it below some
-// 400 tokens, above it the exponentials as much as the products.
+// Floor, for one head of n queries and keys and head dim d: 4 n n d flops, n n exponentials, 8 n d bytes (q,
+// k, v, out at 2 bytes). At n = 512, d = 64, over a whole H200: 67 Mflop are 68 ns of 990 Tflop/s, 262144
+// exponentials are 71 ns (16 a clock and multiprocessor), 256 KiB are 55 ns of 4.8 TB/s. At n = 128: 4.2, 4.4
+// and 14 ns. So memory bounds it below some 400 tokens, above it the exponentials as much as the products.
 //
 // Shared memory at head dim 64, in KiB: keys 10 x 8, values 10 x 8, queries 3 x 2 x 8.
 // Registers: 512 threads start with 128 each; the producer's warpgroup keeps 40, consumers get 152.
@@ -25,19 +26,24 @@ using namespace sm90;
 constexpr float kGrowth = 8.0f;  // of the maximum before it is moved, in units of log2
 
 template <int HeadDim>
-using ForwardPlan = Plan<HeadDim, 1, HeadDim == 128 ? 2 : 3, HeadDim == 128 ? 6 : HeadDim == 64 ? 10 : 16, HeadDim == 128 ? 1 : 2>;
+using ForwardPlan = Plan<HeadDim, 1, HeadDim == 128 ? 2 : 3,
+                         HeadDim == 128  ? 6
+                         : HeadDim == 64 ? 10
+                                         : 16,
+                         HeadDim == 128 ? 1 : 2>;
 
 template <typename T, class P, bool Drops>
 struct ForwardConsumer : Consumer<T, P> {
     using Base = Consumer<T, P>;
+    using Base::Base;
     using typename Base::Fragment;
     using typename Base::Rows;
     using typename Base::Scores;
     using typename Base::Weights;
-    using Base::Base;
 
     // scores become exp2(score - maximum); factor: what earlier sums must be multiplied by.
-    __device__ __forceinline__ void exponentials(Scores& scores, float (&maximum)[2], float (&sum)[2], float (&factor)[2]) const {
+    __device__ __forceinline__ void exponentials(Scores& scores, float (&maximum)[2], float (&sum)[2],
+                                                 float (&factor)[2]) const {
         const float scale = this->problem.score_scale, growth = kGrowth / scale;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
@@ -66,8 +72,9 @@ struct ForwardConsumer : Consumer<T, P> {
     }
 
     // What the scores of chunk c of the tile become, but for their rounding: masked, exponentials, dropped.
-    __device__ __forceinline__ void softmax(Scores& scores, float (&maximum)[2], float (&sum)[2], float (&factor)[2],
-                                            const Unit& unit, int c, const PhiloxKey& key) const {
+    __device__ __forceinline__ void softmax(Scores& scores, float (&maximum)[2], float (&sum)[2],
+                                            float (&factor)[2], const Unit& unit, int c,
+                                            const PhiloxKey& key) const {
         const int first = c * kTile;
         if (this->needs_mask(unit, first)) this->mask(scores, unit, first);
         exponentials(scores, maximum, sum, factor);
@@ -94,7 +101,7 @@ struct ForwardConsumer : Consumer<T, P> {
             Weights probabilities;
             this->wait_for(0, unit.use);
             this->multiply_transposed(scores, queries, 0, unit.use);
-            ptx::wgmma_wait<0>();
+            ptx::wgmma_wait<0>(scores);
             softmax(scores, maximum, sum, factor, unit, 0, key);
             this->round(probabilities, scores);
             for (int c = 1; c < unit.chunks; ++c) {
@@ -103,9 +110,9 @@ struct ForwardConsumer : Consumer<T, P> {
                 this->multiply_transposed(scores, queries, 0, use);
                 this->wait_for(1, use - 1);
                 this->multiply(out, probabilities, 1, use - 1);
-                ptx::wgmma_wait<1>();  // the scores; the product with the values goes on
+                ptx::wgmma_wait<1>(scores);  // the product with the values goes on
                 softmax(scores, maximum, sum, factor, unit, c, key);
-                ptx::wgmma_wait<0>();
+                ptx::wgmma_wait<0>(out);
                 if (unit.held > 0) this->release(use - 1);
                 if (__any_sync(kAllLanes, factor[0] != 1.0f || factor[1] != 1.0f)) {
 #pragma unroll
@@ -119,7 +126,7 @@ struct ForwardConsumer : Consumer<T, P> {
             this->wait_for(1, last);
             if (rows < kTile) this->clear(1, last, rows);
             this->multiply(out, probabilities, 1, last);
-            ptx::wgmma_wait<0>();
+            ptx::wgmma_wait<0>(out);
             if (unit.held > 0) this->release(last);
         }
         this->release_unseen(unit.use + unit.chunks, unit.use + unit.held);
@@ -131,7 +138,8 @@ struct ForwardConsumer : Consumer<T, P> {
             inverse[r] = total == 0.0f ? 0.0f : (Drops ? this->problem.dropout.scale : 1.0f) / total;
             if (this->row + 8 * r < unit.rows && this->lane % 4 == 0)
                 this->problem.lse[unit.head * this->problem.total_q + unit.first_row + this->row + 8 * r] =
-                    total == 0.0f ? -INFINITY : (maximum[r] * this->problem.score_scale + log2f(total)) * kLn2;
+                    total == 0.0f ? -INFINITY
+                                  : (maximum[r] * this->problem.score_scale + log2f(total)) * kLn2;
         }
         this->store(this->problem.out[0], out, inverse, unit);
     }

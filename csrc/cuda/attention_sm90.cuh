@@ -1,30 +1,35 @@
-// What the Hopper attention kernels share: how a block finds its work, brings it into shared memory, and multiplies.
+// What the Hopper attention kernels share: how a block finds its work, brings it into shared memory, and
+// multiplies.
 //
-// A kernel has tiles and chunks, of 64 rows each. A tile belongs to one warpgroup, which keeps its rows in registers as the
-// first operand of wgmma; chunks are what it walks over, in shared memory as the second operand, and are shared by all
-// warpgroups of the block. Forward and the gradient of the queries have tiles of queries and chunks of keys and values; the gradients of
-// keys and values have it the other way around.
+// A kernel has tiles and chunks, of 64 rows each. A tile belongs to one warpgroup, which keeps its rows in
+// registers as the first operand of wgmma; chunks are what it walks over, in shared memory as the second
+// operand, and are shared by all warpgroups of the block. Forward and the gradient of the queries have tiles
+// of queries and chunks of keys and values; the gradients of keys and values have it the other way around.
 //
-// Roles. One block per multiprocessor, persistent. Warpgroup 0 gives its registers away; one thread of it, the producer,
-// walks the block's work and has the copy engine bring tiles and chunks. The other warpgroups, the consumers, take a tile at
-// a time, in turn, across heads and sequences: short sequences keep all of them busy.
+// Roles. One block per multiprocessor, persistent. Warpgroup 0 gives its registers away; one thread of it,
+// the producer, walks the block's work and has the copy engine bring tiles and chunks. The other warpgroups,
+// the consumers, take a tile at a time, in turn, across heads and sequences: short sequences keep all of them
+// busy.
 // - A tile comes through a buffer of its consumer, together with a Unit that says what to do with it.
-// - Chunks come through a ring of slots. Those of one (sequence, head) stay as long as the block has tiles of it: they are
-//   loaded once where they fit in the ring, else once for every round of tiles. A slot is free when every consumer has
-//   released it: after its last tile of that (sequence, head); for a consumer that has none, the producer does it.
-// Rows past the end of a sequence belong to the next one and may hold anything. In tiles such rows are not stored; scores of such
-// chunk rows are masked; where 0 * NaN would be NaN, they are overwritten with zeros in shared memory.
+// - Chunks come through a ring of slots. Those of one (sequence, head) stay as long as the block has tiles of
+// it: they are
+//   loaded once where they fit in the ring, else once for every round of tiles. A slot is free when every
+//   consumer has released it: after its last tile of that (sequence, head); for a consumer that has none, the
+//   producer does it.
+// Rows past the end of a sequence belong to the next one and may hold anything. In tiles such rows are not
+// stored; scores of such chunk rows are masked; where 0 * NaN would be NaN, they are overwritten with zeros
+// in shared memory.
 //
-// Scheduling. The host never reads cu_seqlens. All (sequence, head, tile) units in that order are weighed by their chunks; each
-// block takes the contiguous stretch that begins in its share of the total weight. So uneven lengths balance to within one
-// unit, with no counter in memory and no sorting, and only the chunks of heads on a boundary are loaded by two blocks.
+// Scheduling. The host never reads cu_seqlens. All (sequence, head, tile) units in that order are weighed by
+// their chunks; each block takes the contiguous stretch that begins in its share of the total weight. So
+// uneven lengths balance to within one unit, with no counter in memory and no sorting, and only the chunks of
+// heads on a boundary are loaded by two blocks.
 #pragma once
+#include <algorithm>
 #include <launch.cuh>
 #include <ptx.cuh>
 #include <ptx_sm90.cuh>
 #include <tensor_map.cuh>
-
-#include <algorithm>
 
 #include "csrc/cuda/attention_sm90.h"
 #include "csrc/cuda/common.cuh"
@@ -39,11 +44,12 @@ constexpr int kWarpsOfGroup = kWarpgroup / kWarp;
 constexpr int kTileWeight = 2;  // what a tile costs besides its chunks, in chunks
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
-// TileTensors: how many tensors a tile is rows of (a chunk is rows of two). Consumers: warpgroups. Buffers: for tiles, of
-// each consumer. Registers of 65536: the producer's warpgroup has 40 a thread.
+// TileTensors: how many tensors a tile is rows of (a chunk is rows of two). Consumers: warpgroups. Buffers:
+// for tiles, of each consumer. Registers of 65536: the producer's warpgroup has 40 a thread.
 template <int HeadDim, int TileTensors, int Consumers, int Slots, int Buffers>
 struct Plan {
-    static constexpr int kHeadDim = HeadDim, kTileTensors = TileTensors, kConsumers = Consumers, kSlots = Slots;
+    static constexpr int kHeadDim = HeadDim, kTileTensors = TileTensors, kConsumers = Consumers,
+                         kSlots = Slots;
     static constexpr int kBuffers = Buffers;
     static constexpr int kPanel = HeadDim < 64 ? HeadDim : 64;  // columns of a box: one swizzled row
     static constexpr int kPanels = HeadDim / kPanel;
@@ -63,10 +69,12 @@ struct alignas(16) Unit {
     int32_t head;
     int32_t first_other;  // first row of the sequence on the chunks' side, packed
     int32_t others;       // rows of the sequence on the chunks' side
-    int32_t diagonal;     // row i of the tile and row j on the chunks' side see each other if j <= i + diagonal (>= for keys)
+    int32_t diagonal;  // row i of the tile and row j on the chunks' side see each other if j <= i + diagonal
+                       // (>= for keys)
     int32_t first_chunk;  // of those that some row of the tile sees
     int32_t chunks;
-    int32_t use;   // number of the first chunk that was loaded for this tile and others, counted over all of the block
+    int32_t use;   // number of the first chunk that was loaded for this tile and others, counted over all of
+                   // the block
     int32_t skip;  // chunks between that one and first_chunk
     int32_t held;  // chunks to release, seen or not; 0: another tile of this consumer needs them
     int32_t first_in_sequence;  // row of the tile
@@ -86,8 +94,9 @@ struct Problem {
     const int32_t *tile_seqlens, *chunk_seqlens;  // cu_seqlens of either side
     const bool* key_mask;
     int32_t batch, heads;
-    float score_scale;                 // |scale| * log2(e), or 1 where the scale is 0
-    uint32_t and_bits, negative_bits;  // what gives one factor of the scores the sign of the scale, or makes it 0
+    float score_scale;  // |scale| * log2(e), or 1 where the scale is 0
+    uint32_t and_bits,
+        negative_bits;  // what gives one factor of the scores the sign of the scale, or makes it 0
     bool causal;
     Dropout dropout;
     float scale;
@@ -122,8 +131,8 @@ __device__ __forceinline__ Sequence sequence(const Problem& p, int b) {
     return {t, __ldg(p.tile_seqlens + b + 1) - t, c, __ldg(p.chunk_seqlens + b + 1) - c};
 }
 
-// A block's share of all units: those whose weights begin in [from, to) of the running total; the first of them belongs to
-// `sequence` or to one after it, whose units begin at `begin`.
+// A block's share of all units: those whose weights begin in [from, to) of the running total; the first of
+// them belongs to `sequence` or to one after it, whose units begin at `begin`.
 struct Share {
     int from, to, begin, sequence;
 };
@@ -137,7 +146,9 @@ __device__ __forceinline__ Share share_of_block(const Problem& p) {
     for (int distance = kWarp / 2; distance > 0; distance /= 2)
         total += __shfl_xor_sync(kAllLanes, total, distance);
     const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
-    const auto start = [&](int i) { return total / blocks * i + total % blocks * i / blocks; };  // total * i / blocks
+    const auto start = [&](int i) {
+        return total / blocks * i + total % blocks * i / blocks;
+    };  // total * i / blocks
     Share share{start(block), start(block + 1), 0, p.batch};
     for (int first = 0; first < p.batch; first += kWarp) {
         const int weight = first + lane < p.batch ? sequence(p, first + lane).weight(p.heads) : 0;
@@ -159,7 +170,8 @@ __device__ __forceinline__ Share share_of_block(const Problem& p) {
     return share;
 }
 
-// One thread: hands tiles to the consumers and keeps the ring of chunks full. OfKeys: tiles are of keys, else of queries.
+// One thread: hands tiles to the consumers and keeps the ring of chunks full. OfKeys: tiles are of keys, else
+// of queries.
 template <class P, bool OfKeys>
 struct Producer {
     const Problem& problem;
@@ -170,7 +182,8 @@ struct Producer {
     __device__ void load(unsigned char* to, const CUtensorMap& map, int head, int row, uint32_t barrier) {
 #pragma unroll
         for (int panel = 0; panel < P::kPanels; ++panel)
-            ptx::copy_box(ptx::shared_address(to + panel * P::kPanelBytes), &map, panel * P::kPanel, head, row, barrier);
+            ptx::copy_box(ptx::shared_address(to + panel * P::kPanelBytes), &map, panel * P::kPanel, head,
+                          row, barrier);
     }
 
     // Waits for the next buffer, gives it the unit, and the tile if there is one.
@@ -220,9 +233,9 @@ struct Producer {
         } else {
             // Query i sees the keys up to i + len_k - len_q.
             u.diagonal = tile * kTile + s.chunk_rows - s.tile_rows;  // of keys: chunk rows are the queries
-            if (OfKeys)
-                u.first_chunk = min(max(u.diagonal, 0) / kTile, all);
-            u.chunks = (OfKeys ? all : tiles_of(max(min(s.chunk_rows, u.diagonal + u.rows), 0))) - u.first_chunk;
+            if (OfKeys) u.first_chunk = min(max(u.diagonal, 0) / kTile, all);
+            u.chunks =
+                (OfKeys ? all : tiles_of(max(min(s.chunk_rows, u.diagonal + u.rows), 0))) - u.first_chunk;
         }
         return u;
     }
@@ -254,10 +267,13 @@ struct Producer {
             const int tiles = tiles_of(s.tile_rows), weight = s.unit_weight();
             const int all = problem.heads * tiles * weight;
             // Units of this sequence that begin before a point of the running total.
-            const auto units_before = [&](int at) { return (min(max(at - begin, 0), all) + weight - 1) / weight; };
+            const auto units_before = [&](int at) {
+                return (min(max(at - begin, 0), all) + weight - 1) / weight;
+            };
             int u = units_before(share.from);
             const int last = units_before(share.to);
-            const int at_most = tiles_of(s.chunk_rows) > P::kSlots ? P::kConsumers : tiles;  // tiles of an item
+            const int at_most =
+                tiles_of(s.chunk_rows) > P::kSlots ? P::kConsumers : tiles;  // tiles of an item
             while (u < last) {
                 const int head = u / tiles, tile = u % tiles;
                 const int count = min(min(tiles - tile, at_most), last - u);
@@ -274,11 +290,14 @@ struct Producer {
 
 template <typename T>
 __device__ __forceinline__ uint32_t pack(float low, float high) {
-    const Vector<T, 2> v{{from_float<T>(low), from_float<T>(high)}};
-    return *reinterpret_cast<const uint32_t*>(&v);
+    const Vector<T, 2> pair{{from_float<T>(low), from_float<T>(high)}};
+    uint32_t bits;
+    memcpy(&bits, &pair, sizeof(bits));
+    return bits;
 }
 
-// Four registers of the four neighbouring lanes that share a row: register i of lane j becomes register j of lane i.
+// Four registers of the four neighbouring lanes that share a row: register i of lane j becomes register j of
+// lane i.
 __device__ __forceinline__ void transpose_in_quad(uint32_t (&v)[4], int lane) {
     const bool odd = lane & 1, upper = lane & 2;
 #pragma unroll
@@ -293,13 +312,13 @@ __device__ __forceinline__ void transpose_in_quad(uint32_t (&v)[4], int lane) {
     }
 }
 
-// One warpgroup. A thread has two rows of a tile, `row` and row + 8, and of every 8 columns the two from `column` on:
-// elements [4 i + 2 r + e] of an accumulator are row + 8 r, column + 8 i + e.
+// One warpgroup. A thread has two rows of a tile, `row` and row + 8, and of every 8 columns the two from
+// `column` on: elements [4 i + 2 r + e] of an accumulator are row + 8 r, column + 8 i + e.
 template <typename T, class P>
 struct Consumer {
-    using Fragment = uint32_t[P::kSteps][4];         // a tile, as first operand
-    using Scores = float[kTile / 2];                 // [64, 64]
-    using Weights = uint32_t[kTile / 16][4];         // the same, rounded, as first operand
+    using Fragment = uint32_t[P::kSteps][4];        // a tile, as first operand
+    using Scores = float[kTile / 2];                // [64, 64]
+    using Weights = uint32_t[kTile / 16][4];        // the same, rounded, as first operand
     using Rows = float[P::kPanels][P::kPanel / 2];  // [64, head_dim]
 
     const Problem& problem;
@@ -320,8 +339,8 @@ struct Consumer {
         if (lane == 0) ptx::mbarrier_arrive(ptx::shared_address(&barrier));
     }
 
-    // Calls tile(unit, buffer) for every tile of this consumer, until the producer says that there are no more. `tile` calls
-    // tile_read() when it has read the buffer.
+    // Calls tile(unit, buffer) for every tile of this consumer, until the producer says that there are no
+    // more. `tile` calls tile_read() when it has read the buffer.
     template <typename Tile>
     __device__ __forceinline__ void each_tile(const Tile& tile) const {
         for (int n = 0;; ++n) {
@@ -332,12 +351,15 @@ struct Consumer {
             tile(unit, mine.place);
         }
     }
-    __device__ __forceinline__ void tile_read(int buffer) const { arrive(shared.tile_free[consumer][buffer]); }
+    __device__ __forceinline__ void tile_read(int buffer) const {
+        arrive(shared.tile_free[consumer][buffer]);
+    }
 
-    // Where register i of a step of a fragment lies in a tile: rows are 16-byte units, swizzled by their number, so that only bits 4 to
-    // 6 depend on the unit.
+    // Where register i of a step of a fragment lies in a tile: rows are 16-byte units, swizzled by their
+    // number, so that only bits 4 to 6 depend on the unit.
     __device__ __forceinline__ int fragment_offset(int step, int i) const {
-        const int d = 16 * step + 8 * (i / 2), panel = d / P::kPanel, first = swizzled<P::kRowBytes>(row, 2 * column);
+        const int d = 16 * step + 8 * (i / 2), panel = d / P::kPanel,
+                  first = swizzled<P::kRowBytes>(row, 2 * column);
         return (first ^ d % P::kPanel * 2) + i % 2 * 8 * P::kRowBytes + panel * P::kPanelBytes;
     }
     __device__ __forceinline__ void load_fragment(Fragment& to, const unsigned char* tile) const {
@@ -352,15 +374,19 @@ struct Consumer {
 #pragma unroll
         for (int step = 0; step < P::kSteps; ++step)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) of[step][i] = (of[step][i] & problem.and_bits) ^ problem.negative_bits;
+            for (int i = 0; i < 4; ++i)
+                of[step][i] = (of[step][i] & problem.and_bits) ^ problem.negative_bits;
     }
 
     __device__ __forceinline__ void wait_for(int tensor, int use) const {
         const Turn mine = turn(use, P::kSlots);
         ptx::mbarrier_wait(ptx::shared_address(&shared.chunk_full[tensor][mine.place]), mine.parity);
     }
-    __device__ __forceinline__ void release(int use) const { arrive(shared.slot_free[turn(use, P::kSlots).place]); }
-    // For chunks that were loaded and are of no use to this tile: they must have come before they can be released.
+    __device__ __forceinline__ void release(int use) const {
+        arrive(shared.slot_free[turn(use, P::kSlots).place]);
+    }
+    // For chunks that were loaded and are of no use to this tile: they must have come before they can be
+    // released.
     __device__ __forceinline__ void release_unseen(int from, int to) const {
         for (int use = from; use < to; ++use) {
             wait_for(0, use);
@@ -374,9 +400,10 @@ struct Consumer {
     }
 
     // scores = tile @ chunk^T, under way.
-    __device__ __forceinline__ void multiply_transposed(Scores& scores, const Fragment& tile, int tensor, int use) const {
+    __device__ __forceinline__ void multiply_transposed(Scores& scores, Fragment& tile, int tensor,
+                                                        int use) const {
         const uint32_t rows = ptx::shared_address(chunk(tensor, use));
-        ptx::wgmma_fence();
+        ptx::wgmma_fence(tile);
 #pragma unroll
         for (int step = 0; step < P::kSteps; ++step) {
             const int d = 16 * step;
@@ -387,9 +414,9 @@ struct Consumer {
     }
 
     // out += weights @ chunk, under way.
-    __device__ __forceinline__ void multiply(Rows& out, const Weights& weights, int tensor, int use) const {
+    __device__ __forceinline__ void multiply(Rows& out, Weights& weights, int tensor, int use) const {
         const uint32_t rows = ptx::shared_address(chunk(tensor, use));
-        ptx::wgmma_fence();
+        ptx::wgmma_fence(out, weights);
 #pragma unroll
         for (int step = 0; step < kTile / 16; ++step)
 #pragma unroll
@@ -400,8 +427,8 @@ struct Consumer {
         ptx::wgmma_commit();
     }
 
-    // Rows of a chunk from `rows` on, past the end of the sequence, become zeros. Other consumers may be at it too, or read them already:
-    // each has done it before it read, so nothing changes for it.
+    // Rows of a chunk from `rows` on, past the end of the sequence, become zeros. Other consumers may be at
+    // it too, or read them already: each has done it before it read, so nothing changes for it.
     __device__ __forceinline__ void clear(int tensor, int use, int rows) const {
         constexpr int kVectors = P::kRowBytes / 16;  // whole rows: the swizzle does not matter
         unsigned char* to = chunk(tensor, use);
@@ -426,7 +453,8 @@ struct Consumer {
 
     // Tiles of queries: whether some row of the tile does not see some key of a chunk.
     __device__ __forceinline__ bool needs_mask(const Unit& unit, int first) const {
-        return first + kTile > unit.others || first + kTile - 1 > unit.diagonal || problem.key_mask != nullptr;
+        return first + kTile > unit.others || first + kTile - 1 > unit.diagonal ||
+               problem.key_mask != nullptr;
     }
     // Tiles of queries: -inf where a query does not see a key of the chunk that begins at key `first`.
     __device__ __forceinline__ void mask(Scores& scores, const Unit& unit, int first) const {
@@ -435,7 +463,8 @@ struct Consumer {
         if (problem.key_mask != nullptr) {
             const bool* at = problem.key_mask + unit.first_other + first;
             const unsigned low = __ballot_sync(kAllLanes, lane < keys && at[min(lane, keys - 1)]);
-            const unsigned high = __ballot_sync(kAllLanes, lane + kWarp < keys && at[min(lane + kWarp, keys - 1)]);
+            const unsigned high =
+                __ballot_sync(kAllLanes, lane + kWarp < keys && at[min(lane + kWarp, keys - 1)]);
             seen &= static_cast<uint64_t>(high) << 32 | low;
         }
 #pragma unroll
@@ -452,29 +481,38 @@ struct Consumer {
     }
 
     // Four bits: which words of a group are kept.
-    __device__ __forceinline__ uint32_t kept_words(const PhiloxKey& key, int group, int counter_row, int head) const {
-        const uint4 words = philox(key, static_cast<uint32_t>(group), static_cast<uint32_t>(counter_row), static_cast<uint32_t>(head));
+    __device__ __forceinline__ uint32_t kept_words(const PhiloxKey& key, int group, int counter_row,
+                                                   int head) const {
+        const uint4 words = philox(key, static_cast<uint32_t>(group), static_cast<uint32_t>(counter_row),
+                                   static_cast<uint32_t>(head));
         const uint32_t threshold = problem.dropout.threshold;
-        return static_cast<uint32_t>(words.x >= threshold) | static_cast<uint32_t>(words.y >= threshold) << 1 |
-               static_cast<uint32_t>(words.z >= threshold) << 2 | static_cast<uint32_t>(words.w >= threshold) << 3;
+        return static_cast<uint32_t>(words.x >= threshold) |
+               static_cast<uint32_t>(words.y >= threshold) << 1 |
+               static_cast<uint32_t>(words.z >= threshold) << 2 |
+               static_cast<uint32_t>(words.w >= threshold) << 3;
     }
 
-    // Tiles of queries: bit 4 i + e of kept[r] tells whether element [4 i + 2 r + e] of a chunk's weights is kept. A group of 4 keys
-    // belongs to two lanes: the even one draws it for row, the odd one for row + 8, and they swap what they found.
-    __device__ __forceinline__ void kept_keys(uint32_t (&kept)[2], const Unit& unit, int first, const PhiloxKey& key) const {
+    // Tiles of queries: bit 4 i + e of kept[r] tells whether element [4 i + 2 r + e] of a chunk's weights is
+    // kept. A group of 4 keys belongs to two lanes: the even one draws it for row, the odd one for row + 8,
+    // and they swap what they found.
+    __device__ __forceinline__ void kept_keys(uint32_t (&kept)[2], const Unit& unit, int first,
+                                              const PhiloxKey& key) const {
         const bool odd = lane & 1;
         uint32_t mine = 0;
 #pragma unroll
         for (int i = 0; i < 8; ++i)
-            mine |= kept_words(key, first / 4 + 2 * i + lane % 4 / 2, unit.first_row + row + (odd ? 8 : 0), unit.head) << (4 * i);
+            mine |= kept_words(key, first / 4 + 2 * i + lane % 4 / 2, unit.first_row + row + (odd ? 8 : 0),
+                               unit.head)
+                    << (4 * i);
         const uint32_t other = __shfl_xor_sync(kAllLanes, mine, 1);
         kept[0] = (odd ? other : mine) >> (odd ? 2 : 0);
         kept[1] = (odd ? mine : other) >> (odd ? 2 : 0);
     }
 
-    // Rows of the tile that exist go to out [T, heads, head_dim], times factor[r]. Lanes first swap what they have, so that each
-    // stores 16 bytes.
-    __device__ __forceinline__ void store(void* out, const Rows& rows, const float (&factor)[2], const Unit& unit) const {
+    // Rows of the tile that exist go to out [T, heads, head_dim], times factor[r]. Lanes first swap what they
+    // have, so that each stores 16 bytes.
+    __device__ __forceinline__ void store(void* out, const Rows& rows, const float (&factor)[2],
+                                          const Unit& unit) const {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const bool exists = row + 8 * r < unit.rows;
@@ -571,8 +609,8 @@ inline bool weights_fit(const AttentionArgs& a, int64_t tokens, int64_t longest_
 
 inline bool supports(const AttentionArgs& a) {
     return (a.dtype == Dtype::bfloat16 || a.dtype == Dtype::float16) && has_boxes(a.q, a.total_q, a) &&
-           has_boxes(a.k, a.total_k, a) && has_boxes(a.v, a.total_k, a) && weights_fit(a, a.total_q, a.max_seqlen_k) &&
-           weights_fit(a, a.total_k, a.max_seqlen_q);
+           has_boxes(a.k, a.total_k, a) && has_boxes(a.v, a.total_k, a) &&
+           weights_fit(a, a.total_q, a.max_seqlen_k) && weights_fit(a, a.total_k, a.max_seqlen_q);
 }
 
 inline Problem problem_of(const AttentionArgs& a) {
@@ -580,7 +618,8 @@ inline Problem problem_of(const AttentionArgs& a) {
     p.key_mask = a.key_mask;
     p.batch = static_cast<int32_t>(a.batch);
     p.heads = static_cast<int32_t>(a.heads);
-    // The largest score is the largest scaled one if the scale is positive; that it be negative or zero is left to a factor.
+    // The largest score is the largest scaled one if the scale is positive; that it be negative or zero is
+    // left to a factor.
     p.score_scale = a.scale == 0.0f ? 1.0f : (a.scale < 0.0f ? -a.scale : a.scale) * kLog2e;
     p.and_bits = a.scale == 0.0f ? 0u : ~0u;
     p.negative_bits = a.scale < 0.0f ? 0x80008000u : 0u;

@@ -1,17 +1,24 @@
-// Attention backward on Hopper, for the sequence lengths of RoBERTa. Roles and scheduling: attention_sm90.cuh.
+// Attention backward on Hopper, for the sequence lengths of RoBERTa. Roles and scheduling:
+// attention_sm90.cuh.
 //
-// Idea. Two kernels, so that every gradient has one owner: no atomics, no workspace, bitwise the same result every time.
-// - attention_sm90_grad_query_kernel: tiles of queries, chunks of keys and values, as forward. It computes the probabilities again
-//   from the log-sum-exp, and sums the gradient of its queries in registers. Out comes along with queries and grad_out, so the row
-//   sums of grad_out * out ("delta") cost no kernel of their own; they are written for the other kernel.
-// - attention_sm90_grad_key_kernel: tiles of keys and values, chunks of queries and grad_out; scores are transposed. It sums the
+// Idea. Two kernels, so that every gradient has one owner: no atomics, no workspace, bitwise the same result
+// every time.
+// - attention_sm90_grad_query_kernel: tiles of queries, chunks of keys and values, as forward. It computes
+// the probabilities again
+//   from the log-sum-exp, and sums the gradient of its queries in registers. Out comes along with queries and
+//   grad_out, so the row sums of grad_out * out ("delta") cost no kernel of their own; they are written for
+//   the other kernel.
+// - attention_sm90_grad_key_kernel: tiles of keys and values, chunks of queries and grad_out; scores are
+// transposed. It sums the
 //   gradients of its keys and values in registers.
-// In both, the tile's rows are the first operand from registers throughout, and a chunk is the second operand in shared
-// memory twice, once by columns and once by rows: nothing is transposed, and nothing but the chunks is stored in shared memory.
+// In both, the tile's rows are the first operand from registers throughout, and a chunk is the second operand
+// in shared memory twice, once by columns and once by rows: nothing is transposed, and nothing but the chunks
+// is stored in shared memory.
 //
-// Floor, for one head of n queries and keys and head dim d: 7 products (5 if one kernel did it all) or 14 n n d flops, 2 n n
-// exponentials; 8 tensors of 2 n d bytes, and 6 of them again from L2 for the second kernel. At n = 512, d = 64, over a whole
-// H200: 235 Mflop are 237 ns of 990 Tflop/s, the exponentials 142 ns, 512 KiB 109 ns of 4.8 TB/s.
+// Floor, for one head of n queries and keys and head dim d: 7 products (5 if one kernel did it all) or 14 n n
+// d flops, 2 n n exponentials; 8 tensors of 2 n d bytes, and 6 of them again from L2 for the second kernel.
+// At n = 512, d = 64, over a whole H200: 235 Mflop are 237 ns of 990 Tflop/s, the exponentials 142 ns, 512
+// KiB 109 ns of 4.8 TB/s.
 //
 // Shared memory at head dim 64, in KiB: chunks 10 x 16, tiles 2 x 24 (queries) or 2 x 16 (keys).
 // Registers: 384 threads start with 168 each; the producer's warpgroup keeps 40, consumers get 232.
@@ -37,15 +44,18 @@ __device__ __forceinline__ float lse_of(float lse) {
 template <typename T, class P, bool Drops>
 struct QueryConsumer : Consumer<T, P> {
     using Base = Consumer<T, P>;
+    using Base::Base;
     using typename Base::Fragment;
     using typename Base::Rows;
     using typename Base::Scores;
     using typename Base::Weights;
-    using Base::Base;
 
     __device__ __forceinline__ float product(uint32_t a, uint32_t b) const {
-        const Vector<T, 2> x = *reinterpret_cast<const Vector<T, 2>*>(&a), y = *reinterpret_cast<const Vector<T, 2>*>(&b);
-        return fmaf(to_float(x.values[0]), to_float(y.values[0]), to_float(x.values[1]) * to_float(y.values[1]));
+        Vector<T, 2> x, y;
+        memcpy(&x, &a, sizeof(x));
+        memcpy(&y, &b, sizeof(y));
+        return fmaf(to_float(x.values[0]), to_float(y.values[0]),
+                    to_float(x.values[1]) * to_float(y.values[1]));
     }
 
     __device__ __forceinline__ void tile(const Unit& unit, int buffer, const PhiloxKey& key) const {
@@ -53,7 +63,7 @@ struct QueryConsumer : Consumer<T, P> {
         Fragment queries, grads;
         float delta[2] = {0.0f, 0.0f}, lse[2];
         {
-            unsigned char(&tiles)[3][P::kTileBytes] = this->shared.tiles[this->consumer][buffer];
+            unsigned char (&tiles)[3][P::kTileBytes] = this->shared.tiles[this->consumer][buffer];
             this->load_fragment(queries, tiles[0]);
             this->load_fragment(grads, tiles[1]);
 #pragma unroll
@@ -88,14 +98,15 @@ struct QueryConsumer : Consumer<T, P> {
             }
             this->multiply_transposed(scores, queries, 0, use);
             this->multiply_transposed(grad_weights, grads, 1, use);
-            ptx::wgmma_wait<1>();  // the scores, and what the previous chunk gave
+            ptx::wgmma_wait<1>(scores, grad_queries);  // the latter with the previous chunk
             if (c > 0 && unit.held > 0) this->release(use - 1);
             if (this->needs_mask(unit, first)) this->mask(scores, unit, first);
 #pragma unroll
-            for (int i = 0; i < 32; ++i) scores[i] = ptx::exp2(fmaf(scores[i], problem.score_scale, -lse[i / 2 % 2]));
+            for (int i = 0; i < 32; ++i)
+                scores[i] = ptx::exp2(fmaf(scores[i], problem.score_scale, -lse[i / 2 % 2]));
             uint32_t kept[2];
             if (Drops) this->kept_keys(kept, unit, first, key);
-            ptx::wgmma_wait<0>();
+            ptx::wgmma_wait<0>(grad_weights);
 #pragma unroll
             for (int i = 0; i < 32; ++i) {
                 const int r = i / 2 % 2;
@@ -106,7 +117,7 @@ struct QueryConsumer : Consumer<T, P> {
             this->round(grad_scores, scores);
             this->multiply(grad_queries, grad_scores, 0, use);
         }
-        ptx::wgmma_wait<0>();
+        ptx::wgmma_wait<0>(grad_queries);
         if (unit.held > 0) {
             if (unit.chunks > 0) this->release(unit.use + unit.chunks - 1);
             this->release_unseen(unit.use + unit.chunks, unit.use + unit.held);
@@ -129,7 +140,8 @@ __global__ void __launch_bounds__(QueryPlan<HeadDim>::kThreads, 1)
     });
 }
 
-// ------------------------------------------------------------------------------------------------ keys and values
+// ------------------------------------------------------------------------------------------------ keys and
+// values
 
 struct Statistics {  // of a query
     float lse, delta;
@@ -161,24 +173,29 @@ struct KeyConsumer : Consumer<T, P> {
         return of_lse ? lse_of(this->problem.lse[at]) : this->problem.delta[at];
     }
 
-    // Bit 4 (4 (i / 4) + 2 e + r) + lane / 4 % 4 of kept[i % 4] tells whether element [4 i + 2 r + e] is kept. A group of 4 keys
-    // belongs to four lanes; each draws a quarter of their groups, and all get what the others found.
-    __device__ __forceinline__ void kept_queries(uint32_t (&kept)[4], const Unit& unit, int first_key, int first_query,
-                                                 const PhiloxKey& key) const {
+    // Bit 4 (4 (i / 4) + 2 e + r) + lane / 4 % 4 of kept[i % 4] tells whether element [4 i + 2 r + e] is
+    // kept. A group of 4 keys belongs to four lanes; each draws a quarter of their groups, and all get what
+    // the others found.
+    __device__ __forceinline__ void kept_queries(uint32_t (&kept)[4], const Unit& unit, int first_key,
+                                                 int first_query, const PhiloxKey& key) const {
         const int member = this->lane / 4 % 4;
         uint32_t mine = 0;
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
             const int i = 4 * (j / 4) + member, e = j / 2 % 2, r = j % 2;
             const int group = (first_key + this->row - member + 8 * r) / 4;
-            mine |= this->kept_words(key, group, unit.first_other + first_query + 8 * i + this->column + e, unit.head) << (4 * j);
+            mine |= this->kept_words(key, group, unit.first_other + first_query + 8 * i + this->column + e,
+                                     unit.head)
+                    << (4 * j);
         }
 #pragma unroll
-        for (int i = 0; i < 4; ++i) kept[i] = __shfl_sync(kAllLanes, mine, (this->lane & ~12) | i << 2) >> member;
+        for (int i = 0; i < 4; ++i)
+            kept[i] = __shfl_sync(kAllLanes, mine, (this->lane & ~12) | i << 2) >> member;
     }
 
     // first_key: of the tile, in its sequence. count: of the chunks that this consumer has had.
-    __device__ __forceinline__ void tile(const Unit& unit, int buffer, int first_key, int& count, const PhiloxKey& key) const {
+    __device__ __forceinline__ void tile(const Unit& unit, int buffer, int first_key, int& count,
+                                         const PhiloxKey& key) const {
         const Problem& problem = this->problem;
         Fragment keys, values;
         this->load_fragment(keys, this->shared.tiles[this->consumer][buffer][0]);
@@ -189,7 +206,8 @@ struct KeyConsumer : Consumer<T, P> {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const int at = this->row + 8 * r;
-            seen[r] = at < unit.rows && (problem.key_mask == nullptr || problem.key_mask[unit.first_row + at]);
+            seen[r] =
+                at < unit.rows && (problem.key_mask == nullptr || problem.key_mask[unit.first_row + at]);
         }
         if (unit.held > 0) this->release_unseen(unit.use, unit.use + min(unit.skip, unit.held));
 
@@ -215,7 +233,7 @@ struct KeyConsumer : Consumer<T, P> {
             }
             this->multiply_transposed(scores, keys, 0, use);
             this->multiply_transposed(grad_weights, values, 1, use);
-            ptx::wgmma_wait<1>();  // the scores, and what the previous chunk gave
+            ptx::wgmma_wait<1>(scores, grad_keys, grad_values);  // the latter with the previous chunk
             if (c > 0 && unit.held > 0) this->release(use - 1);
             uint32_t kept[4];
             if (Drops) kept_queries(kept, unit, first_key, first, key);
@@ -227,11 +245,14 @@ struct KeyConsumer : Consumer<T, P> {
 #pragma unroll
                     for (int r = 0; r < 2; ++r) {
                         float& score = scores[4 * i + 2 * r + e];
-                        const bool sees = seen[r] && first + 8 * i + this->column + e >= unit.diagonal + this->row + 8 * r;
+                        const bool sees =
+                            seen[r] && first + 8 * i + this->column + e >= unit.diagonal + this->row + 8 * r;
                         score = sees ? ptx::exp2(fmaf(score, problem.score_scale, -lse)) : 0.0f;
                     }
                 }
-            const auto is_kept = [&](int i) { return kept[i / 4 % 4] >> (4 * (i / 16 * 4 + i % 2 * 2 + i / 2 % 2)) & 1; };
+            const auto is_kept = [&](int i) {
+                return kept[i / 4 % 4] >> (4 * (i / 16 * 4 + i % 2 * 2 + i / 2 % 2)) & 1;
+            };
             if (Drops) {
                 Scores of_kept;
 #pragma unroll
@@ -241,7 +262,7 @@ struct KeyConsumer : Consumer<T, P> {
                 this->round(dropped, scores);
             }
             this->multiply(grad_values, dropped, 1, use);
-            ptx::wgmma_wait<1>();  // the gradients of the weights; the product goes on
+            ptx::wgmma_wait<1>(grad_weights);  // the product goes on
 #pragma unroll
             for (int i = 0; i < 32; ++i) {
                 const float delta = statistics[8 * (i / 4) + this->column + i % 2].delta;
@@ -252,7 +273,7 @@ struct KeyConsumer : Consumer<T, P> {
             this->round(grad_scores, scores);
             this->multiply(grad_keys, grad_scores, 0, use);
         }
-        ptx::wgmma_wait<0>();
+        ptx::wgmma_wait<0>(grad_keys, grad_values);
         if (unit.held > 0 && unit.chunks > 0) this->release(unit.use + unit.skip + unit.chunks - 1);
         const float scale[2] = {problem.scale, problem.scale};
         this->store(problem.out[0], grad_keys, scale, unit);
@@ -272,7 +293,9 @@ __global__ void __launch_bounds__(KeyPlan<HeadDim>::kThreads, 1)
         if (Drops) key = philox_key(problem.dropout);
         const KeyConsumer<T, P, Drops> consumer(problem, shared);
         int count = 0;
-        consumer.each_tile([&](const Unit& unit, int buffer) { consumer.tile(unit, buffer, unit.first_in_sequence, count, key); });
+        consumer.each_tile([&](const Unit& unit, int buffer) {
+            consumer.tile(unit, buffer, unit.first_in_sequence, count, key);
+        });
     });
 }
 

@@ -59,7 +59,8 @@ void warp_collective(const char* what, uint32_t mask, const void* in, void* out,
 int block_barrier(int id, int count, int predicate);
 void block_barrier_arrive(int id, int count);  // arrives without waiting
 
-// Ends one wait of this thread for a change that others make: it goes on when one of them calls unpark(), to look again.
+// Ends one wait of this thread for a change that others make: it goes on when one of them calls unpark(), to
+// look again.
 void park(const char* what);
 void unpark();
 

@@ -128,8 +128,8 @@ struct Block {
     Barrier barriers[kBarriers];
     std::vector<int> runnable, parked;
     std::vector<Later> later;
-    uint64_t steps = 0;                        // of the scheduler
-    uint64_t number = 0;                       // counts all blocks that ever ran
+    uint64_t steps = 0;   // of the scheduler
+    uint64_t number = 0;  // counts all blocks that ever ran
     int running = -1;
     bool failed = false;
     std::string message;

@@ -1,25 +1,29 @@
-// The emulation's csrc/cuda/ptx_sm90.cuh: the same functions in software, written from the PTX ISA (9.7.15 wgmma, 9.7.13.15
-// mbarrier, 9.7.9.27 cp.async.bulk.tensor) and from what CuTe's mma_traits_sm90_gmma.hpp says of canonical layouts.
+// The emulation's csrc/cuda/ptx_sm90.cuh: the same functions in software, written from the PTX ISA (9.7.15
+// wgmma, 9.7.13.15 mbarrier, 9.7.9.27 cp.async.bulk.tensor) and from what CuTe's mma_traits_sm90_gmma.hpp
+// says of canonical layouts.
 //
 // Addresses in the shared window are offsets from the start of the block's dynamic shared memory.
 //
-// Asynchrony shows. A copy fills its destination with NaN at once and writes it at some later time, in any order among copies. The
-// accumulators of a wgmma hold a pattern from its issue to the wait, where it is computed; a kernel that writes them, the
-// registers of a, or the shared memory of b in between is told so, and so is one without the fence or with warps that
-// disagree. Not seen: a missing fence_shared_async, and a missing fence_mbarrier_init.
+// Asynchrony shows. A copy fills its destination with NaN at once and writes it at some later time, in any
+// order among copies. The accumulators of a wgmma hold a pattern from its issue to the wait, where it is
+// computed; a kernel that writes them, the registers of a, or the shared memory of b in between is told so,
+// and so is one without the fence or with warps that disagree. Not seen: a missing fence_shared_async, and a
+// missing fence_mbarrier_init.
 #pragma once
 #include <cuda.h>
-#include <tensor_map.cuh>
 
 #include <deque>
 #include <map>
+#include <tensor_map.cuh>
 #include <vector>
 
 namespace emulation {
 
 inline unsigned char* shared_at(uint32_t address, uint32_t bytes, uint32_t alignment, const char* what) {
-    if (address % alignment != 0) fail("%s: shared address %u is not a multiple of %u", what, address, alignment);
-    if (address + uint64_t{bytes} > shared_bytes()) fail("%s: shared address %u is out of bounds", what, address);
+    if (address % alignment != 0)
+        fail("%s: shared address %u is not a multiple of %u", what, address, alignment);
+    if (address + uint64_t{bytes} > shared_bytes())
+        fail("%s: shared address %u is out of bounds", what, address);
     return shared_memory() + address;
 }
 
@@ -55,7 +59,8 @@ inline void change_mbarrier(uint32_t address, int arrivals, int64_t more_bytes) 
     barrier.pending = static_cast<int16_t>(barrier.pending - arrivals);
     int64_t& bytes = expected_bytes()[address];
     bytes += more_bytes;
-    if (bytes < -(1 << 20) + 1 || bytes > (1 << 20) - 1) fail("mbarrier at %u: transaction count %lld", address, static_cast<long long>(bytes));
+    if (bytes < -(1 << 20) + 1 || bytes > (1 << 20) - 1)
+        fail("mbarrier at %u: transaction count %lld", address, static_cast<long long>(bytes));
     if (barrier.pending == 0 && bytes == 0) {
         barrier.phase ^= 1;
         barrier.pending = barrier.arrivals;
@@ -128,8 +133,9 @@ inline WgmmaWarpgroup& wgmma_warpgroup() {
     return group;
 }
 
-// Element (k, n) of the matrix that a descriptor tells: PTX ISA 9.7.15.5.1.2, "Strides" and "Matrix Descriptor Format"; the
-// canonical layouts, in units of 16 bytes, stand in mma_traits_sm90_gmma.hpp at make_gmma_desc.
+// Element (k, n) of the matrix that a descriptor tells: PTX ISA 9.7.15.5.1.2, "Strides" and "Matrix
+// Descriptor Format"; the canonical layouts, in units of 16 bytes, stand in mma_traits_sm90_gmma.hpp at
+// make_gmma_desc.
 inline uint32_t matrix_element(uint64_t descriptor, bool inner, int k, int n) {
     const auto field = [&](int bit) { return static_cast<uint32_t>(descriptor >> bit & 0x3fff) << 4; };
     const uint32_t start = field(0), leading = field(16), stride = field(32);
@@ -179,6 +185,14 @@ inline bool in_flight(const float& x) {
     return bits == kInFlight;
 }
 
+inline void demand_complete(const float& result) {
+    if (in_flight(result)) fail("wgmma_wait: a result that it names is still under way");
+}
+template <typename T, size_t N>
+void demand_complete(const T (&results)[N]) {
+    for (const T& result : results) demand_complete(result);
+}
+
 inline void issue_wgmma(const void* const in[32], void* const[32], uint32_t mask) {
     if (mask != 0xffffffffu) fail("wgmma by a part of a warp");
     WgmmaWarp& warp = wgmma_warp();
@@ -190,7 +204,8 @@ inline void issue_wgmma(const void* const in[32], void* const[32], uint32_t mask
     }
     const WgmmaCall& call = operation.lanes[0];
     const auto same = [](const WgmmaCall& x, const WgmmaCall& y) {
-        return x.b == y.b && x.columns == y.columns && x.accumulate == y.accumulate && x.inner == y.inner && x.bf16 == y.bf16;
+        return x.b == y.b && x.columns == y.columns && x.accumulate == y.accumulate && x.inner == y.inner &&
+               x.bf16 == y.bf16;
     };
     for (const WgmmaCall& other : operation.lanes)
         if (!same(call, other)) fail("wgmma: lanes of a warp disagree");
@@ -235,7 +250,8 @@ inline void finish_wgmma(WgmmaWarp& warp, const WgmmaOperation& operation) {
             const int row = lane / 4 + 8 * (i / 2 % 2), column = 8 * (i / 4) + lane % 4 * 2 + i % 2;
             float& d = accumulators.values[lane][i];
             double sum = call.accumulate ? d : 0.0;
-            for (int k = 0; k < 16; ++k) sum += double{a[row][k]} * b[static_cast<size_t>(k * call.columns + column)];
+            for (int k = 0; k < 16; ++k)
+                sum += double{a[row][k]} * b[static_cast<size_t>(k * call.columns + column)];
             d = static_cast<float>(sum);
         }
     if (--accumulators.operations > 0) return;
@@ -316,15 +332,17 @@ inline void copy_box(uint32_t to, const CUtensorMap* map, int x, int y, int z, u
                     uint16_t value = 0;
                     bool inside = true;
                     for (int axis = 0; axis < 3; ++axis)
-                        inside = inside && at[axis] >= 0 && static_cast<uint64_t>(at[axis]) < tensor.sizes[axis];
+                        inside =
+                            inside && at[axis] >= 0 && static_cast<uint64_t>(at[axis]) < tensor.sizes[axis];
                     if (inside)
                         std::memcpy(&value,
                                     static_cast<const unsigned char*>(tensor.data) + 2 * at[0] +
                                         at[1] * static_cast<int64_t>(tensor.strides[0]) +
                                         at[2] * static_cast<int64_t>(tensor.strides[1]),
                                     2);
-                    // CUDA C++ Programming Guide, "TMA Swizzle Patterns": 16-byte units within the span are permuted by
-                    // the number of the 128-byte line of shared memory (all of its low 3 bits for 128 bytes, 2 for 64).
+                    // CUDA C++ Programming Guide, "TMA Swizzle Patterns": 16-byte units within the span are
+                    // permuted by the number of the 128-byte line of shared memory (all of its low 3 bits for
+                    // 128 bytes, 2 for 64).
                     const uint32_t units = static_cast<uint32_t>(encoded.swizzle_bytes) / 16;
                     const uint32_t line = offset / 128, unit = offset / 16 % units;
                     const uint32_t swizzled = offset - unit * 16 + (unit ^ line % units) * 16;
@@ -349,9 +367,11 @@ inline void give_registers() {
     static_assert(Registers % 8 == 0 && Registers >= 24 && Registers <= 256, "setmaxnreg");
 }
 
-inline void wgmma_fence() {
-    ::emulation::warp_collective("wgmma_fence", 0xffffffffu, nullptr, nullptr,
-                                 [](const void* const*, void* const*, uint32_t) { ::emulation::wgmma_warp().fenced = true; });
+template <typename... Registers>
+inline void wgmma_fence(Registers&...) {
+    ::emulation::warp_collective(
+        "wgmma_fence", 0xffffffffu, nullptr, nullptr,
+        [](const void* const*, void* const*, uint32_t) { ::emulation::wgmma_warp().fenced = true; });
 }
 
 inline void wgmma_commit() {
@@ -363,17 +383,19 @@ inline void wgmma_commit() {
                                  });
 }
 
-template <int Pending>
-inline void wgmma_wait() {
+template <int Pending, typename... Results>
+inline void wgmma_wait(Results&... results) {
     const int pending = Pending;
     ::emulation::warp_collective("wgmma_wait", 0xffffffffu, &pending, nullptr, ::emulation::wait_wgmma);
+    (::emulation::demand_complete(results), ...);
 }
 
 template <typename T, bool ColumnsInner, size_t Registers>
 inline void wgmma(float (&d)[Registers], const uint32_t (&a)[4], uint64_t b, int accumulate) {
     constexpr bool kBf16 = std::is_same<T, __nv_bfloat16>::value;
     static_assert(kBf16 || std::is_same<T, __half>::value, "bfloat16 or float16");
-    const ::emulation::WgmmaCall call{d, a, b, static_cast<int>(2 * Registers), accumulate != 0, ColumnsInner, kBf16};
+    const ::emulation::WgmmaCall call{
+        d, a, b, static_cast<int>(2 * Registers), accumulate != 0, ColumnsInner, kBf16};
     ::emulation::warp_collective("wgmma", 0xffffffffu, &call, nullptr, ::emulation::issue_wgmma);
 }
 

@@ -1,5 +1,5 @@
-// The emulation's csrc/cuda/tensor_map.cuh: what cuTensorMapEncodeTiled demands (cuda.h) is checked, and the map holds what
-// copy_box in ptx_sm90.cuh needs.
+// The emulation's csrc/cuda/tensor_map.cuh: what cuTensorMapEncodeTiled demands (cuda.h) is checked, and the
+// map holds what copy_box in ptx_sm90.cuh needs.
 #pragma once
 #include <cuda.h>
 
@@ -39,7 +39,8 @@ inline CUtensorMap encode(const TensorMap3d& t) {
     };
     demand(t.data != nullptr && reinterpret_cast<uintptr_t>(t.data) % 16 == 0, "address");
     for (const uint64_t size : t.sizes) demand(size > 0 && size <= uint64_t{1} << 32, "globalDim");
-    for (const uint64_t stride : t.strides) demand(stride % 16 == 0 && stride < uint64_t{1} << 40, "globalStrides");
+    for (const uint64_t stride : t.strides)
+        demand(stride % 16 == 0 && stride < uint64_t{1} << 40, "globalStrides");
     demand(t.strides[0] >= 2 * t.sizes[0] && t.strides[1] >= t.strides[0], "globalStrides overlap");
     for (const uint32_t size : t.box) demand(size > 0 && size <= 256, "boxDim");
     const uint32_t row = 2 * t.box[0];

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -153,7 +152,14 @@ def draw(case: Case) -> dict[str, Any]:
     mask = None if case.mask is None else torch.rand(total_k, generator=generator) < case.mask
     grad = normal(total_q, case.heads, case.head_dim).to(case.dtype)
     return {
-        **{"q": q, "k": k, "v": v, "grad": grad, "cu_seqlens_q": cumulative(case.lengths), "cu_seqlens_k": cumulative(keys)},
+        **{
+            "q": q,
+            "k": k,
+            "v": v,
+            "grad": grad,
+            "cu_seqlens_q": cumulative(case.lengths),
+            "cu_seqlens_k": cumulative(keys),
+        },
         **{"scale": case.head_dim**-0.5 if case.scale is None else case.scale, "causal": case.causal},
         **{"key_mask": mask, "dropout_p": case.dropout_p},
         "seed": torch.randint(-(2**62), 2**62, (1,), generator=generator) if case.dropout_p else None,
@@ -191,16 +197,17 @@ def test_backward(library: ctypes.CDLL, case: Case) -> None:
     ends = (inputs["cu_seqlens_q"], inputs["cu_seqlens_k"])
     exact = reference.attention_backward(grad, q, k, v, *exactly(inputs), *ends, 0, 0, *rest)
     eps = torch.finfo(case.dtype).eps
-    # What out's rounding does to the gradients of q and k by way of delta, even where they cancel to nothing.
-    rounding = abs(inputs["scale"]) * eps * case.spread * 8.0 / (1.0 - case.dropout_p)
+    # Roundings of the weights and of the result, 0.2 to 0.3 eps each (rms of a uniform distribution). A sharp softmax leaves
+    # differences of weights that nearly cancel.
+    roundings = 0.6 if case.spread == 1.0 else 2.0
     for name, ours, expected in zip("qkv", got, exact, strict=True):
         assert not ours.isnan().any(), name
         if ours.numel() == 0:
             continue
         error = ours.double() - expected
-        floor = 0.0 if name == "v" else rounding
-        assert error.square().mean().sqrt() <= eps * expected.square().mean().sqrt() + floor, name
-        assert error.abs().max() <= 4 * eps * expected.abs().max() + 8 * floor, name
+        floor = 0.1 * eps * abs(inputs["scale"])  # what is left where it should cancel to nothing
+        assert error.square().mean().sqrt() <= roundings * eps * expected.square().mean().sqrt() + floor, name
+        assert error.abs().max() <= 2 * roundings * eps * expected.abs().max() + 8 * floor, name
 
 
 def test_the_order_of_threads_does_not_matter(library: ctypes.CDLL) -> None:
@@ -211,7 +218,9 @@ def test_the_order_of_threads_does_not_matter(library: ctypes.CDLL) -> None:
         again = forward(library, inputs, blocks=order, order=order)
         assert torch.equal(again[0], first)
         assert torch.equal(again[1], lse)
-        for t, expected in zip(backward(library, inputs, first, lse, blocks=order, order=order), gradients, strict=True):
+        for t, expected in zip(
+            backward(library, inputs, first, lse, blocks=order, order=order), gradients, strict=True
+        ):
             assert torch.equal(t, expected)
 
 
