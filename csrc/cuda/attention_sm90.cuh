@@ -100,7 +100,8 @@ struct Problem {
     bool causal;
     Dropout dropout;
     float scale;
-    float *lse, *delta;
+    float* lse;
+    float2* statistics;
     int64_t total_q;
     void* out[2];  // [T, heads, head_dim]
 };
@@ -627,7 +628,7 @@ inline Problem problem_of(const AttentionArgs& a) {
     p.dropout = a.dropout;
     p.scale = a.scale;
     p.lse = a.lse;
-    p.delta = a.delta;
+    p.statistics = a.statistics;
     p.total_q = a.total_q;
     return p;
 }

@@ -7,7 +7,7 @@
 using namespace rk::cuda;
 
 // views: address, token stride and head stride of q, k, v and, for backward, grad_out. out and lse: written
-// by forward, read by backward. gradients: addresses of those of q, k and v, and of delta; null: forward.
+// by forward, read by backward. gradients: addresses of those of q, k and v, and of statistics; null: forward.
 // Returns 0; 1: not supported; 2: `message` (room for 512) says why.
 extern "C" __attribute__((visibility("default"))) int rk_attention_sm90(
     const int64_t* views, const int32_t* cu_seqlens_q, const int32_t* cu_seqlens_k, const bool* key_mask,
@@ -37,7 +37,7 @@ extern "C" __attribute__((visibility("default"))) int rk_attention_sm90(
         a.grad_q = gradients[0];
         a.grad_k = gradients[1];
         a.grad_v = gradients[2];
-        a.delta = static_cast<float*>(gradients[3]);
+        a.statistics = static_cast<float2*>(gradients[3]);
     }
     try {
         if (gradients != nullptr) {

@@ -18,7 +18,7 @@ from . import build
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=f"the CUDA emulation: {build.missing()}")
 SOURCES = [
     build.HERE / "attention_sm90_entry.cpp",
-    *(build.ROOT / "csrc/cuda" / name for name in ("attention_sm90.cu", "attention_sm90_backward.cu")),
+    *(build.ROOT / "csrc/cuda" / name for name in ("attention_sm90.cu", "attention_backward_sm90.cu")),
 ]
 BF16, FP16 = torch.bfloat16, torch.float16
 
@@ -128,8 +128,8 @@ def backward(
 ) -> list[Tensor]:
     """Gradients of q, k and v."""
     gradients = [torch.full(inputs[name].shape, math.nan, dtype=out.dtype) for name in "qkv"]
-    delta = torch.full_like(lse, math.nan)
-    call(library, inputs, out, lse, [*gradients, delta], blocks=blocks, order=order)
+    statistics = torch.full((*lse.shape, 2), math.nan)
+    call(library, inputs, out, lse, [*gradients, statistics], blocks=blocks, order=order)
     return gradients
 
 

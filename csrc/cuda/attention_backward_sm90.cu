@@ -81,7 +81,7 @@ struct QueryConsumer : Consumer<T, P> {
             const bool exists = this->row + 8 * r < unit.rows;
             const int64_t at = unit.head * problem.total_q + unit.first_row + this->row + 8 * r;
             lse[r] = exists ? lse_of(problem.lse[at]) : INFINITY;
-            if (exists && this->lane % 4 == 0) problem.delta[at] = delta[r];
+            if (exists && this->lane % 4 == 0) problem.statistics[at] = make_float2(lse[r], delta[r]);
         }
 
         Rows grad_queries;
@@ -143,12 +143,9 @@ __global__ void __launch_bounds__(QueryPlan<HeadDim>::kThreads, 1)
 // ------------------------------------------------------------------------------------------------ keys and
 // values
 
-struct Statistics {  // of a query
-    float lse, delta;
-};
 template <class P>
 struct KeyShared : Shared<P> {
-    Statistics statistics[P::kConsumers][2][kTile];
+    float2 statistics[P::kConsumers][2][kTile];  // as AttentionArgs::statistics, of the queries of a chunk
 };
 
 // Rows of a tile are keys, columns of scores are queries.
@@ -164,13 +161,11 @@ struct KeyConsumer : Consumer<T, P> {
 
     __device__ KeyConsumer(const Problem& p, KeyShared<P>& s) : Base(p, s), key_shared(s) {}
 
-    // Half of the threads read the log-sum-exp of a query of a chunk, the others its delta.
-    __device__ __forceinline__ float statistic(const Unit& unit, int chunk) const {
-        const int query = chunk * kTile + this->thread % kTile;
-        const bool of_lse = this->thread < kTile;
-        if (query >= unit.others) return of_lse ? INFINITY : 0.0f;
-        const int64_t at = unit.head * this->problem.total_q + unit.first_other + query;
-        return of_lse ? lse_of(this->problem.lse[at]) : this->problem.delta[at];
+    // Of the query of a chunk that is this thread's to fetch: half of the threads have one.
+    __device__ __forceinline__ float2 statistics_of(const Unit& unit, int chunk) const {
+        const int query = chunk * kTile + this->thread;
+        if (this->thread >= kTile || query >= unit.others) return make_float2(INFINITY, 0.0f);
+        return this->problem.statistics[unit.head * this->problem.total_q + unit.first_other + query];
     }
 
     // Bit 4 (4 (i / 4) + 2 e + r) + lane / 4 % 4 of kept[i % 4] tells whether element [4 i + 2 r + e] is
@@ -215,14 +210,13 @@ struct KeyConsumer : Consumer<T, P> {
         this->zero(grad_keys);
         this->zero(grad_values);
         Weights dropped, grad_scores;
-        float statistic = unit.chunks > 0 ? this->statistic(unit, unit.first_chunk) : 0.0f;
+        float2 fetched = statistics_of(unit, unit.first_chunk);
         for (int c = 0; c < unit.chunks; ++c) {
             const int use = unit.use + unit.skip + c, first = (unit.first_chunk + c) * kTile;
-            Statistics(&statistics)[kTile] = key_shared.statistics[this->consumer][count++ % 2];
-            Statistics& mine = statistics[this->thread % kTile];
-            (this->thread < kTile ? mine.lse : mine.delta) = statistic;
+            float2(&statistics)[kTile] = key_shared.statistics[this->consumer][count++ % 2];
+            if (this->thread < kTile) statistics[this->thread] = fetched;
             this->meet();
-            if (c + 1 < unit.chunks) statistic = this->statistic(unit, unit.first_chunk + c + 1);
+            fetched = statistics_of(unit, unit.first_chunk + c + 1);
 
             Scores scores, grad_weights;
             this->wait_for(0, use);
@@ -241,7 +235,7 @@ struct KeyConsumer : Consumer<T, P> {
             for (int i = 0; i < 8; ++i)
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
-                    const float lse = statistics[8 * i + this->column + e].lse;
+                    const float lse = statistics[8 * i + this->column + e].x;
 #pragma unroll
                     for (int r = 0; r < 2; ++r) {
                         float& score = scores[4 * i + 2 * r + e];
@@ -265,7 +259,7 @@ struct KeyConsumer : Consumer<T, P> {
             ptx::wgmma_wait<1>(grad_weights);  // the product goes on
 #pragma unroll
             for (int i = 0; i < 32; ++i) {
-                const float delta = statistics[8 * (i / 4) + this->column + i % 2].delta;
+                const float delta = statistics[8 * (i / 4) + this->column + i % 2].y;
                 float grad = grad_weights[i];
                 if (Drops) grad = is_kept(i) ? grad * problem.dropout.scale : 0.0f;
                 scores[i] *= grad - delta;
