@@ -8,15 +8,12 @@
 #include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <ptx.cuh>
 #include <stdint.h>
 
 #include <type_traits>
 
 namespace rk::cuda::ptx {
-
-__device__ inline uint32_t shared_address(const void* shared) {
-    return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-}
 
 // ------------------------------------------------------------------------------------------------ mbarrier
 
