@@ -35,6 +35,7 @@ FLAGS = [
     "-fvisibility=hidden",
     "-Wall",
     "-Wno-unknown-pragmas",
+    "-Wno-psabi",
     "-Wno-unused-function",
 ]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]

@@ -62,6 +62,17 @@ void block_barrier_arrive(int id, int count);  // arrives without waiting
 // Launches are recorded, and nothing runs.
 bool is_dry_run();
 
+// Ends one wait of this thread for a change that others make: it goes on when one of them calls unpark(), to
+// look again.
+void park(const char* what);
+void unpark();
+
+// Something that happens at a time of its own, between the threads: what the copy engine does.
+void later(std::function<void()> action);
+
+// Tells the blocks that ever ran apart.
+uint64_t block_number();
+
 // Runs kernel() for every thread of every block; launch.cuh calls it.
 void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
 

@@ -113,6 +113,12 @@ struct Barrier {
     std::vector<int> waiting;
 };
 
+struct Later {  // what the copy engine has yet to do, and when
+    uint64_t due;
+    std::function<void()> action;
+};
+struct FailedLater {};  // what fail() throws where no thread runs
+
 struct Block {
     dim3 grid, size;
     uint3 index{};
@@ -120,7 +126,10 @@ struct Block {
     size_t shared_bytes = 0;
     std::vector<Warp> warps;
     Barrier barriers[kBarriers];
-    std::vector<int> runnable;
+    std::vector<int> runnable, parked;
+    std::vector<Later> later;
+    uint64_t steps = 0;   // of the scheduler
+    uint64_t number = 0;  // counts all blocks that ever ran
     int running = -1;
     bool failed = false;
     std::string message;
@@ -248,11 +257,30 @@ void run_block() {
     block.warps.assign(static_cast<size_t>((block.threads + 31) / 32), Warp{});
     for (Barrier& barrier : block.barriers) barrier = Barrier{};
     block.runnable.clear();
+    block.parked.clear();
+    block.later.clear();
+    block.number += 1;
     for (int thread = 0; thread < block.threads; ++thread) {
         prepare(thread);
         block.runnable.push_back(thread);
     }
-    while (!block.runnable.empty() && !block.failed) {
+    while (!(block.runnable.empty() && block.later.empty()) && !block.failed) {
+        block.steps += 1;
+        const auto next = std::min_element(block.later.begin(), block.later.end(),
+                                           [](const Later& a, const Later& b) { return a.due < b.due; });
+        if (next != block.later.end() && (block.runnable.empty() || next->due <= block.steps)) {
+            const std::function<void()> action = std::move(next->action);
+            block.later.erase(next);
+            try {
+                action();
+            } catch (const FailedLater&) {  // no thread to blame: block.message tells it
+            }
+            if (block.live == 0 && !block.failed) {
+                block.failed = true;
+                block.message = "the block ends while the copy engine is at work in its shared memory";
+            }
+            continue;
+        }
         const size_t i = random_order() % block.runnable.size();
         const int thread = block.runnable[i];
         block.runnable[i] = block.runnable.back();
@@ -318,7 +346,7 @@ void fail(const char* format, ...) {
         block.message += " (thread " + std::to_string(block.running) + ")";
         to_scheduler(true);  // and never back
     }
-    std::abort();
+    throw FailedLater{};
 }
 
 void yield() {
@@ -377,6 +405,26 @@ void block_barrier_arrive(int id, int count) {
     arrive(id, count, 0);
     Barrier& barrier = block.barriers[id];
     if (barrier.arrived == count) complete(barrier);
+}
+
+uint64_t block_number() {
+    return block.number;
+}
+
+void park(const char* what) {
+    block.parked.push_back(block.running);
+    wait(what);
+}
+
+void unpark() {
+    for (const int thread : block.parked) wake(thread);
+    block.parked.clear();
+}
+
+void later(std::function<void()> action) {
+    // At once or after many threads' turns, and anything between.
+    const uint64_t delay = random_order() % (uint64_t{1} << random_order() % 15);
+    block.later.push_back({block.steps + delay, std::move(action)});
 }
 
 void defer(std::function<void()> action) {

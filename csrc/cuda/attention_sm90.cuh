@@ -1,0 +1,642 @@
+// What the Hopper attention kernels share: how a block finds its work, brings it into shared memory, and
+// multiplies.
+//
+// A kernel has tiles and chunks, of 64 rows each. A tile belongs to one warpgroup, which keeps its rows in
+// registers as the first operand of wgmma; chunks are what it walks over, in shared memory as the second
+// operand, and are shared by all warpgroups of the block. Forward and the gradient of the queries have tiles
+// of queries and chunks of keys and values; the gradients of keys and values have it the other way around.
+//
+// Roles. One block per multiprocessor, persistent. Warpgroup 0 gives its registers away; one thread of it,
+// the producer, walks the block's work and has the copy engine bring tiles and chunks. The other warpgroups,
+// the consumers, take a tile at a time, in turn, across heads and sequences: short sequences keep all of them
+// busy.
+// - A tile comes through a buffer of its consumer, together with a Unit that says what to do with it.
+// - Chunks come through a ring of slots. Those of one (sequence, head) stay as long as the block has tiles of
+// it: they are
+//   loaded once where they fit in the ring, else once for every round of tiles. A slot is free when every
+//   consumer has released it: after its last tile of that (sequence, head); for a consumer that has none, the
+//   producer does it.
+// Rows past the end of a sequence belong to the next one and may hold anything. In tiles such rows are not
+// stored; scores of such chunk rows are masked; where 0 * NaN would be NaN, they are overwritten with zeros
+// in shared memory.
+//
+// Scheduling. The host never reads cu_seqlens. All (sequence, head, tile) units in that order are weighed by
+// their chunks; each block takes the contiguous stretch that begins in its share of the total weight. So
+// uneven lengths balance to within one unit, with no counter in memory and no sorting, and only the chunks of
+// heads on a boundary are loaded by two blocks.
+#pragma once
+#include <algorithm>
+#include <launch.cuh>
+#include <ptx.cuh>
+#include <ptx_sm90.cuh>
+#include <tensor_map.cuh>
+
+#include "csrc/cuda/attention_sm90.h"
+#include "csrc/cuda/common.cuh"
+#include "csrc/cuda/dropout.cuh"
+#include "csrc/cuda/matrix_descriptor.cuh"
+
+namespace rk::cuda::sm90 {
+
+constexpr int kTile = 64;        // rows of tiles and chunks
+constexpr int kWarpgroup = 128;  // threads
+constexpr int kWarpsOfGroup = kWarpgroup / kWarp;
+constexpr int kTileWeight = 2;  // what a tile costs besides its chunks, in chunks
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+// TileTensors: how many tensors a tile is rows of (a chunk is rows of two). Consumers: warpgroups. Buffers:
+// for tiles, of each consumer. Registers of 65536: the producer's warpgroup has 40 a thread.
+template <int HeadDim, int TileTensors, int Consumers, int Slots, int Buffers>
+struct Plan {
+    static constexpr int kHeadDim = HeadDim, kTileTensors = TileTensors, kConsumers = Consumers,
+                         kSlots = Slots;
+    static constexpr int kBuffers = Buffers;
+    static constexpr int kPanel = HeadDim < 64 ? HeadDim : 64;  // columns of a box: one swizzled row
+    static constexpr int kPanels = HeadDim / kPanel;
+    static constexpr int kRowBytes = 2 * kPanel;
+    static constexpr int kPanelBytes = kTile * kRowBytes;
+    static constexpr int kTileBytes = kPanels * kPanelBytes;
+    static constexpr int kSteps = HeadDim / 16;
+    static constexpr int kThreads = (1 + Consumers) * kWarpgroup;
+    static constexpr int kProducerRegisters = 40;
+    static constexpr int kConsumerRegisters = Consumers == 2 ? 232 : 152;
+};
+
+// What a consumer does with a tile.
+struct alignas(16) Unit {
+    int32_t rows;       // of the tile that exist; 0: no more work
+    int32_t first_row;  // of the tile, packed
+    int32_t head;
+    int32_t first_other;  // first row of the sequence on the chunks' side, packed
+    int32_t others;       // rows of the sequence on the chunks' side
+    int32_t diagonal;  // row i of the tile and row j on the chunks' side see each other if j <= i + diagonal
+                       // (>= for keys)
+    int32_t first_chunk;  // of those that some row of the tile sees
+    int32_t chunks;
+    int32_t use;   // number of the first chunk that was loaded for this tile and others, counted over all of
+                   // the block
+    int32_t skip;  // chunks between that one and first_chunk
+    int32_t held;  // chunks to release, seen or not; 0: another tile of this consumer needs them
+    int32_t first_in_sequence;  // row of the tile
+};
+
+template <class P>
+struct Shared {
+    unsigned char chunks[2][P::kSlots][P::kTileBytes];
+    unsigned char tiles[P::kConsumers][P::kBuffers][P::kTileTensors][P::kTileBytes];
+    Unit units[P::kConsumers][P::kBuffers];
+    uint64_t tile_full[P::kConsumers][P::kBuffers], tile_free[P::kConsumers][P::kBuffers];
+    uint64_t chunk_full[2][P::kSlots], slot_free[P::kSlots];
+};
+
+struct Problem {
+    CUtensorMap tiles[3], chunks[2];
+    const int32_t *tile_seqlens, *chunk_seqlens;  // cu_seqlens of either side
+    const bool* key_mask;
+    int32_t batch, heads;
+    float score_scale;  // |scale| * log2(e), or 1 where the scale is 0
+    uint32_t and_bits,
+        negative_bits;  // what gives one factor of the scores the sign of the scale, or makes it 0
+    bool causal;
+    Dropout dropout;
+    float scale;
+    float* lse;
+    float2* statistics;
+    int64_t total_q;
+    void* out[2];  // [T, heads, head_dim]
+};
+
+// The n-th use of one of `count` places in a row, and the parity of the barrier phases that belong to it.
+struct Turn {
+    int place, parity;
+};
+__device__ __forceinline__ Turn turn(int n, int count) {
+    return {n % count, n / count & 1};
+}
+
+__device__ __forceinline__ int tiles_of(int length) {
+    return (length + kTile - 1) / kTile;
+}
+
+// ------------------------------------------------------------------------------------------------ producer
+
+struct Sequence {
+    int first_tile_row, tile_rows, first_chunk_row, chunk_rows;
+
+    __device__ int unit_weight() const { return tiles_of(chunk_rows) + kTileWeight; }
+    __device__ int weight(int heads) const { return heads * tiles_of(tile_rows) * unit_weight(); }
+};
+
+__device__ __forceinline__ Sequence sequence(const Problem& p, int b) {
+    const int t = __ldg(p.tile_seqlens + b), c = __ldg(p.chunk_seqlens + b);
+    return {t, __ldg(p.tile_seqlens + b + 1) - t, c, __ldg(p.chunk_seqlens + b + 1) - c};
+}
+
+// A block's share of all units: those whose weights begin in [from, to) of the running total; the first of
+// them belongs to `sequence` or to one after it, whose units begin at `begin`.
+struct Share {
+    int from, to, begin, sequence;
+};
+
+// By a whole warp. Every block computes it for itself, from two passes over cu_seqlens.
+__device__ __forceinline__ Share share_of_block(const Problem& p) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    int total = 0;
+    for (int b = lane; b < p.batch; b += kWarp) total += sequence(p, b).weight(p.heads);
+#pragma unroll
+    for (int distance = kWarp / 2; distance > 0; distance /= 2)
+        total += __shfl_xor_sync(kAllLanes, total, distance);
+    const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
+    const auto start = [&](int i) {
+        return total / blocks * i + total % blocks * i / blocks;
+    };  // total * i / blocks
+    Share share{start(block), start(block + 1), 0, p.batch};
+    for (int first = 0; first < p.batch; first += kWarp) {
+        const int weight = first + lane < p.batch ? sequence(p, first + lane).weight(p.heads) : 0;
+        int sum = weight;  // up to and with this lane's
+#pragma unroll
+        for (int distance = 1; distance < kWarp; distance *= 2) {
+            const int below = __shfl_up_sync(kAllLanes, sum, distance);
+            if (lane >= distance) sum += below;
+        }
+        const unsigned reached = __ballot_sync(kAllLanes, share.begin + sum > share.from);
+        if (reached != 0) {
+            const int at = __ffs(static_cast<int>(reached)) - 1;
+            share.begin += __shfl_sync(kAllLanes, sum - weight, at);
+            share.sequence = first + at;
+            break;
+        }
+        share.begin += __shfl_sync(kAllLanes, sum, kWarp - 1);
+    }
+    return share;
+}
+
+// One thread: hands tiles to the consumers and keeps the ring of chunks full. OfKeys: tiles are of keys, else
+// of queries.
+template <class P, bool OfKeys>
+struct Producer {
+    const Problem& problem;
+    Shared<P>& shared;
+    int loaded = 0;  // chunks, so far
+    int handed = 0;  // tiles, so far: tile n goes to consumer n % kConsumers
+
+    __device__ void load(unsigned char* to, const CUtensorMap& map, int head, int row, uint32_t barrier) {
+#pragma unroll
+        for (int panel = 0; panel < P::kPanels; ++panel)
+            ptx::copy_box(ptx::shared_address(to + panel * P::kPanelBytes), &map, panel * P::kPanel, head,
+                          row, barrier);
+    }
+
+    // Waits for the next buffer, gives it the unit, and the tile if there is one.
+    __device__ void hand_out(const Unit& unit) {
+        const int consumer = handed % P::kConsumers;
+        const Turn mine = turn(handed / P::kConsumers, P::kBuffers);
+        handed += 1;
+        ptx::mbarrier_wait(ptx::shared_address(&shared.tile_free[consumer][mine.place]), mine.parity ^ 1);
+        shared.units[consumer][mine.place] = unit;
+        const uint32_t full = ptx::shared_address(&shared.tile_full[consumer][mine.place]);
+        if (unit.rows == 0) {
+            ptx::mbarrier_arrive(full);
+            return;
+        }
+        ptx::mbarrier_arrive_expect_bytes(full, P::kTileTensors * P::kTileBytes);
+#pragma unroll
+        for (int i = 0; i < P::kTileTensors; ++i)
+            load(shared.tiles[consumer][mine.place][i], problem.tiles[i], unit.head, unit.first_row, full);
+    }
+
+    __device__ void load_chunk(int head, int row, int idle_consumers) {
+        const Turn mine = turn(loaded, P::kSlots);
+        loaded += 1;
+        const uint32_t free = ptx::shared_address(&shared.slot_free[mine.place]);
+        ptx::mbarrier_wait(free, mine.parity ^ 1);
+        if (idle_consumers > 0) ptx::mbarrier_arrive(free, idle_consumers * kWarpsOfGroup);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const uint32_t full = ptx::shared_address(&shared.chunk_full[i][mine.place]);
+            ptx::mbarrier_arrive_expect_bytes(full, P::kTileBytes);
+            load(shared.chunks[i][mine.place], problem.chunks[i], head, row, full);
+        }
+    }
+
+    __device__ Unit unit(const Sequence& s, int head, int tile) const {
+        Unit u{};
+        u.rows = min(s.tile_rows - tile * kTile, kTile);
+        u.first_row = s.first_tile_row + tile * kTile;
+        u.first_in_sequence = tile * kTile;
+        u.head = head;
+        u.first_other = s.first_chunk_row;
+        u.others = s.chunk_rows;
+        const int all = tiles_of(s.chunk_rows);
+        if (!problem.causal) {
+            u.diagonal = OfKeys ? -(1 << 30) : 1 << 30;
+            u.chunks = all;
+        } else {
+            // Query i sees the keys up to i + len_k - len_q.
+            u.diagonal = tile * kTile + s.chunk_rows - s.tile_rows;  // of keys: chunk rows are the queries
+            if (OfKeys) u.first_chunk = min(max(u.diagonal, 0) / kTile, all);
+            u.chunks =
+                (OfKeys ? all : tiles_of(max(min(s.chunk_rows, u.diagonal + u.rows), 0))) - u.first_chunk;
+        }
+        return u;
+    }
+
+    // Some tiles of one head, over one loading of its chunks.
+    __device__ void item(const Sequence& s, int head, int first_tile, int tiles) {
+        // Of keys, the first tile sees the most; of queries, the last.
+        const Unit most = unit(s, head, OfKeys ? first_tile : first_tile + tiles - 1);
+        const int use = loaded;
+        const auto hand = [&](int i) {
+            Unit u = unit(s, head, first_tile + i);
+            u.use = use;
+            u.skip = u.first_chunk - most.first_chunk;
+            u.held = i + P::kConsumers >= tiles ? most.chunks : 0;
+            hand_out(u);
+        };
+        // A tile after the first of its consumer waits for that to be done with, and so for the chunks.
+        const int at_once = min(tiles, P::kConsumers);
+        for (int i = 0; i < at_once; ++i) hand(i);
+        for (int c = 0; c < most.chunks; ++c)
+            load_chunk(head, s.first_chunk_row + (most.first_chunk + c) * kTile, P::kConsumers - at_once);
+        for (int i = at_once; i < tiles; ++i) hand(i);
+    }
+
+    __device__ void run(const Share& share) {
+        int begin = share.begin;
+        for (int b = share.sequence; b < problem.batch && begin < share.to; ++b) {
+            const Sequence s = sequence(problem, b);
+            const int tiles = tiles_of(s.tile_rows), weight = s.unit_weight();
+            const int all = problem.heads * tiles * weight;
+            // Units of this sequence that begin before a point of the running total.
+            const auto units_before = [&](int at) {
+                return (min(max(at - begin, 0), all) + weight - 1) / weight;
+            };
+            int u = units_before(share.from);
+            const int last = units_before(share.to);
+            const int at_most =
+                tiles_of(s.chunk_rows) > P::kSlots ? P::kConsumers : tiles;  // tiles of an item
+            while (u < last) {
+                const int head = u / tiles, tile = u % tiles;
+                const int count = min(min(tiles - tile, at_most), last - u);
+                item(s, head, tile, count);
+                u += count;
+            }
+            begin += all;
+        }
+        for (int consumer = 0; consumer < P::kConsumers; ++consumer) hand_out(Unit{});
+    }
+};
+
+// ------------------------------------------------------------------------------------------------ consumers
+
+template <typename T>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+    const Vector<T, 2> pair{{from_float<T>(low), from_float<T>(high)}};
+    uint32_t bits;
+    memcpy(&bits, &pair, sizeof(bits));
+    return bits;
+}
+
+// Four registers of the four neighbouring lanes that share a row: register i of lane j becomes register j of
+// lane i.
+__device__ __forceinline__ void transpose_in_quad(uint32_t (&v)[4], int lane) {
+    const bool odd = lane & 1, upper = lane & 2;
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+        const uint32_t other = __shfl_xor_sync(kAllLanes, odd ? v[i] : v[i + 1], 1);
+        (odd ? v[i] : v[i + 1]) = other;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const uint32_t other = __shfl_xor_sync(kAllLanes, upper ? v[i] : v[i + 2], 2);
+        (upper ? v[i] : v[i + 2]) = other;
+    }
+}
+
+// One warpgroup. A thread has two rows of a tile, `row` and row + 8, and of every 8 columns the two from
+// `column` on: elements [4 i + 2 r + e] of an accumulator are row + 8 r, column + 8 i + e.
+template <typename T, class P>
+struct Consumer {
+    using Fragment = uint32_t[P::kSteps][4];        // a tile, as first operand
+    using Scores = float[kTile / 2];                // [64, 64]
+    using Weights = uint32_t[kTile / 16][4];        // the same, rounded, as first operand
+    using Rows = float[P::kPanels][P::kPanel / 2];  // [64, head_dim]
+
+    const Problem& problem;
+    Shared<P>& shared;
+    const int consumer, thread, lane, row, column;
+
+    __device__ Consumer(const Problem& p, Shared<P>& s)
+        : problem(p),
+          shared(s),
+          consumer(static_cast<int>(threadIdx.x) / kWarpgroup - 1),
+          thread(static_cast<int>(threadIdx.x) % kWarpgroup),
+          lane(thread % kWarp),
+          row(thread / kWarp * 16 + lane / 4),
+          column(lane % 4 * 2) {}
+
+    __device__ __forceinline__ void arrive(uint64_t& barrier) const {  // one of its 4 warps
+        __syncwarp();
+        if (lane == 0) ptx::mbarrier_arrive(ptx::shared_address(&barrier));
+    }
+
+    // Calls tile(unit, buffer) for every tile of this consumer, until the producer says that there are no
+    // more. `tile` calls tile_read() when it has read the buffer.
+    template <typename Tile>
+    __device__ __forceinline__ void each_tile(const Tile& tile) const {
+        for (int n = 0;; ++n) {
+            const Turn mine = turn(n, P::kBuffers);
+            ptx::mbarrier_wait(ptx::shared_address(&shared.tile_full[consumer][mine.place]), mine.parity);
+            const Unit unit = shared.units[consumer][mine.place];
+            if (unit.rows == 0) return;
+            tile(unit, mine.place);
+        }
+    }
+    __device__ __forceinline__ void tile_read(int buffer) const {
+        arrive(shared.tile_free[consumer][buffer]);
+    }
+
+    // Where register i of a step of a fragment lies in a tile: rows are 16-byte units, swizzled by their
+    // number, so that only bits 4 to 6 depend on the unit.
+    __device__ __forceinline__ int fragment_offset(int step, int i) const {
+        const int d = 16 * step + 8 * (i / 2), panel = d / P::kPanel,
+                  first = swizzled<P::kRowBytes>(row, 2 * column);
+        return (first ^ d % P::kPanel * 2) + i % 2 * 8 * P::kRowBytes + panel * P::kPanelBytes;
+    }
+    __device__ __forceinline__ void load_fragment(Fragment& to, const unsigned char* tile) const {
+#pragma unroll
+        for (int step = 0; step < P::kSteps; ++step)
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                to[step][i] = *reinterpret_cast<const uint32_t*>(tile + fragment_offset(step, i));
+    }
+    // The factor of the scores that carries the sign of the scale.
+    __device__ __forceinline__ void give_sign(Fragment& of) const {
+#pragma unroll
+        for (int step = 0; step < P::kSteps; ++step)
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                of[step][i] = (of[step][i] & problem.and_bits) ^ problem.negative_bits;
+    }
+
+    __device__ __forceinline__ void wait_for(int tensor, int use) const {
+        const Turn mine = turn(use, P::kSlots);
+        ptx::mbarrier_wait(ptx::shared_address(&shared.chunk_full[tensor][mine.place]), mine.parity);
+    }
+    __device__ __forceinline__ void release(int use) const {
+        arrive(shared.slot_free[turn(use, P::kSlots).place]);
+    }
+    // For chunks that were loaded and are of no use to this tile: they must have come before they can be
+    // released.
+    __device__ __forceinline__ void release_unseen(int from, int to) const {
+        for (int use = from; use < to; ++use) {
+            wait_for(0, use);
+            wait_for(1, use);
+            release(use);
+        }
+    }
+
+    __device__ __forceinline__ unsigned char* chunk(int tensor, int use) const {
+        return shared.chunks[tensor][turn(use, P::kSlots).place];
+    }
+
+    // scores = tile @ chunk^T, under way.
+    __device__ __forceinline__ void multiply_transposed(Scores& scores, Fragment& tile, int tensor,
+                                                        int use) const {
+        const uint32_t rows = ptx::shared_address(chunk(tensor, use));
+        ptx::wgmma_fence(tile);
+#pragma unroll
+        for (int step = 0; step < P::kSteps; ++step) {
+            const int d = 16 * step;
+            const uint32_t at = rows + d / P::kPanel * P::kPanelBytes + d % P::kPanel * 2;
+            ptx::wgmma<T, false>(scores, tile[step], matrix_descriptor<P::kRowBytes>(at), step > 0);
+        }
+        ptx::wgmma_commit();
+    }
+
+    // out += weights @ chunk, under way.
+    __device__ __forceinline__ void multiply(Rows& out, Weights& weights, int tensor, int use) const {
+        const uint32_t rows = ptx::shared_address(chunk(tensor, use));
+        ptx::wgmma_fence(out, weights);
+#pragma unroll
+        for (int step = 0; step < kTile / 16; ++step)
+#pragma unroll
+            for (int panel = 0; panel < P::kPanels; ++panel) {
+                const uint32_t at = rows + panel * P::kPanelBytes + step * 16 * P::kRowBytes;
+                ptx::wgmma<T, true>(out[panel], weights[step], matrix_descriptor<P::kRowBytes>(at), 1);
+            }
+        ptx::wgmma_commit();
+    }
+
+    // Rows of a chunk from `rows` on, past the end of the sequence, become zeros. Other consumers may be at
+    // it too, or read them already: each has done it before it read, so nothing changes for it.
+    __device__ __forceinline__ void clear(int tensor, int use, int rows) const {
+        constexpr int kVectors = P::kRowBytes / 16;  // whole rows: the swizzle does not matter
+        unsigned char* to = chunk(tensor, use);
+        for (int panel = 0; panel < P::kPanels; ++panel)
+            for (int i = rows * kVectors + thread; i < kTile * kVectors; i += kWarpgroup)
+                *reinterpret_cast<uint4*>(to + panel * P::kPanelBytes + i * 16) = make_uint4(0, 0, 0, 0);
+        ptx::fence_shared_async();
+        meet();
+    }
+    __device__ __forceinline__ void meet() const { ptx::named_barrier(1 + consumer, kWarpgroup); }
+
+    static __device__ __forceinline__ void zero(Rows& rows) {
+#pragma unroll
+        for (int panel = 0; panel < P::kPanels; ++panel)
+#pragma unroll
+            for (int i = 0; i < P::kPanel / 2; ++i) rows[panel][i] = 0.0f;
+    }
+    static __device__ __forceinline__ void round(Weights& to, const Scores& from) {
+#pragma unroll
+        for (int i = 0; i < kTile / 4; ++i) to[i / 4][i % 4] = pack<T>(from[2 * i], from[2 * i + 1]);
+    }
+
+    // Tiles of queries: whether some row of the tile does not see some key of a chunk.
+    __device__ __forceinline__ bool needs_mask(const Unit& unit, int first) const {
+        return first + kTile > unit.others || first + kTile - 1 > unit.diagonal ||
+               problem.key_mask != nullptr;
+    }
+    // Tiles of queries: -inf where a query does not see a key of the chunk that begins at key `first`.
+    __device__ __forceinline__ void mask(Scores& scores, const Unit& unit, int first) const {
+        const int keys = unit.others - first;  // of the chunk, if less than 64
+        uint64_t seen = keys >= kTile ? ~0ull : (1ull << keys) - 1;
+        if (problem.key_mask != nullptr) {
+            const bool* at = problem.key_mask + unit.first_other + first;
+            const unsigned low = __ballot_sync(kAllLanes, lane < keys && at[min(lane, keys - 1)]);
+            const unsigned high =
+                __ballot_sync(kAllLanes, lane + kWarp < keys && at[min(lane + kWarp, keys - 1)]);
+            seen &= static_cast<uint64_t>(high) << 32 | low;
+        }
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int last = row + 8 * r + unit.diagonal - first;  // that the query may see
+            uint64_t mine = last >= kTile - 1 ? seen : last < 0 ? 0 : seen & ((2ull << last) - 1);
+            mine >>= column;
+#pragma unroll
+            for (int i = 0; i < 8; ++i)
+#pragma unroll
+                for (int e = 0; e < 2; ++e)
+                    if ((mine >> (8 * i + e) & 1) == 0) scores[4 * i + 2 * r + e] = -INFINITY;
+        }
+    }
+
+    // Four bits: which words of a group are kept.
+    __device__ __forceinline__ uint32_t kept_words(const PhiloxKey& key, int group, int counter_row,
+                                                   int head) const {
+        const uint4 words = philox(key, static_cast<uint32_t>(group), static_cast<uint32_t>(counter_row),
+                                   static_cast<uint32_t>(head));
+        const uint32_t threshold = problem.dropout.threshold;
+        return static_cast<uint32_t>(words.x >= threshold) |
+               static_cast<uint32_t>(words.y >= threshold) << 1 |
+               static_cast<uint32_t>(words.z >= threshold) << 2 |
+               static_cast<uint32_t>(words.w >= threshold) << 3;
+    }
+
+    // Tiles of queries: bit 4 i + e of kept[r] tells whether element [4 i + 2 r + e] of a chunk's weights is
+    // kept. A group of 4 keys belongs to two lanes: the even one draws it for row, the odd one for row + 8,
+    // and they swap what they found.
+    __device__ __forceinline__ void kept_keys(uint32_t (&kept)[2], const Unit& unit, int first,
+                                              const PhiloxKey& key) const {
+        const bool odd = lane & 1;
+        uint32_t mine = 0;
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+            mine |= kept_words(key, first / 4 + 2 * i + lane % 4 / 2, unit.first_row + row + (odd ? 8 : 0),
+                               unit.head)
+                    << (4 * i);
+        const uint32_t other = __shfl_xor_sync(kAllLanes, mine, 1);
+        kept[0] = (odd ? other : mine) >> (odd ? 2 : 0);
+        kept[1] = (odd ? mine : other) >> (odd ? 2 : 0);
+    }
+
+    // Rows of the tile that exist go to out [T, heads, head_dim], times factor[r]. Lanes first swap what they
+    // have, so that each stores 16 bytes.
+    __device__ __forceinline__ void store(void* out, const Rows& rows, const float (&factor)[2],
+                                          const Unit& unit) const {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const bool exists = row + 8 * r < unit.rows;
+            const int64_t token = unit.first_row + row + 8 * r;
+            T* to = static_cast<T*>(out) + (token * problem.heads + unit.head) * P::kHeadDim;
+#pragma unroll
+            for (int panel = 0; panel < P::kPanels; ++panel)
+#pragma unroll
+                for (int half = 0; half < P::kPanel / 32; ++half) {
+                    uint32_t v[4];
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        const int at = 4 * (4 * half + i) + 2 * r;
+                        v[i] = pack<T>(rows[panel][at] * factor[r], rows[panel][at + 1] * factor[r]);
+                    }
+                    transpose_in_quad(v, lane);
+                    if (exists)
+                        *reinterpret_cast<uint4*>(to + panel * P::kPanel + 32 * half + 8 * (lane % 4)) =
+                            make_uint4(v[0], v[1], v[2], v[3]);
+                }
+        }
+    }
+};
+
+// ------------------------------------------------------------------------------------------------ kernel
+
+// The body of a kernel: what every thread of a block does. consume() is run by the consumers.
+template <class P, bool OfKeys, typename Consume>
+__device__ __forceinline__ void run_block(const Problem& problem, Shared<P>& shared, const Consume& consume) {
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < P::kConsumers; ++i)
+            for (int j = 0; j < P::kBuffers; ++j) {
+                ptx::mbarrier_init(ptx::shared_address(&shared.tile_full[i][j]), 1);
+                ptx::mbarrier_init(ptx::shared_address(&shared.tile_free[i][j]), kWarpsOfGroup);
+            }
+        for (int i = 0; i < P::kSlots; ++i) {
+            ptx::mbarrier_init(ptx::shared_address(&shared.chunk_full[0][i]), 1);
+            ptx::mbarrier_init(ptx::shared_address(&shared.chunk_full[1][i]), 1);
+            ptx::mbarrier_init(ptx::shared_address(&shared.slot_free[i]), P::kConsumers * kWarpsOfGroup);
+        }
+        ptx::fence_mbarrier_init();
+        for (int i = 0; i < P::kTileTensors; ++i) ptx::prefetch_tensor_map(&problem.tiles[i]);
+        for (int i = 0; i < 2; ++i) ptx::prefetch_tensor_map(&problem.chunks[i]);
+    }
+    __syncthreads();
+    if (threadIdx.x < kWarpgroup) {
+        ptx::give_registers<P::kProducerRegisters>();
+        if (threadIdx.x < kWarp) {
+            const Share share = share_of_block(problem);
+            if (threadIdx.x == 0) Producer<P, OfKeys>{problem, shared}.run(share);
+        }
+    } else {
+        ptx::take_registers<P::kConsumerRegisters>();
+        consume();
+    }
+}
+
+// ------------------------------------------------------------------------------------------------ host
+
+inline TensorMap3d boxes(const HeadsView& view, int64_t tokens, const AttentionArgs& a) {
+    // Strides along a dimension of one mean nothing.
+    const int64_t head_stride = a.heads == 1 ? a.head_dim : view.head_stride;
+    TensorMap3d map{};
+    map.data = view.data;
+    map.sizes[0] = static_cast<uint64_t>(a.head_dim);
+    map.sizes[1] = static_cast<uint64_t>(a.heads);
+    map.sizes[2] = static_cast<uint64_t>(tokens);
+    map.strides[0] = 2 * static_cast<uint64_t>(head_stride);
+    map.strides[1] = 2 * static_cast<uint64_t>(tokens == 1 ? a.heads * head_stride : view.token_stride);
+    map.box[0] = static_cast<uint32_t>(std::min<int64_t>(a.head_dim, 64));
+    map.box[1] = 1;
+    map.box[2] = kTile;
+    map.bfloat16 = a.dtype == Dtype::bfloat16;
+    return map;
+}
+
+// What cuTensorMapEncodeTiled asks for, and heads within their token's row.
+inline bool has_boxes(const HeadsView& view, int64_t tokens, const AttentionArgs& a) {
+    if (tokens == 0) return true;
+    const TensorMap3d map = boxes(view, tokens, a);
+    const auto fits = [](uint64_t stride) { return stride % 16 == 0 && stride < uint64_t{1} << 40; };
+    return reinterpret_cast<uintptr_t>(map.data) % 16 == 0 && fits(map.strides[0]) && fits(map.strides[1]) &&
+           map.strides[0] >= 2 * map.sizes[0] && map.strides[1] >= map.strides[0] * map.sizes[1];
+}
+
+// No fewer tiles than there can be, whatever the lengths.
+inline int64_t most_units(const AttentionArgs& a, int64_t tokens) {
+    return a.heads * (tokens / kTile + std::min(a.batch, tokens));
+}
+// Sums of weights must fit in 32 bits.
+inline bool weights_fit(const AttentionArgs& a, int64_t tokens, int64_t longest_other) {
+    return most_units(a, tokens) <= INT32_MAX / 2 / (longest_other / kTile + 1 + kTileWeight);
+}
+
+inline bool supports(const AttentionArgs& a) {
+    return (a.dtype == Dtype::bfloat16 || a.dtype == Dtype::float16) && has_boxes(a.q, a.total_q, a) &&
+           has_boxes(a.k, a.total_k, a) && has_boxes(a.v, a.total_k, a) &&
+           weights_fit(a, a.total_q, a.max_seqlen_k) && weights_fit(a, a.total_k, a.max_seqlen_q);
+}
+
+inline Problem problem_of(const AttentionArgs& a) {
+    Problem p{};
+    p.key_mask = a.key_mask;
+    p.batch = static_cast<int32_t>(a.batch);
+    p.heads = static_cast<int32_t>(a.heads);
+    // The largest score is the largest scaled one if the scale is positive; that it be negative or zero is
+    // left to a factor.
+    p.score_scale = a.scale == 0.0f ? 1.0f : (a.scale < 0.0f ? -a.scale : a.scale) * kLog2e;
+    p.and_bits = a.scale == 0.0f ? 0u : ~0u;
+    p.negative_bits = a.scale < 0.0f ? 0x80008000u : 0u;
+    p.causal = a.causal;
+    p.dropout = a.dropout;
+    p.scale = a.scale;
+    p.lse = a.lse;
+    p.statistics = a.statistics;
+    p.total_q = a.total_q;
+    return p;
+}
+
+template <class S>
+Launch launch_of(const AttentionArgs& a, int64_t tokens, int threads) {
+    const int64_t blocks = std::min<int64_t>(current_device().multiprocessors, most_units(a, tokens));
+    return {dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)), sizeof(S), a.stream};
+}
+
+}  // namespace rk::cuda::sm90

@@ -1,0 +1,281 @@
+"""Attention on Hopper, by the emulation of wgmma, mbarrier and bulk tensor copies, against float64."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from roberta_kernels.reference import attention as reference
+
+from . import build
+
+pytestmark = pytest.mark.skipif(build.missing() is not None, reason=f"the CUDA emulation: {build.missing()}")
+SOURCES = [
+    build.HERE / "attention_sm90_entry.cpp",
+    *(build.ROOT / "csrc/cuda" / name for name in ("attention_sm90.cu", "attention_backward_sm90.cu")),
+]
+BF16, FP16 = torch.bfloat16, torch.float16
+
+
+@dataclass(frozen=True)
+class Case:
+    id: str
+    lengths: tuple[int, ...]
+    heads: int = 2
+    head_dim: int = 64
+    dtype: torch.dtype = BF16
+    keys: tuple[int, ...] | None = None
+    causal: bool = False
+    mask: float | None = None  # how many keys may be seen
+    dropout_p: float = 0.0
+    scale: float | None = None
+    spread: float = 1.0
+    contiguous: bool = False  # or views of one projection
+    blocks: int = 3
+
+
+CASES = [
+    Case("1", (1,)),
+    Case("7", (7,), heads=3),
+    Case("64", (64,)),
+    Case("65", (65,), dtype=FP16),
+    Case("97", (97,), contiguous=True),
+    Case("256", (256,)),
+    Case("512", (512,)),
+    Case("512-one-block", (512, 130), blocks=1),
+    Case("600-head64-resident", (600,), heads=1),
+    Case("700-streamed", (700, 30, 200), heads=1, blocks=2),
+    Case("mixed", (7, 0, 97, 1, 257, 64, 0, 128), blocks=4),
+    Case("short", (3, 9, 1, 64, 20, 33, 5, 60, 2, 40, 41), heads=3, blocks=2),
+    Case("empty", (0, 0, 0)),
+    Case("no-keys", (7, 2), keys=(0, 0)),
+    Case("cross", (7, 130, 0, 65), keys=(97, 5, 64, 0)),
+    Case("causal", (97, 1, 200), causal=True),
+    Case("causal-more-keys", (70, 1, 33), keys=(197, 5, 40), causal=True),
+    Case("causal-more-queries", (197, 5, 133), keys=(7, 1, 100), causal=True),
+    Case("causal-streamed", (750,), heads=1, causal=True),
+    Case("key-mask", (97, 200), mask=0.6),
+    Case("key-mask-rare", (40, 130), mask=0.02, causal=True),
+    Case("dropout", (97, 7, 130), dropout_p=0.1),
+    Case("dropout-half", (200,), dropout_p=0.5, causal=True, mask=0.8, dtype=FP16),
+    Case("sharp", (130, 97), spread=6.0),
+    Case("scale-negative", (100,), scale=-0.3),
+    Case("scale-zero", (100,), scale=0.0),
+    Case("head128", (130, 7, 200), head_dim=128),
+    Case("head128-512", (512,), heads=1, head_dim=128, dropout_p=0.1, causal=True),
+    Case("head32", (130, 7, 200), head_dim=32),
+    Case("head32-fp16", (513, 64), head_dim=32, dtype=FP16, dropout_p=0.2, mask=0.7),
+]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    folder = tmp_path_factory.mktemp("attention_sm90")
+    return ctypes.CDLL(str(build.library(folder, sources=SOURCES, sanitize=False)))
+
+
+def cumulative(lengths: tuple[int, ...]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+def address(t: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if t is None else t.data_ptr())
+
+
+def call(
+    library: ctypes.CDLL,
+    inputs: dict[str, Any],
+    out: Tensor,
+    lse: Tensor,
+    gradients: list[Tensor] | None,
+    *,
+    blocks: int,
+    order: int,
+) -> None:
+    q, k, v, grad = (inputs[name] for name in ("q", "k", "v", "grad"))
+    views = torch.tensor([x for t in (q, k, v, grad) for x in (t.data_ptr(), t.stride(0), t.stride(1))])
+    lengths = [(inputs[name][1:] - inputs[name][:-1]).max().item() for name in ("cu_seqlens_q", "cu_seqlens_k")]
+    sizes = torch.tensor([len(inputs["cu_seqlens_q"]) - 1, *q.shape[1:], q.shape[0], k.shape[0], *lengths])
+    addresses = None if gradients is None else torch.tensor([t.data_ptr() for t in gradients])
+    message = ctypes.create_string_buffer(512)
+    library.rk_emulation_set_device(90, blocks)
+    library.rk_emulation_set_seed(ctypes.c_uint64(order))
+    status = library.rk_attention_sm90(
+        *(address(views), address(inputs["cu_seqlens_q"]), address(inputs["cu_seqlens_k"])),
+        *(address(inputs["key_mask"]), address(sizes), ctypes.c_double(inputs["scale"]), int(inputs["causal"])),
+        *(int(q.dtype == BF16), ctypes.c_double(inputs["dropout_p"]), address(inputs["seed"])),
+        *(address(out), address(lse), address(addresses), message),
+    )
+    assert status == 0, message.value.decode() or "not supported"
+
+
+def forward(library: ctypes.CDLL, inputs: dict[str, Any], *, blocks: int = 3, order: int = 1) -> tuple[Tensor, Tensor]:
+    q = inputs["q"]
+    out = torch.full(q.shape, math.nan, dtype=q.dtype)
+    lse = torch.full((q.shape[1], q.shape[0]), math.nan)
+    call(library, inputs, out, lse, None, blocks=blocks, order=order)
+    return out, lse
+
+
+def backward(
+    library: ctypes.CDLL, inputs: dict[str, Any], out: Tensor, lse: Tensor, *, blocks: int = 3, order: int = 1
+) -> list[Tensor]:
+    """Gradients of q, k and v."""
+    gradients = [torch.full(inputs[name].shape, math.nan, dtype=out.dtype) for name in "qkv"]
+    statistics = torch.full((*lse.shape, 2), math.nan)
+    call(library, inputs, out, lse, [*gradients, statistics], blocks=blocks, order=order)
+    return gradients
+
+
+def draw(case: Case) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(7)
+    total_q, keys = sum(case.lengths), case.keys if case.keys is not None else case.lengths
+    total_k = sum(keys)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    if case.keys is None and not case.contiguous:
+        # NaN before and after: rows of the tensor that are not rows of the batch.
+        room = torch.full((total_q + 5, 3, case.heads, case.head_dim), math.nan, dtype=case.dtype)
+        room[2 : 2 + total_q] = normal(total_q, 3, case.heads, case.head_dim).to(case.dtype)
+        room[:, :2] *= case.spread
+        q, k, v = room[2 : 2 + total_q].unbind(1)
+    else:
+        q, k, v = (normal(n, case.heads, case.head_dim).to(case.dtype) for n in (total_q, total_k, total_k))
+    mask = None if case.mask is None else torch.rand(total_k, generator=generator) < case.mask
+    grad = normal(total_q, case.heads, case.head_dim).to(case.dtype)
+    return {
+        **{
+            "q": q,
+            "k": k,
+            "v": v,
+            "grad": grad,
+            "cu_seqlens_q": cumulative(case.lengths),
+            "cu_seqlens_k": cumulative(keys),
+        },
+        **{"scale": case.head_dim**-0.5 if case.scale is None else case.scale, "causal": case.causal},
+        **{"key_mask": mask, "dropout_p": case.dropout_p},
+        "seed": torch.randint(-(2**62), 2**62, (1,), generator=generator) if case.dropout_p else None,
+    }
+
+
+def exactly(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """(out, lse) in float64."""
+    q, k, v = (inputs[name].double() for name in "qkv")
+    rest = [inputs[name] for name in ("scale", "causal", "key_mask", "dropout_p", "seed")]
+    return reference.attention_forward(q, k, v, inputs["cu_seqlens_q"], inputs["cu_seqlens_k"], 0, 0, *rest)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_forward(library: ctypes.CDLL, case: Case) -> None:
+    inputs = draw(case)
+    out, lse = forward(library, inputs, blocks=case.blocks)
+    exact, exact_lse = exactly(inputs)
+    if out.numel() == 0:
+        return
+    # Two roundings of the dtype: of the probabilities, which are averaged, and of the output.
+    eps = torch.finfo(case.dtype).eps
+    size = inputs["v"].double().abs().max().item() / (1.0 - case.dropout_p) if inputs["v"].numel() else 0.0
+    torch.testing.assert_close(out.double(), exact, rtol=eps, atol=eps * size / 2)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.head_dim <= 64], ids=lambda case: case.id)
+def test_backward(library: ctypes.CDLL, case: Case) -> None:
+    inputs = draw(case)
+    out, lse = forward(library, inputs, blocks=case.blocks)
+    got = backward(library, inputs, out, lse, blocks=case.blocks)
+    q, k, v, grad = (inputs[name].double() for name in ("q", "k", "v", "grad"))
+    rest = [inputs[name] for name in ("scale", "causal", "key_mask", "dropout_p", "seed")]
+    ends = (inputs["cu_seqlens_q"], inputs["cu_seqlens_k"])
+    exact = reference.attention_backward(grad, q, k, v, *exactly(inputs), *ends, 0, 0, *rest)
+    eps = torch.finfo(case.dtype).eps
+    # Roundings of the weights and of the result, 0.2 to 0.3 eps each (rms of a uniform distribution). A sharp softmax leaves
+    # differences of weights that nearly cancel.
+    roundings = 0.6 if case.spread == 1.0 else 2.0
+    for name, ours, expected in zip("qkv", got, exact, strict=True):
+        assert not ours.isnan().any(), name
+        if ours.numel() == 0:
+            continue
+        error = ours.double() - expected
+        floor = 0.1 * eps * abs(inputs["scale"])  # what is left where it should cancel to nothing
+        assert error.square().mean().sqrt() <= roundings * eps * expected.square().mean().sqrt() + floor, name
+        assert error.abs().max() <= 2 * roundings * eps * expected.abs().max() + 8 * floor, name
+
+
+def test_the_order_of_threads_does_not_matter(library: ctypes.CDLL) -> None:
+    inputs = draw(Case("", (97, 0, 700, 1, 64, 200), heads=2, causal=True, mask=0.9, dropout_p=0.1))
+    first, lse = forward(library, inputs, blocks=3)
+    gradients = backward(library, inputs, first, lse, blocks=3)
+    for order in range(2, 5):
+        again = forward(library, inputs, blocks=order, order=order)
+        assert torch.equal(again[0], first)
+        assert torch.equal(again[1], lse)
+        for t, expected in zip(
+            backward(library, inputs, first, lse, blocks=order, order=order), gradients, strict=True
+        ):
+            assert torch.equal(t, expected)
+
+
+def test_sequences_do_not_see_each_other(library: ctypes.CDLL) -> None:
+    """A sequence between others that are all NaN: bitwise the same as alone."""
+    lengths = (30, 97, 50)
+    inputs = draw(Case("", lengths, heads=2, contiguous=True))
+    alone = {**inputs, "cu_seqlens_q": cumulative((97,)), "cu_seqlens_k": cumulative((97,))}
+    for name in ("q", "k", "v", "grad"):
+        alone[name] = inputs[name][30:127].clone()
+        inputs[name][:30] = inputs[name][127:] = math.nan
+    out, lse = forward(library, inputs)
+    expected, expected_lse = forward(library, alone)
+    assert torch.equal(lse[:, 30:127], expected_lse)
+    gradients = backward(library, inputs, out, lse)
+    expected_gradients = backward(library, alone, expected, expected_lse)
+    for ours, alone_ours in zip([out, *gradients], [expected, *expected_gradients], strict=True):
+        assert torch.equal(ours[30:127], alone_ours)
+        assert ours[:30].isnan().all()
+        assert ours[127:].isnan().all()
+
+
+@pytest.mark.parametrize("dropout_p", [0.1, 0.5, 0.9])
+def test_dropout_mask(library: ctypes.CDLL, dropout_p: float) -> None:
+    """Equal scores, and values that are a unit matrix, 64 keys at a time: the output tells which were kept."""
+    from roberta_kernels.reference.philox import keep_mask
+
+    lengths, heads = (70, 64), 2
+    inputs = draw(Case("", lengths, heads=heads, dtype=FP16, contiguous=True, scale=0.0, dropout_p=dropout_p))
+    for first in (0, 64):
+        for name, sequence in (("a", slice(0, 70)), ("b", slice(70, 134))):
+            v = torch.zeros(134, heads, 64, dtype=FP16)
+            rows = torch.arange(sequence.stop - sequence.start)[first : first + 64]
+            v[sequence.start + rows, :, rows - first] = 1.0
+            out, _ = forward(library, {**inputs, "v": v})
+            kept = keep_mask(
+                torch.arange(sequence.start, sequence.stop), sequence.stop - sequence.start, torch.arange(heads),
+                dropout_p, inputs["seed"],
+            )  # fmt: skip
+            got = out[sequence].transpose(0, 1)[..., : len(rows)] != 0
+            assert torch.equal(got, kept[..., first : first + len(rows)]), name
+
+
+def main() -> None:
+    """With the sanitizers: build.py sets up the process, this runs in it."""
+    import sys
+
+    library = ctypes.CDLL(sys.argv[1])
+    for case in CASES:
+        if sum(case.lengths) <= 400:
+            test_forward(library, case)
+            if case.head_dim <= 64:
+                test_backward(library, case)
+            print("ran", case.id, flush=True)
+
+
+if __name__ == "__main__":
+    main()
