@@ -318,10 +318,17 @@ def serving(tensor: Tensor) -> Serving:
     return Serving(by_op)
 
 
+_tables: dict[str, tuple[dict[Any, Any], dict[Any, Any]]] = {}  # override -> _chosen and _by_size under it
+
+
 def _fill_chosen() -> None:
     """Not as calls come in: torch.compile would guard on the table as the first call found it, and compile twice."""
     _chosen.clear()
     _by_size.clear()
+    if _override in _tables:  # a patched model with a backend of its own sets it in every call
+        _chosen.update(_tables[_override][0])
+        _by_size.update(_tables[_override][1])
+        return
     for device_type in _PREFERENCE:
         for dtype in _DTYPES["reference"]:
             with contextlib.suppress(BackendError):
@@ -332,6 +339,7 @@ def _fill_chosen() -> None:
         for op in choosing.OPS:
             for dtype in _DTYPES["cuda"]:
                 _follow_table(op, dtype)
+    _tables[_override] = dict(_chosen), dict(_by_size)
 
 
 def _follow_table(op: str, dtype: torch.dtype) -> None:
@@ -367,12 +375,13 @@ def _on_cuda() -> None:
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
         _gpus[index] = 10 * major + minor
+    _follow_gpus()
+
+
+def _follow_gpus() -> None:
+    """What the table says of the GPUs here: who serves, and the variants. The library starts with the portable ones."""
+    _tables.clear()
     _fill_chosen()
-    _set_variants()
-
-
-def _set_variants() -> None:
-    """The variants that the table names for the GPUs here. The library itself starts with the portable ones."""
     for op in choosing.VARIANTS:
         named = {choosing.variant(_table, op, arch) for arch in _gpus.values()}
         # One setting serves the whole process: GPUs of which the table says different things get the portable kernels.

@@ -180,13 +180,12 @@ def pretend(monkeypatch) -> Iterator:
         monkeypatch.setattr(torch.ops, "roberta_kernels_cuda", library, raising=False)
         monkeypatch.setattr(backends, "_table", choosing.checked(table))
         monkeypatch.setattr(backends, "_gpus", dict(enumerate(archs)))
-        backends._fill_chosen()
-        backends._set_variants()
+        backends._follow_gpus()
         return library
 
     yield start
     monkeypatch.undo()
-    backends._fill_chosen()
+    backends._follow_gpus()
 
 
 def gpu(dtype: torch.dtype = torch.bfloat16, index: int = 0) -> SimpleNamespace:
