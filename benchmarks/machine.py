@@ -46,7 +46,7 @@ def machine(device: str) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Of everything that computes something here."""
     found = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
-    for package in ("roberta_kernels", "triton", "numpy", "pytest-benchmark"):
+    for package in ("roberta_kernels", "triton", "transformers", "numpy", "pytest-benchmark"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
