@@ -18,7 +18,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import gpu_suite, options, report
-from benchmarks.choose import choose
 from benchmarks.compare import THRESHOLD, DifferentMachine, check_same_machine, compare
 
 if TYPE_CHECKING:
@@ -163,6 +162,8 @@ def main(argv: list[str] | None = None) -> int:
             if arguments.command == "gpu-suite":
                 return gpu_suite.run(arguments)
             if arguments.command == "choose":
+                from benchmarks.choose import choose
+
                 return choose(arguments.results, lambda line: console.print(line, markup=False, highlight=False))
             if arguments.command == "report":
                 if arguments.into:

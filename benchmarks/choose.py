@@ -1,4 +1,4 @@
-"""`python -m benchmarks choose RESULTS`: the choosing table (roberta_kernels/choices.json) from results of the GPU suite.
+"""`python -m benchmarks choose RESULTS`: the choosing table, roberta_kernels/choices.json, from the suite's results.
 
 What counts of an op, in a dtype, at a size is the geometric mean of its times over all cases there, forward and forward
 + backward and of every model size alike: one choice serves them all. The CUDA kernels are entered where they took less

@@ -215,8 +215,13 @@ def suite_markdown(results: dict[str, Any], images: Iterable[str] = ()) -> str:
     parts = [title, "## Stages", _table(["stage", "status", "time", ""], stages)]
     for key, heading in (("tests", "## Tests"), ("sanitizer", "## compute-sanitizer")):
         lines = [
-            [name, *(str(c[k]) for k in ("passed", "failed", "skipped", "collected")), f"{c['seconds']:.0f} s"]
-            + ["out of time" if c["out_of_time"] else "", _cell("; ".join(c["failures"][:2]))]
+            [
+                name,
+                *(str(c[k]) for k in ("passed", "failed", "skipped", "collected")),
+                f"{c['seconds']:.0f} s",
+                "out of time" if c["out_of_time"] else "",
+                _cell("; ".join(c["failures"][:2])),
+            ]
             for name, c in results[key].items()
         ]
         if lines:
@@ -261,7 +266,7 @@ def _models(results: dict[str, Any]) -> str:
             f"{row['useful_tokens_per_s']:.3g}",
             peak,
             f"{row.get('roof_fraction', 0.0):.1%}",
-            _error(row["error"]),
+            _error(row["error"]) + ("" if row["within_promise"] else " **beyond the promise**"),
         ]
         lines.append([*line, *(_ratio_cell(row, peer, {}) for peer in peers)])
     header = ["batch", "direction", "model", "time", "tokens/s", "peak", "of roof", "error"]

@@ -72,6 +72,7 @@ class Clock:
         self.device = device
         self.queued = queued
         self._launching: dict[int, float] = {}  # a call -> seconds that the host needs to launch it
+        self._waiting: set[int] = set()  # calls that wait for the GPU themselves: nothing can be queued before them
 
     def synchronize(self) -> None:
         if self.device == "cuda":
@@ -94,9 +95,10 @@ class Clock:
 
     def _cuda(self, run: Callable[[], Any], count: int) -> list[float]:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        for _ in range(3):
-            nap = min(_LONGEST_NAP, 1.5 * count * self._launching.get(id(run), 1e-4) + 1e-4) if self.queued else 0.0
-            if nap > 0.0:
+        for attempt in range(3):
+            nap = 0.0
+            if self.queued and id(run) not in self._waiting:
+                nap = min(_LONGEST_NAP, 1.5 * count * self._launching.get(id(run), 1e-4) + 1e-4)
                 torch.cuda._sleep(int(nap * _CYCLES_PER_SECOND))
             began = time.perf_counter()
             begin.record()
@@ -104,11 +106,13 @@ class Clock:
                 run()
             end.record()
             launched = time.perf_counter() - began
-            ran_dry = self.queued and nap < _LONGEST_NAP and begin.query()
+            ran_dry = nap > 0.0 and begin.query()
             torch.cuda.synchronize()
-            self._launching[id(run)] = launched / count
             if not ran_dry:
                 break
+            self._launching[id(run)] = launched / count
+            if attempt == 1:  # after a nap longer than it took before
+                self._waiting.add(id(run))
         return [begin.elapsed_time(end) / 1e3 / count]
 
 

@@ -2,11 +2,12 @@
 
 A kernel that fails can take the process's whole use of the GPU with it, and one that hangs never returns. So the suite
 itself never touches the GPU; a part writes each result as it has it, one JSON object a line, and before each contender
-what comes next. When it ends early, or says nothing for too long, the suite knows whose fault it was and starts the part
-again without that contender.
+what comes next. When it ends early, or says nothing for too long, the suite knows whose fault it was and starts the
+part again without that contender.
 
 ORDER is a JSON file: "part" (machine, kernels, models or prepare), "events" (the file to write), "device", "smoke",
-"deadline" (of time.time()), "roofs", "measure_roofs", "done" (cases), "excluded" ([case, contender] pairs).
+"deadline" (of time.time()), "roofs", "measure_roofs", "done" (cases), "excluded" (pairs of a case, or "op-*", and a
+contender).
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Part:
             self.write(begin=[case, contender])
 
     def excluded(self, case: str, contender: str) -> bool:
-        return (case, contender) in self._excluded
+        return bool({(case, contender), (f"{case.partition('-')[0]}-*", contender)} & self._excluded)
 
     def late(self) -> bool:
         return time.time() > self.deadline
@@ -95,7 +96,7 @@ class Part:
                 continue
             if not timed:  # the first of a kind makes what the others use, too
                 key = (case.op, case.size.name, case.dtype_name, case.direction)
-                for name, entry in entries.items():
+                for entry in entries.values():
                     if key not in seen and not self.late():
                         try:
                             call_once(case, entry)
