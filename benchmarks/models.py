@@ -41,6 +41,8 @@ SMOKE_MODEL = {
 # Compiling a model may take most of a minute; with less left it is not begun.
 _COMPILE_SECONDS = 30.0
 _NONSENSE = 0.1  # relative to the largest value; below it, a model that breaks the promise is timed, and said to
+# Rounding floors of a whole model, as in tests/models: in bfloat16 four of them are 3% already.
+_FLOOR_ULPS = {torch.bfloat16: 4.0, torch.float32: 16.0}
 _PROBED = ("embeddings.word_embeddings.weight", "encoder.layer.0.attention.self.query.weight", "LayerNorm.bias")
 
 
@@ -191,7 +193,8 @@ def run_models(
     dtype = DTYPES[dtype_name]
     clock = Clock(device, queued=False)
     batches = list(batches)
-    exact_model = original(device, dtype, smoke=smoke, attention="eager").double()
+    # Not eager attention, whose softmax is in float32 whatever comes in.
+    exact_model = original(device, dtype, smoke=smoke, attention="sdpa").double()
     for direction in DIRECTIONS:
         models: dict[str, tuple[Callable[..., Any], nn.Module]] = {}
         broken: dict[str, str] = {}
@@ -208,12 +211,12 @@ def run_models(
                 "batch": {"name": batch.name, "lengths": list(batch.lengths)},
             }
             inputs = make_inputs(batch, exact_model.config, device, dtype)
-            exact = _answers(
-                _call(exact_model, exact_model, inputs.in_float64(), direction),
-                exact_model,
-                inputs,
-                direction,
-            )  # fmt: skip
+            exact: dict[str, Tensor] = {}
+            if effort is not None:
+                exact_call = _call(exact_model, exact_model, inputs.in_float64(), direction)
+                exact = _answers(exact_call, exact_model, inputs, direction)
+                if device == "cuda":
+                    torch.cuda.empty_cache()  # float64 took most of the card
             plain: dict[str, Tensor] | None = None
             calls: dict[str, Call] = {}
             figures: dict[str, dict[str, Any]] = {}
@@ -246,6 +249,8 @@ def run_models(
                         broken[name] = first_line(error)
                     yield failure(first_line(error), gap=not runner.ours or runner.compiled or gap)
                     continue
+                if effort is None:
+                    continue
                 if name == "HF sdpa":
                     plain = answers
                 wrong, error = _wrong(answers, plain, exact)
@@ -262,7 +267,7 @@ def run_models(
                     **_peak(call, device),
                 }
                 calls[name] = Call(call, functools.partial(_announced, begin, case, name))
-            if effort is None or not calls:
+            if effort is None:
                 continue
             measured = {}
             for name, samples in measure(calls, clock, effort).items():
@@ -313,7 +318,9 @@ def _wrong(answers: dict[str, Tensor], plain: dict[str, Tensor] | None, exact: d
     if plain is None or answers is plain:
         return ("" if error < _NONSENSE else f"relative error {error:.1e}"), error
     for name in exact:
-        comparison = tolerance.compare(answers[name], plain[name], exact[name], name=name)
+        ours, original = answers[name], plain[name]
+        ulps = _FLOOR_ULPS[ours.dtype]
+        comparison = tolerance.compare(ours, original, exact[name], name=name, floor_ulps=ulps)
         if not comparison.holds:
             return str(comparison), error
     return "", error

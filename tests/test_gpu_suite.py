@@ -404,9 +404,9 @@ def test_the_clock_naps_for_nobody_who_waits_himself(monkeypatch):
     from benchmarks.timing import Clock
 
     gpu = FakeGPU(monkeypatch, 1e-4, waits=True)
-    clock = Clock("cuda")
+    clock, run = Clock("cuda"), gpu.run
     for _ in range(5):
-        assert clock.calls(gpu.run, 10) == [pytest.approx(1.1e-3, rel=0.1)]
+        assert clock.calls(run, 10) == [pytest.approx(1.1e-3, rel=0.1)]
     assert len(gpu.naps) == 2
 
 

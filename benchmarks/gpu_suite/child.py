@@ -75,6 +75,7 @@ class Part:
         from benchmarks.runner import Poisoned, call_once, check_gpu, first_line, ratio, run_case
         from benchmarks.workloads import described, suite_plan
 
+        torch._dynamo.config.recompile_limit = 64
         clock = timing.Clock(self.device)
         effort = timing.QUICK if self.smoke else timing.GPU
         backends = ["reference"] if self.smoke else []
@@ -119,9 +120,13 @@ class Part:
                     raise
                 except Exception as error:  # while being timed, or out of memory: the others go again
                     check_gpu(self.device)
-                    name = self._said[1] if self._said and self._said[0] == case.id else next(iter(entries))
-                    entry = entries.pop(name)
-                    self._failed(described(case), name, first_line(error), broken=entry.ours)
+                    culprit = self._said[1] if self._said and self._said[0] == case.id else None
+                    if culprit not in entries:  # the data, or the float64 answers
+                        for name in entries:
+                            self._failed(described(case), name, f"the case itself failed: {first_line(error)}")
+                        break
+                    ours = entries.pop(culprit).ours
+                    self._failed(described(case), culprit, first_line(error), broken=ours)
                     continue
                 rows = {}
                 for name, result in results.items():
