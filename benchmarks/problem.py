@@ -65,6 +65,11 @@ class Contender:
     def _copy(self) -> Contender:
         tensors = tuple(t.detach().clone().requires_grad_(t.requires_grad) for t in self.tensors)
         others = tuple(t.clone() if isinstance(t, Tensor) else t for t in self.others)
+        for tensor, dims in self.dynamic:
+            for mine, copied in zip((*self.tensors, *self.others), (*tensors, *others), strict=True):
+                if mine is tensor:
+                    for dim in dims:
+                        torch._dynamo.maybe_mark_dynamic(copied, dim)
         return dataclasses.replace(self, tensors=tensors, others=others, grad_out=self.grad_out.clone())
 
     def bytes(self, backward: bool) -> int:

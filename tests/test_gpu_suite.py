@@ -410,6 +410,26 @@ def test_the_clock_naps_for_nobody_who_waits_himself(monkeypatch):
     assert len(gpu.naps) == 2
 
 
+@pytest.mark.parametrize("op", choosing.OPS)
+@pytest.mark.parametrize("direction", ["forward", "forward_backward"])
+def test_turns_go_round_sets_of_inputs_that_are_alike(op, direction):
+    from benchmarks import contenders
+    from benchmarks.ops import OPS
+    from benchmarks.workloads import suite_plan
+
+    case = next(c for c in suite_plan("cpu", smoke=True, ops=[op]) if c.direction == direction)
+    problem = OPS[op].problem(case)
+    for name in ("reference", "eager"):
+        contender = contenders.entries(case, wanted_backends=["reference"], compiled=False)[name].build(problem)
+        assert contender.bytes(case.backward) >= sum(t.nbytes for t in contender.tensors)
+        turn = contender.in_turn(case.backward, 3)
+        with contender.active():
+            first, *others = (turn() for _ in range(5))
+        for other in others:
+            pairs = zip(first, other, strict=True) if case.backward else [(first, other)]
+            assert all(torch.equal(a, b) for a, b in pairs)
+
+
 def test_variants_are_contenders_of_their_own(monkeypatch):
     from benchmarks import contenders
     from benchmarks.workloads import suite_plan

@@ -26,6 +26,7 @@ import datetime
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -131,7 +132,10 @@ class Suite:
     def _write(self) -> None:
         path = self.out / "results.json"
         beside = path.with_suffix(".tmp")
-        beside.write_text(json.dumps(self.results, indent=1) + "\n")
+        text = json.dumps(self.results, indent=1)
+        # Lists of numbers on one line: they are most of the file.
+        text = re.sub(r"\[([-+.\deE,\s]+)\]", lambda found: f"[{' '.join(found[1].split())}]", text)
+        beside.write_text(text + "\n")
         beside.replace(path)
 
     def _python(self, name: str, *arguments: str, **environment: str) -> Job:
@@ -343,7 +347,7 @@ class Suite:
                     if {"row", "model", "failure"} & event.keys():
                         pending.append(event)  # noqa: B023
                     take(event)
-                if time.monotonic() - written > 5.0:
+                if time.monotonic() - written > 20.0:
                     written = time.monotonic()
                     self._write()
 
