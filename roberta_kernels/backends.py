@@ -215,7 +215,7 @@ def use_cuda_variant(op: str, variant: str) -> Iterator[None]:
     library = torch.ops.roberta_kernels_cuda
     try:
         library.set_variant(op, variant)
-    except RuntimeError as error:
+    except (ValueError, RuntimeError) as error:
         raise BackendError(str(error).splitlines()[0]) from None
     try:
         yield
@@ -386,7 +386,7 @@ def _follow_gpus() -> None:
         named = {choosing.variant(_table, op, arch) for arch in _gpus.values()}
         # One setting serves the whole process: GPUs of which the table says different things get the portable kernels.
         if len(named) == 1 and (variant := named.pop()) is not None and cuda_variant(op) is not None:
-            with contextlib.suppress(RuntimeError):  # a build without this variant
+            with contextlib.suppress(ValueError, RuntimeError):  # a build without this variant
                 torch.ops.roberta_kernels_cuda.set_variant(op, variant)
 
 

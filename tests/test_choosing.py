@@ -160,7 +160,7 @@ class FakeLibrary:
 
     def set_variant(self, op: str, variant: str) -> None:
         if variant not in self.built[op]:
-            raise RuntimeError(f'{op} has no variant "{variant}" in this build')
+            raise ValueError(f'{op} has no variant "{variant}" in this build')
         self.active[op] = variant
 
     def get_variant(self, op: str) -> str:
