@@ -178,6 +178,42 @@ def test_a_test_run_that_dies_names_its_test(suite, tmp_path, monkeypatch):
     assert "test_dies: did not end (status 42)" in made.results["tests"]["dies"]["failures"][0]
 
 
+def test_variants_are_tested_and_sanitized_apart(suite, monkeypatch):
+    from benchmarks import gpu_suite
+
+    asked: dict[str, str] = {}
+
+    def run_jobs(jobs, **_):
+        for job in jobs:
+            asked[job.name] = job.environment["RK_SUITE_VARIANT"]
+            job.status = 5
+        return jobs
+
+    monkeypatch.setattr(gpu_suite, "run_jobs", run_jobs)
+    monkeypatch.setattr(gpu_suite.shutil, "which", lambda name: name)
+    made = suite()
+    made.smoke = False
+    made.results["backends"] = {"cuda": [True, ""]}
+    made.results["variants"] = {op: list(variants) for op, variants in choosing.VARIANTS.items()}
+    assert made._tests(time.time() + 60) == ("failed", "no test ran")
+    made._sanitizer(time.time() + 60)
+    assert asked["tests-attention cuda"] == asked["memcheck-attention"] == ""
+    assert asked["tests-attention cuda sm90"] == asked["racecheck-attention-sm90"] == "attention=sm90"
+    assert asked["tests-gelu_ffn cuda sm80"] == asked["memcheck-gelu_ffn-sm80"] == "gelu_ffn=sm80"
+    assert {"tests-models", "tests-triton", "tests-dropout", "tests-dropout cuda"} <= set(asked)
+
+
+def test_tests_of_a_variant_that_the_build_lacks_are_none(suite, monkeypatch):
+    made = suite()
+    job = made._pytest("lacking", ["tests/ops/test_tolerance.py"], variant="attention=sm90")
+    from benchmarks.gpu_suite.jobs import run_jobs
+
+    if backends.cuda_variant("attention") is None:
+        run_jobs([job], parallel=1, deadline=time.time() + 200)
+        assert job.status == 5, job.tail
+        assert "not available" in job.tail
+
+
 def test_what_takes_too_long_is_stopped_with_all_it_started(tmp_path):
     from benchmarks.gpu_suite.jobs import Job, run_jobs
 

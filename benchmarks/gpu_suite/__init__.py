@@ -77,6 +77,7 @@ class Suite:
             "versions": {},
             "backends": {},
             "choices": [],
+            "variants": {},
             "stages": {stage: {"status": "skipped", "reason": "not selected", "seconds": 0.0} for stage in STAGES},
             "tests": {},
             "sanitizer": {},
@@ -187,7 +188,7 @@ class Suite:
         def take(event: dict[str, Any]) -> None:
             if "machine" in event:
                 self.results["machine_info"] = event["machine"]
-                for key in ("versions", "backends", "choices"):
+                for key in ("versions", "backends", "choices", "variants"):
                     self.results[key] = event[key]
             if "roofs" in event:
                 self.results["roofs"] = event["roofs"]
@@ -206,6 +207,9 @@ class Suite:
         if "sanitizer" in self.selected:
             self._begin_sanitizing()
         jobs = [self._pytest(f"tests-{name}", arguments) for name, arguments in self._test_files().items()]
+        for op, variant in self._variants():
+            arguments = [f"tests/ops/test_{op}.py", "-m", "gpu", "-k", "cuda-"]
+            jobs.append(self._pytest(f"tests-{op} cuda {variant}", arguments, variant=f"{op}={variant}"))
         run_jobs(jobs, parallel=max(2, (os.cpu_count() or 2) // 2), deadline=deadline)
         for job in jobs:
             self.results["tests"][job.name.removeprefix("tests-")] = outcomes(job)
@@ -227,7 +231,15 @@ class Suite:
             found[folder] = [f"tests/{folder}", "-m", "gpu"]
         return found
 
-    def _pytest(self, name: str, arguments: list[str], before: tuple[str, ...] = (), take: int = 0) -> Job:
+    def _variants(self) -> list[tuple[str, str]]:
+        """(op, variant) beyond the portable ones, with which every other test runs."""
+        if self.smoke:
+            return []
+        return [(op, variant) for op, known in self.results["variants"].items() for variant in known[1:]]
+
+    def _pytest(
+        self, name: str, arguments: list[str], before: tuple[str, ...] = (), take: int = 0, variant: str = ""
+    ) -> Job:
         job = self._python(
             name,
             "-m",
@@ -244,6 +256,7 @@ class Suite:
             *arguments,
             RK_SUITE_OUTCOMES=str(self.work / f"{name}.jsonl"),
             RK_SUITE_TAKE=str(take),
+            RK_SUITE_VARIANT=variant,
             **self._environment(),
         )
         job.command[:0] = before
@@ -255,18 +268,25 @@ class Suite:
         if program is None or (not self.smoke and not self.results["backends"].get("cuda", [False])[0]):
             return
         names = ("tolerance",) if self.smoke else ("attention", "add_layer_norm", "gelu_ffn", "embedding_layer_norm")
+        checked = [*((name, "") for name in names), *self._variants()]
         for tool in ("memcheck", "racecheck"):
-            for name in names:
+            for name, variant in checked:
                 # Its own exit status is told apart from pytest's.
                 before = (program, "--tool", tool, "--error-exitcode", "99", "--target-processes", "all")
                 selection = [f"tests/ops/test_{name}.py"]
                 selection += [] if self.smoke else ["-m", "gpu", "-k", "cuda-"]
-                job = self._pytest(f"{tool}-{name}", selection, before, take=2 if self.smoke else 6)
+                job = self._pytest(
+                    "-".join(filter(None, (tool, name, variant))),
+                    selection,
+                    before,
+                    take=2 if self.smoke else 6,
+                    variant=variant and f"{name}={variant}",
+                )
                 # Each tensor its own allocation: the caching allocator would hide what is beside it.
                 job.environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
                 self._sanitizing.append(job)
         deadline = self._deadline("sanitizer", BUDGETS["tests"] + BUDGETS["sanitizer"])
-        options = {"parallel": len(self._sanitizing) if (os.cpu_count() or 1) >= 16 else 2, "deadline": deadline}
+        options = {"parallel": max(2, (os.cpu_count() or 1) // 2), "deadline": deadline}
         self._sanitizer_thread = threading.Thread(target=run_jobs, args=(self._sanitizing,), kwargs=options)
         self._sanitizer_thread.start()
 

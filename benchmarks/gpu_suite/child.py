@@ -52,7 +52,7 @@ class Part:
         from benchmarks import machine
         from benchmarks.roofs import measure_roofs
         from benchmarks.timing import Clock
-        from roberta_kernels import backends
+        from roberta_kernels import backends, choosing
 
         if self.device == "cuda":
             import torch
@@ -63,6 +63,7 @@ class Part:
             versions=machine.versions(),
             backends={name: [bool(s), s.detail] for name, s in backends.available_backends().items()},
             choices=backends.choices(),
+            variants=choosing.VARIANTS,
         )
         if self.order["measure_roofs"]:
             dtypes = ("float32",) if self.smoke else ("bfloat16", "float16", "float32")

@@ -1,7 +1,8 @@
 """A pytest plugin for the suite (`-p benchmarks.gpu_suite.outcomes`): every outcome goes to a file as it comes, so that
 a run that is stopped, or dies with the GPU, has told what it had. It can also take a few of many tests.
 
-Environment: RK_SUITE_OUTCOMES, the file; RK_SUITE_TAKE, how many tests to run, spread evenly over those selected.
+Environment: RK_SUITE_OUTCOMES, the file; RK_SUITE_TAKE, how many tests to run, spread evenly over those selected;
+RK_SUITE_VARIANT, "op=variant" of the CUDA library to run them with.
 """
 
 from __future__ import annotations
@@ -16,6 +17,17 @@ import pytest
 def _write(event: dict[str, Any]) -> None:
     with open(os.environ["RK_SUITE_OUTCOMES"], "a") as stream:
         stream.write(json.dumps(event) + "\n")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    op, _, variant = os.environ.get("RK_SUITE_VARIANT", "").partition("=")
+    if variant:
+        from roberta_kernels import backends
+
+        try:
+            backends.use_cuda_variant(op, variant).__enter__()
+        except backends.BackendError as error:
+            pytest.exit(str(error), returncode=pytest.ExitCode.NO_TESTS_COLLECTED)
 
 
 @pytest.hookimpl(trylast=True)
