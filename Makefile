@@ -14,7 +14,7 @@ PYTEST := $(BIN)/python -m pytest
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format test-fast test-slow test-cuda-source test-cuda-library cuda-library cuda-emulation bench clean
+.PHONY: help setup demo test lint format test-fast test-slow test-cuda-source test-cuda-library cuda-library cuda-emulation bench gpu-suite clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -83,6 +83,12 @@ cuda-library: $(CUDA_VENV)/.packages
 
 bench: setup  ## kernel benchmarks: JSON, a table and plots in benchmarks/results/
 	$(BIN)/python -m benchmarks run
+
+OUT ?= bench-output
+# Where the packages are there already (a GPU machine without a network): make gpu-suite SUITE_PYTHON=python3
+SUITE_PYTHON ?= $(BIN)/python
+gpu-suite: $(if $(filter $(BIN)/python,$(SUITE_PYTHON)),setup)  ## build, test, check and measure on the GPU at hand; results in OUT=folder
+	$(SUITE_PYTHON) -m benchmarks gpu-suite --out $(OUT)
 
 clean:  ## remove what was built, and .venv
 	rm -rf $(VENV) $(CUDA_VENV) build dist *.egg-info roberta_kernels/*.so roberta_kernels/build_report.json demo-output

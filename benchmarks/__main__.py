@@ -1,4 +1,6 @@
-"""`python -m benchmarks run`: measures the kernels and writes JSON, tables and plots. Also `report` and `compare`."""
+"""`python -m benchmarks run`: measures the kernels and writes JSON, tables and plots. Also `report`, `compare`, the
+`gpu-suite`, and `choose`, which makes the package follow its results.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +11,17 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytest
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import machine, options, report
+from benchmarks import gpu_suite, options, report
 from benchmarks.compare import THRESHOLD, DifferentMachine, check_same_machine, compare
+
+if TYPE_CHECKING:
+    import pytest
 
 HERE = Path(__file__).parent
 REGRESSED, REFUSED = 3, 4
@@ -49,6 +53,11 @@ def _default_folder(described: dict[str, Any]) -> Path:
 
 def run(arguments: argparse.Namespace, console: Console) -> int:
     """Measures, then writes the report; returns pytest's exit status, or that of the comparison."""
+    # Here, as it imports the package: gpu-suite builds it first.
+    import pytest
+
+    from benchmarks import machine
+
     old = report.load(arguments.compare) if arguments.compare else None
     if arguments.quick:
         torch.set_num_threads(1)
@@ -130,6 +139,16 @@ def main(argv: list[str] | None = None) -> int:
     compares = commands.add_parser("compare", help="look for regressions; refuses results of different machines")
     compares.add_argument("old", type=Path)
     compares.add_argument("new", type=Path)
+    suites = commands.add_parser(
+        "gpu-suite",
+        help="build, test, check and measure on the GPU at hand, in under ten minutes",
+        description=gpu_suite.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    gpu_suite.add_options(suites)
+
+    chooses = commands.add_parser("choose", help="write the choosing table from committed results of gpu-suite")
+    chooses.add_argument("results", type=Path)
     for command in (runs, compares):
         command.add_argument("--threshold", type=float, default=THRESHOLD, help="default: %(default)s")
 
@@ -140,6 +159,12 @@ def main(argv: list[str] | None = None) -> int:
         try:
             if arguments.command == "run":
                 return run(arguments, console)
+            if arguments.command == "gpu-suite":
+                return gpu_suite.run(arguments)
+            if arguments.command == "choose":
+                from benchmarks.choose import choose
+
+                return choose(arguments.results, lambda line: console.print(line, markup=False, highlight=False))
             if arguments.command == "report":
                 if arguments.into:
                     _fill_document(arguments.into, report.load(arguments.results))

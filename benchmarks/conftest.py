@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import defaultdict
 from typing import Any
 
@@ -14,8 +13,8 @@ from benchmarks.contenders import entries
 from benchmarks.problem import Entry
 from benchmarks.roofs import measure_roofs
 from benchmarks.runner import Result, ratio, run_case
-from benchmarks.timing import FULL, QUICK, Clock
-from benchmarks.workloads import Case, plan
+from benchmarks.timing import FULL, GPU, QUICK, Clock
+from benchmarks.workloads import Case, described, plan
 
 SCHEMA = 1
 
@@ -33,7 +32,7 @@ class Session:
         self.load_average = machine.load_average()
         if self.quick:
             torch.set_num_threads(1)  # no speed is claimed, and on a busy machine threads wait for each other
-        self.flush = not config.getoption("--no-flush")
+        self.rotate = not config.getoption("--no-rotation")
         self.wanted: dict[Case, dict[str, Entry]] = defaultdict(dict)
         self.failures: list[dict[str, Any]] = []
         self.roofs: dict[str, Any] | None = None
@@ -60,13 +59,14 @@ class Session:
 
     def result(self, case: Case, name: str) -> Result:
         if self.roofs is None:
-            self.clock = Clock(self.device, self.flush)
+            self.clock = Clock(self.device)
             dtypes = dict.fromkeys(wanted.dtype_name for wanted in self.wanted)
             self.roofs = measure_roofs(self.device, dtypes, self.clock, quick=self.quick)
         if self._measured is None or self._measured[0] != case:
             self._measured = None
-            effort = QUICK if self.quick else FULL
-            self._measured = (case, run_case(case, self.wanted[case], self.roofs, self.clock, effort))
+            effort = QUICK if self.quick else GPU if self.device == "cuda" else FULL
+            found = run_case(case, self.wanted[case], self.roofs, self.clock, effort, rotate=self.rotate)
+            self._measured = (case, found)
         result = self._measured[1][name]
         if result.samples is None:
             self.failures.append({**described(case), "contender": name, "reason": result.reason})
@@ -74,18 +74,6 @@ class Session:
 
 
 SESSION = pytest.StashKey[Session]()
-
-
-def described(case: Case) -> dict[str, Any]:
-    """A case as the JSON names it."""
-    return {
-        "case": case.id,
-        "op": case.op,
-        "size": dataclasses.asdict(case.size),
-        "batch": {"name": case.batch.name, "lengths": list(case.batch.lengths)},
-        "direction": case.direction,
-        "dtype": case.dtype_name,
-    }
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

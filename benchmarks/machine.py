@@ -7,7 +7,6 @@ import os
 import platform
 from typing import Any
 
-import cpuinfo
 import torch
 
 from roberta_kernels import backends
@@ -22,7 +21,12 @@ def pick_device(wanted: str | None) -> str:
 
 def machine(device: str) -> dict[str, Any]:
     """The hardware and its settings, without host names or paths. Results compare only where all of this is equal."""
-    cpu = cpuinfo.get_cpu_info()
+    try:
+        import cpuinfo
+
+        cpu = cpuinfo.get_cpu_info()
+    except ImportError:  # it comes with pytest-benchmark
+        cpu = {}
     described = {
         "device": device,
         "cpu": cpu.get("brand_raw", platform.processor() or platform.machine()),
@@ -46,7 +50,7 @@ def machine(device: str) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Of everything that computes something here."""
     found = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
-    for package in ("roberta_kernels", "triton", "numpy", "pytest-benchmark"):
+    for package in ("roberta_kernels", "triton", "transformers", "numpy", "pytest-benchmark"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

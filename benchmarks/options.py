@@ -23,7 +23,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "--direction": {"action": "append", "choices": DIRECTIONS},
     "--dtype": {"action": "append", "choices": tuple(DTYPES)},
     "--no-compile": {"action": "store_true", "help": "leave torch.compile out"},
-    "--no-flush": {"action": "store_true", "help": "on a GPU: leave the L2 cache as the last call left it"},
+    "--no-rotation": {"action": "store_true", "help": "on a GPU: one set of inputs, which the L2 cache may hold"},
 }
 
 

@@ -29,15 +29,21 @@ def write(results: dict[str, Any], folder: Path) -> list[Path]:
     peers = list(dict.fromkeys(row["contender"] for row in found if not row["ours"]))
     colours = {peer: _PALETTE[i % len(_PALETTE)] for i, peer in enumerate(peers)}
     written = []
-    device = results["machine_info"]["device"]
     folder.mkdir(parents=True, exist_ok=True)
     for backend, direction in dict.fromkeys((row["contender"], row["direction"]) for row in ours):
         chosen = [row for row in ours if (row["contender"], row["direction"]) == (backend, direction)]
         path = folder / f"ratios-{backend}-{direction}.png"
         _ratios(chosen, colours, f"{_machine(results)}: backend {backend}, {TITLES[direction]}", path)
         written.append(path)
-    for dtype in dict.fromkeys(row["dtype"] for row in ours):
-        path = folder / f"roofline-{device}-{dtype}.png"
+    return written + write_rooflines(results, folder)
+
+
+def write_rooflines(results: dict[str, Any], folder: Path) -> list[Path]:
+    """One for each dtype."""
+    found = rows(results)
+    written = []
+    for dtype in dict.fromkeys(row["dtype"] for row in found if row["ours"]):
+        path = folder / f"roofline-{results['machine_info']['device']}-{dtype}.png"
         _roofline([row for row in found if row["dtype"] == dtype], results, dtype, path)
         written.append(path)
     return written

@@ -199,3 +199,75 @@ def insert(document: Path, results: dict[str, Any], images: Iterable[Path]) -> N
     if count != 1:
         raise ValueError(f"{document} needs one pair of the markers {begin} and {end}, and has {count}")
     document.write_text(changed)
+
+
+def suite_markdown(results: dict[str, Any], images: Iterable[str] = ()) -> str:
+    """The report of the GPU suite: stages, tests, whole models, and the kernels as markdown() has them."""
+    machine = results["machine_info"] or {}
+    where = machine.get("gpu") or machine.get("cpu", "an unknown machine")
+    title = f"# GPU suite: {where}"
+    if results["quick"]:
+        title += "\n\n**A smoke run: tiny sizes. It proves that everything runs, no more.**"
+    stages = [
+        [name, told["status"], f"{told['seconds']:.0f} s", _cell(told["reason"])]
+        for name, told in results["stages"].items()
+    ]
+    parts = [title, "## Stages", _table(["stage", "status", "time", ""], stages)]
+    for key, heading in (("tests", "## Tests"), ("sanitizer", "## compute-sanitizer")):
+        lines = [
+            [
+                name,
+                *(str(c[k]) for k in ("passed", "failed", "skipped", "collected")),
+                f"{c['seconds']:.0f} s",
+                "out of time" if c["out_of_time"] else "",
+                _cell("; ".join(c["failures"][:2])),
+            ]
+            for name, c in results[key].items()
+        ]
+        if lines:
+            header = ["suite", "passed", "failed", "skipped", "selected", "time", "", "first failures"]
+            parts += [heading, _table(header, lines)]
+    if results["models"]:
+        parts += ["## Whole models", _model_legend(results), _models(results)]
+    if results["roofs"] and results["machine_info"]:
+        heading = ["## Kernels", conditions(results)]
+        parts += [*heading, LEGEND, summary(results), notes(results)]
+        parts += ["\n".join(f"![{image}]({image})" for image in images), "## Every measurement", details(results)]
+    if results["choices"]:
+        keys = ("op", "architecture", "dtype", "size", "backend", "from")
+        parts += [
+            "## Choosing, as it was",
+            _table(list(keys), [[row[key] for key in keys] for row in results["choices"]]),
+        ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "/").split())[:300]
+
+
+def _model_legend(results: dict[str, Any]) -> str:
+    known = {row["contender"]: row["note"] for row in results["models"]}
+    return (
+        'Times as a caller sees them, launches included. Under "vs", how many times as long the peer took. Peak: '
+        "bytes beyond the weights and what else was there. Of roof: useful products over the measured matrix rate.\n\n"
+        + "\n".join(f"* {name}: {note}." for name, note in known.items())
+    )
+
+
+def _models(results: dict[str, Any]) -> str:
+    found = results["models"]
+    peers = list(dict.fromkeys(row["contender"] for row in found if not row["ours"]))
+    lines = []
+    for row in found:
+        peak = f"{row['peak_bytes'] / 2**20:.0f} MiB" if "peak_bytes" in row else ""
+        line = [row["batch"]["name"], TITLES[row["direction"]], row["contender"], seconds(row["median_s"])]
+        line += [
+            f"{row['useful_tokens_per_s']:.3g}",
+            peak,
+            f"{row.get('roof_fraction', 0.0):.1%}",
+            _error(row["error"]) + ("" if row["within_promise"] else " **beyond the promise**"),
+        ]
+        lines.append([*line, *(_ratio_cell(row, peer, {}) for peer in peers)])
+    header = ["batch", "direction", "model", "time", "tokens/s", "peak", "of roof", "error"]
+    return _table(header + [f"vs {peer}" for peer in peers], lines)

@@ -49,45 +49,84 @@ def _turn(contender: Contender, case: Case) -> Iterator[None]:
         yield
 
 
+class Poisoned(RuntimeError):
+    """The GPU refuses every further call of this process."""
+
+
+def check_gpu(device: str) -> None:
+    """Raises Poisoned where a kernel has failed in a way that ends the process's use of the GPU."""
+    if device == "cuda":
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            raise Poisoned(first_line(error)) from error
+
+
 def run_case(
-    case: Case, entries: dict[str, Entry], roofs: dict[str, Any], clock: Clock, effort: Effort
+    case: Case,
+    entries: dict[str, Entry],
+    roofs: dict[str, Any],
+    clock: Clock,
+    effort: Effort,
+    *,
+    rotate: bool = True,
+    check_all: bool = False,
+    begin: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Result]:
-    """Times all contenders of one case together."""
+    """Times all contenders of one case together.
+
+    rotate: on a GPU, each contender goes through sets of inputs that its L2 cache does not hold. check_all: answers are
+    compared with float64 in every case, however large. begin: told which contender runs next.
+
+    Raises Poisoned, which names the error; begin knows the contender.
+    """
     problem = OPS[case.op].problem(case)
     exact = eager_answers = None
-    if checked(case):
+    if check_all or checked(case):
         exact = OPS[case.op].eager(problem.in_float64()).answers(case.backward)
         eager_answers = OPS[case.op].eager(problem).answers(case.backward)
     results: dict[str, Result] = {}
     contenders: dict[str, Contender] = {}
     errors: dict[str, float] = {}
     for name, entry in entries.items():
+        begin(name)
         try:
             contender = entry.build(problem)
             with _turn(contender, case):
                 answers = contender.answers(case.backward)
                 clock.synchronize()
         except Exception as error:
+            check_gpu(clock.device)
             # A peer that cannot be had (no compiler, no kernel for this dtype) is a row that says so.
             gap = isinstance(error, (NotImplementedError, BackendError))
-            results[name] = Result(None, {}, _first_line(error), broken=entry.ours and not gap)
+            results[name] = Result(None, {}, first_line(error), broken=entry.ours and not gap)
             continue
         if exact is not None and eager_answers is not None and entry.same_work:
-            errors[name] = max(_relative_error(a, e) for a, e in zip(answers, exact, strict=True))
-            if entry.ours and (wrong := _broken_promise(answers, eager_answers, exact)):
+            errors[name] = max(relative_error(a, e) for a, e in zip(answers, exact, strict=True))
+            wrong = _broken_promise(answers, eager_answers, exact) if entry.ours else _nonsense(errors[name])
+            if wrong:
                 # A speed of wrong answers is no speed.
-                results[name] = Result(None, {}, f"wrong answers: {wrong}", broken=True)
+                results[name] = Result(None, {}, f"wrong answers: {wrong}", broken=entry.ours)
                 continue
         contenders[name] = contender
         del answers
     del exact, eager_answers
-    calls = {name: Call(c.call(case.backward), _active(c, case)) for name, c in contenders.items()}
+    calls = {}
+    for name, contender in contenders.items():
+        sets = input_sets(contender.bytes(case.backward)) if rotate and clock.device == "cuda" else 1
+        calls[name] = Call(contender.in_turn(case.backward, sets), _active(contender, case, name, begin))
     for name, samples in measure(calls, clock, effort).items():
         figures = _figures(case, samples, roofs, contenders[name], entries[name], errors.get(name))
         results[name] = Result(samples, figures)
     contenders.clear()
+    calls.clear()
     gc.collect()
     return {name: results[name] for name in entries}
+
+
+def input_sets(size: int) -> int:
+    """How many sets of `size` bytes it takes until the L2 cache has lost the first one."""
+    return min(256, 2 + 2 * torch.cuda.get_device_properties(0).L2_cache_size // max(1, size))
 
 
 def call_once(case: Case, entry: Entry) -> None:
@@ -97,19 +136,30 @@ def call_once(case: Case, entry: Entry) -> None:
         contender.call(case.backward)()
 
 
-def _active(contender: Contender, case: Case) -> Callable[[], contextlib.AbstractContextManager[None]]:
-    return lambda: _turn(contender, case)
+def _active(
+    contender: Contender, case: Case, name: str, begin: Callable[[str], None]
+) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    def active() -> contextlib.AbstractContextManager[None]:
+        begin(name)
+        return _turn(contender, case)
+
+    return active
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0] if text else ''}"[:200]
 
 
-def _relative_error(answer: Tensor, exact: Tensor) -> float:
+def relative_error(answer: Tensor, exact: Tensor) -> float:
     """The largest absolute error over the largest absolute value."""
     scale = float(exact.abs().max()) if exact.numel() else 0.0
     return float((answer.double() - exact).abs().max()) / scale if scale > 0 else 0.0
+
+
+def _nonsense(error: float) -> str:
+    """Of a peer, whose precision is its own affair."""
+    return "" if error < 0.1 else f"relative error {error:.1e}"
 
 
 def _broken_promise(answers: list[Tensor], eager: list[Tensor], exact: list[Tensor]) -> str:
@@ -120,7 +170,7 @@ def _broken_promise(answers: list[Tensor], eager: list[Tensor], exact: list[Tens
     return ""
 
 
-def _percentile(values: list[float], percent: int) -> float:
+def percentile(values: list[float], percent: int) -> float:
     return statistics.quantiles(values, n=100, method="inclusive")[percent - 1] if len(values) > 1 else values[0]
 
 
@@ -132,11 +182,13 @@ def _figures(
     floor, bound = roof_seconds(roofs, cost, case.dtype_name)
     return {
         "ours": entry.ours,
+        "backend": entry.backend,
+        "variant": entry.variant,
         "same_work": entry.same_work,
         "note": entry.note,
         "median_s": seconds,
-        "p20_s": _percentile(samples.calls, 20),
-        "p80_s": _percentile(samples.calls, 80),
+        "p20_s": percentile(samples.calls, 20),
+        "p80_s": percentile(samples.calls, 80),
         "turn_medians_s": samples.turn_medians,
         "calls": len(samples.calls),
         "flops": cost.flops,
@@ -156,4 +208,4 @@ def _figures(
 def ratio(ours: dict[str, Any], peer: dict[str, Any]) -> dict[str, float]:
     """How many times as long the peer took, turn by turn: contenders of one turn met the same machine."""
     turns = [p / o for o, p in zip(ours["turn_medians_s"], peer["turn_medians_s"], strict=True)]
-    return {"median": statistics.median(turns), "p20": _percentile(turns, 20), "p80": _percentile(turns, 80)}
+    return {"median": statistics.median(turns), "p20": percentile(turns, 20), "p80": percentile(turns, 80)}

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from benchmarks.conftest import Session, described
+from benchmarks.conftest import Session
 from benchmarks.runner import call_once
-from benchmarks.workloads import Case
+from benchmarks.workloads import Case, described
 
 
 class Replay:

@@ -32,12 +32,13 @@ class Effort:
 
 
 FULL = Effort(turns=7, min_turns=3, turn_seconds=0.02, max_calls=50, rest=0.1, budget=5.0)
+GPU = Effort(turns=9, min_turns=5, turn_seconds=0.004, max_calls=40, rest=0.0, budget=2.0)
 QUICK = Effort(turns=3, min_turns=3, turn_seconds=0.003, max_calls=10, rest=0.01, budget=1.0)
 
 
 @dataclass
 class Samples:
-    """Seconds of each timed call, turn by turn."""
+    """Seconds of the timed calls, turn by turn: of each on a CPU, their mean on a GPU."""
 
     turns: list[list[float]] = field(default_factory=list)
 
@@ -61,24 +62,26 @@ class Call:
 class Clock:
     """Times calls on one device.
 
-    On a GPU each call lies between two CUDA events, and before each one a buffer larger than the L2 cache is
-    overwritten (flush), so that inputs come from memory, as they do in a model; that write also hides the launch cost
-    of the first kernel.
+    On a GPU one pair of CUDA events stands around all calls of a turn, divided by their number. queued: the GPU is kept
+    busy with nothing until the host has launched all of them, so that they run back to back, and the time is the
+    kernels' own however long the host takes to launch them. Not queued: as a caller sees it, launches included (whole
+    models, and calls that wait for the GPU themselves).
     """
 
-    def __init__(self, device: str, flush: bool = True) -> None:
+    def __init__(self, device: str, *, queued: bool = True) -> None:
         self.device = device
-        self._flush = None
-        if device == "cuda" and flush:
-            size = 4 * torch.cuda.get_device_properties(0).L2_cache_size
-            self._flush = torch.empty(size, dtype=torch.int8, device=device)
+        self.queued = queued
+        self._launching: dict[int, float] = {}  # a call -> seconds that the host needs to launch it
+        self._waiting: set[int] = set()  # calls that wait for the GPU themselves: nothing can be queued before them
 
     def synchronize(self) -> None:
         if self.device == "cuda":
             torch.cuda.synchronize()
 
     def calls(self, run: Callable[[], Any], count: int) -> list[float]:
-        """Seconds of `count` calls, one after another."""
+        """Seconds of `count` calls, one after another; on a GPU one figure, their mean."""
+        if count <= 0:
+            return []
         return self._cuda(run, count) if self.device == "cuda" else self._cpu(run, count)
 
     def _cpu(self, run: Callable[[], Any], count: int) -> list[float]:
@@ -91,15 +94,30 @@ class Clock:
         return seconds
 
     def _cuda(self, run: Callable[[], Any], count: int) -> list[float]:
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
-        for start, end in events:
-            if self._flush is not None:
-                self._flush.zero_()
-            start.record()
-            run()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for attempt in range(3):
+            nap = 0.0
+            if self.queued and id(run) not in self._waiting:
+                nap = min(_LONGEST_NAP, 1.5 * count * self._launching.get(id(run), 1e-4) + 1e-4)
+                torch.cuda._sleep(int(nap * _CYCLES_PER_SECOND))
+            began = time.perf_counter()
+            begin.record()
+            for _ in range(count):
+                run()
             end.record()
-        torch.cuda.synchronize()
-        return [start.elapsed_time(end) / 1e3 for start, end in events]
+            launched = time.perf_counter() - began
+            ran_dry = nap > 0.0 and begin.query()
+            torch.cuda.synchronize()
+            if not ran_dry:
+                break
+            self._launching[id(run)] = launched / count
+            if attempt == 1:  # after a nap longer than it took before
+                self._waiting.add(id(run))
+        return [begin.elapsed_time(end) / 1e3 / count]
+
+
+_LONGEST_NAP = 0.05
+_CYCLES_PER_SECOND = 2e9  # at most: a slower GPU naps longer
 
 
 def measure(calls: dict[str, Call], clock: Clock, effort: Effort) -> dict[str, Samples]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -68,6 +70,12 @@ def _mixed(count: int, shortest: int, longest: int) -> Batch:
     return Batch(f"mixed{count}", (*lengths, longest))
 
 
+def _rows(count: int) -> Batch:
+    """So many rows, for the ops that do not see sequences; as few sequences as the position table allows."""
+    full, rest = divmod(count, 512)
+    return Batch(f"rows{count}", (512,) * full + (rest,) * (rest > 0))
+
+
 _BATCHES = [_even(1, 16), _even(1, 128), _even(8, 128), _even(4, 512), _mixed(32, 4, 128)]
 _GPU_BATCHES = [*_BATCHES, _even(32, 512), _mixed(64, 16, 512)]
 _QUICK_BATCHES = [_even(1, 16), _mixed(8, 4, 24)]
@@ -96,6 +104,18 @@ class Case:
     @property
     def backward(self) -> bool:
         return self.direction == "forward_backward"
+
+
+def described(case: Case) -> dict[str, Any]:
+    """A case as the JSON names it."""
+    return {
+        "case": case.id,
+        "op": case.op,
+        "size": dataclasses.asdict(case.size),
+        "batch": {"name": case.batch.name, "lengths": list(case.batch.lengths)},
+        "direction": case.direction,
+        "dtype": case.dtype_name,
+    }
 
 
 @dataclass(frozen=True)
@@ -158,3 +178,46 @@ def plan(
         for batch in names
         if not batches or batch in batches
     ]
+
+
+def _mixed_gpu() -> Batch:
+    return dataclasses.replace(_mixed(64, 8, 512), name="mixed8to512")
+
+
+# Some 16k tokens each, at every length that RoBERTa sees.
+_SUITE_ATTENTION = [_even(count, length) for count, length in ((256, 64), (128, 128), (64, 256), (42, 384), (32, 512))]
+_SUITE_ATTENTION.append(_mixed_gpu())
+_SUITE_ROWS = {
+    "add_layer_norm": (128, 512, 2048, 8192, 16384, 65536),
+    "gelu_ffn": (64, 256, 1024, 4096, 16384, 65536),
+    "embedding_layer_norm": (128, 2048, 16384, 65536),
+}
+
+
+def suite_plan(device: str, *, smoke: bool = False, ops: Sequence[str] = ()) -> list[Case]:
+    """The cases of the GPU suite, those that matter most first: RoBERTa-base in bfloat16 for every op, then -large,
+    then the other dtypes at two sizes.
+    """
+    if smoke:
+        tiers = [("quick", "float32", (_even(2, 16), _mixed(4, 4, 24)), (64, 128))]
+    else:
+        middle = (8192, 65536)
+        tiers = [
+            ("base", "bfloat16", _SUITE_ATTENTION, ()),
+            ("large", "bfloat16", [_SUITE_ATTENTION[i] for i in (1, 4, 5)], ()),
+            ("base", "float16", [_SUITE_ATTENTION[i] for i in (1, 4)], middle),
+            ("base", "float32", [_SUITE_ATTENTION[i] for i in (1, 4)], middle),
+        ]
+    return [
+        Case(op, SIZES[size], batch, direction, dtype, device)
+        for size, dtype, sequences, some_rows in tiers
+        for op in OPS
+        if not ops or op in ops
+        for direction in DIRECTIONS
+        for batch in (sequences if op == "attention" else map(_rows, some_rows or _SUITE_ROWS[op]))
+    ]
+
+
+# Whole models, those that the targets are about first.
+SUITE_MODEL_BATCHES = [_even(32, 128), _mixed_gpu(), _even(32, 512), _even(8, 128), _even(1, 128), _even(1, 32)]
+SMOKE_MODEL_BATCHES = [_mixed(3, 2, 12), _even(1, 8)]

@@ -1,7 +1,11 @@
-"""Which kernel serves which device and dtype.
+"""Which kernel serves which op, device, dtype and size.
 
 A backend is an op namespace (`roberta_kernels_cpu`, ...) that holds every op of schemas.def. `select` names the one
-that serves a tensor; `backend` and `set_backend` override it; `available_backends` says what is there, and why not.
+that serves a call; `backend` and `set_backend` override it; `available_backends` says what is there, and why not.
+
+On a GPU the choosing table (choosing.py) decides between the CUDA C++ and the Triton kernels where they were measured.
+Elsewhere Triton serves, and the compiled kernels where Triton is missing: neither was timed there, and of the two
+Triton's code is made for the card at hand by a compiler that checks it.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from roberta_kernels import reference, triton
+from roberta_kernels import choosing, reference, triton
 
 _HERE = Path(__file__).parent
 CPU_ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
@@ -28,8 +32,9 @@ ENVIRONMENT_VARIABLE = "ROBERTA_KERNELS_BACKEND"
 # as Triton does under TRITON_INTERPRET=1. It finds mistakes in kernels, some ten thousand times slower than a GPU.
 EMULATION_VARIABLE = "ROBERTA_KERNELS_CUDA_EMULATION"
 
-# Best first, per device type. A device type that is not here is served by the reference.
-_PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
+# What serves where nothing was measured, first choice first, per device type. A device type that is not here is served
+# by the reference.
+_PREFERENCE = {"cuda": ("triton", "cuda", "reference"), "cpu": ("cpu", "reference")}
 _DTYPES = {
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
     "triton": (torch.float32, torch.bfloat16, torch.float16),
@@ -153,7 +158,7 @@ def _load() -> None:
 
 
 def available_backends() -> dict[str, BackendStatus]:
-    """Every backend, best first, with whether it is available and what serves or why not."""
+    """Every backend, with whether it is available and what serves or why not; compiled ones first."""
     status = {name: _status[name] for name in ("cuda", "triton", "cpu", "reference")}
     if status["cpu"]:
         status["cpu"] = BackendStatus(True, f"compiled; instruction set {cpu_isa()} of {', '.join(cpu_isas())}")
@@ -198,8 +203,39 @@ def use_cpu_isa(isa: str) -> Iterator[None]:
         torch.ops.roberta_kernels_cpu.set_isa(before)
 
 
+@contextlib.contextmanager
+def use_cuda_variant(op: str, variant: str) -> Iterator[None]:
+    """Serves an op of the "cuda" backend with another of its variants inside the block (for tests and benchmarks;
+    process-wide). choosing.VARIANTS names them; a build may have fewer.
+    """
+    before = cuda_variant(op)
+    if before is None:
+        reason = f"{op!r} has no variants" if _status["cuda"] else _status["cuda"].detail
+        raise BackendError(f"variant {variant!r} of {op} is not available: {reason}")
+    library = torch.ops.roberta_kernels_cuda
+    try:
+        library.set_variant(op, variant)
+    except (ValueError, RuntimeError) as error:
+        raise BackendError(str(error).splitlines()[0]) from None
+    try:
+        yield
+    finally:
+        library.set_variant(op, before)
+
+
+def cuda_variant(op: str) -> str | None:
+    """The variant that the "cuda" backend serves an op with; None where the op has but one, or no library is there."""
+    if op not in choosing.VARIANTS or not _status["cuda"] or not hasattr(torch.ops.roberta_kernels_cuda, "get_variant"):
+        return None
+    return torch.ops.roberta_kernels_cuda.get_variant(op)
+
+
 _override: str = "auto"
-_chosen: dict[tuple[str, torch.dtype], Kernels] = {}
+_table: tuple[choosing.Entry, ...] = choosing.load()
+# What serves an op on a device type in a dtype, whatever the size. Complete before the first call (_fill_chosen).
+_chosen: dict[tuple[str, str, torch.dtype], Kernels] = {}
+# Where that depends on the size, or on which GPU: (first size that this no longer holds for, kernels), rising.
+_by_size: dict[tuple[str, torch.device, torch.dtype], tuple[tuple[float, Kernels], ...]] = {}
 
 
 def _serves(name: str, device_type: str, dtype: torch.dtype) -> str | None:
@@ -218,6 +254,7 @@ def _serves(name: str, device_type: str, dtype: torch.dtype) -> str | None:
 
 
 def _choose(device_type: str, dtype: torch.dtype) -> Kernels:
+    """What serves unmeasured, or by override."""
     if _override != "auto":
         reason = _serves(_override, device_type, dtype)
         if reason is not None:
@@ -229,22 +266,133 @@ def _choose(device_type: str, dtype: torch.dtype) -> Kernels:
     raise BackendError(f"no backend serves {dtype} on {device_type}")
 
 
-def select(tensor: Tensor) -> Kernels:
-    """The kernels that serve tensors of this one's device type and dtype.
+def select(tensor: Tensor, op: str, size: int) -> Kernels:
+    """The kernels that serve `op` on tensors of this one's device and dtype.
+
+    size: of the call, as choosing.py means it. It is looked at only where the choosing table tells sizes apart, so that
+    a traced graph is tied to it nowhere else.
 
     Raises BackendError when the backend that was asked for cannot, or when none can.
     """
-    kernels = _chosen.get((tensor.device.type, tensor.dtype))
-    return _choose(tensor.device.type, tensor.dtype) if kernels is None else kernels
+    kernels = _chosen.get((op, tensor.device.type, tensor.dtype))
+    return _select_by_size(tensor, op, size) if kernels is None else kernels
+
+
+def _select_by_size(tensor: Tensor, op: str, size: int) -> Kernels:
+    for end, kernels in _by_size.get((op, tensor.device, tensor.dtype), ()):
+        if size < end:
+            return kernels
+    return _choose(tensor.device.type, tensor.dtype)
+
+
+@dataclass(frozen=True)
+class Serving:
+    """Which backends serve some tensors: str() is for a reader, "triton", or "attention: cuda; others: triton"."""
+
+    by_op: dict[str, tuple[str, ...]]
+
+    def __str__(self) -> str:
+        told = {
+            op: names[0] if len(names) == 1 else f"{' or '.join(names)} by size" for op, names in self.by_op.items()
+        }
+        usual = max(told.values(), key=list(told.values()).count)
+        exceptions = [f"{op}: {names}" for op, names in told.items() if names != usual]
+        return "; ".join([*exceptions, f"others: {usual}"]) if exceptions else usual
+
+    @property
+    def detail(self) -> str:
+        """What available_backends says of them."""
+        names = dict.fromkeys(name for names in self.by_op.values() for name in names)
+        return "; ".join(available_backends()[name].detail for name in names)
+
+
+def serving(tensor: Tensor) -> Serving:
+    """Which backends serve tensors like this one. Raises BackendError when none can."""
+    by_op = {}
+    for op in choosing.OPS:
+        found = None
+        if (op, tensor.device.type, tensor.dtype) not in _chosen:
+            found = _by_size.get((op, tensor.device, tensor.dtype))
+        kernels = [select(tensor, op, 0)] if found is None else [one for _, one in found]
+        by_op[op] = tuple(dict.fromkeys(one.name for one in kernels))
+    return Serving(by_op)
+
+
+_tables: dict[str, tuple[dict[Any, Any], dict[Any, Any]]] = {}  # override -> _chosen and _by_size under it
 
 
 def _fill_chosen() -> None:
     """Not as calls come in: torch.compile would guard on the table as the first call found it, and compile twice."""
     _chosen.clear()
+    _by_size.clear()
+    if _override in _tables:  # a patched model with a backend of its own sets it in every call
+        _chosen.update(_tables[_override][0])
+        _by_size.update(_tables[_override][1])
+        return
     for device_type in _PREFERENCE:
         for dtype in _DTYPES["reference"]:
             with contextlib.suppress(BackendError):
-                _chosen[device_type, dtype] = _choose(device_type, dtype)
+                serves = _choose(device_type, dtype)
+                for op in choosing.OPS:
+                    _chosen[op, device_type, dtype] = serves
+    if _override == "auto":
+        for op in choosing.OPS:
+            for dtype in _DTYPES["cuda"]:
+                _follow_table(op, dtype)
+    _tables[_override] = dict(_chosen), dict(_by_size)
+
+
+def _follow_table(op: str, dtype: torch.dtype) -> None:
+    """Enters what the choosing table says of the GPUs here in place of what serves unmeasured."""
+    unmeasured = _choose("cuda", dtype)
+
+    def kernels(name: str | None) -> Kernels:
+        return unmeasured if name is None or _serves(name, "cuda", dtype) is not None else _kernels[name]
+
+    found: dict[int, list[tuple[float, Kernels]]] = {}
+    for index, arch in _gpus.items():
+        found[index] = []
+        for end, name in choosing.ranges(_table, op, str(dtype).removeprefix("torch."), arch) or ((None, None),):
+            if found[index] and found[index][-1][1] is kernels(name):
+                found[index].pop()
+            found[index].append((float("inf") if end is None else end, kernels(name)))
+    everywhere = {one.name for steps in found.values() for _, one in steps}
+    if len(everywhere) == 1:
+        _chosen[op, "cuda", dtype] = _kernels[everywhere.pop()]
+    elif everywhere:
+        del _chosen[op, "cuda", dtype]
+        for index, steps in found.items():
+            _by_size[op, torch.device("cuda", index), dtype] = tuple(steps)
+
+
+_gpus: dict[int, int] = {}  # device index -> compute capability (9.0 as 90); empty until CUDA is initialised
+
+
+def _on_cuda() -> None:
+    """Runs once, when CUDA is initialised: before any tensor can be on a GPU, and not earlier, as asking a GPU what it
+    is would initialise it.
+    """
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        _gpus[index] = 10 * major + minor
+    _follow_gpus()
+
+
+def _follow_gpus() -> None:
+    """What the table says of the GPUs here: who serves, and the variants. The library starts with the portable ones."""
+    _tables.clear()
+    _fill_chosen()
+    for op in choosing.VARIANTS:
+        named = {choosing.variant(_table, op, arch) for arch in _gpus.values()}
+        # One setting serves the whole process: GPUs of which the table says different things get the portable kernels.
+        if len(named) == 1 and (variant := named.pop()) is not None and cuda_variant(op) is not None:
+            with contextlib.suppress(ValueError, RuntimeError):  # a build without this variant
+                torch.ops.roberta_kernels_cuda.set_variant(op, variant)
+
+
+def choices() -> list[dict[str, Any]]:
+    """The choosing table for a reader, with where each entry comes from (choosing.rows)."""
+    return choosing.rows(_table, next(iter(_gpus.values()), None))
 
 
 def set_backend(name: str) -> str:
@@ -280,3 +428,4 @@ def backend(name: str) -> Iterator[None]:
 
 _load()
 set_backend(os.environ.get(ENVIRONMENT_VARIABLE, "auto"))
+torch.cuda._lazy_call(_on_cuda)

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from roberta_kernels import __version__, backends
+from roberta_kernels import __version__, backends, choosing
 
 BROKEN, BAD_REQUEST, INTERRUPTED = 1, 2, 130
 
@@ -176,11 +176,20 @@ def env() -> None:
     out.print(table)
     wish = os.environ.get(backends.ENVIRONMENT_VARIABLE)
     out.print(f"asked for: {backends.current_backend()}" + (f" ({backends.ENVIRONMENT_VARIABLE})" if wish else ""))
-    served = backends.select(torch.empty(0)).name
-    out.print(f"float32 on the CPU is served by: {served}")
+    out.print(f"float32 on the CPU is served by: {backends.serving(torch.empty(0))}")
     if torch.cuda.is_available():
-        served = backends.select(torch.empty(0, device="cuda", dtype=torch.bfloat16)).name
+        served = backends.serving(torch.empty(0, device="cuda", dtype=torch.bfloat16))
         out.print(f"bfloat16 on the GPU is served by: {served}")
+
+    table = Table("op", "GPU", "dtype", "size", "backend", "from", box=SIMPLE_HEAD, pad_edge=False)
+    for row in backends.choices():
+        cells = (row[key] for key in ("op", "architecture", "dtype", "size", "backend", "from"))
+        table.add_row(*(Text(cell, "bold" if row["here"] else "") for cell in cells))
+    out.print("on NVIDIA GPUs, sizes in tokens (attention: of the longest sequence):")
+    out.print(table)
+    for op in choosing.VARIANTS:
+        if (variant := backends.cuda_variant(op)) is not None:
+            out.print(f"variant of {op} in the CUDA library: {variant}")
 
     report = backends.build_report()
     if not report:

@@ -52,7 +52,7 @@ def compare(
     if ours.dtype != original.dtype:
         raise ValueError(f"{name}: ours is {ours.dtype}, the original {original.dtype}")
     eps = torch.finfo(ours.dtype).eps
-    ours64, original64, exact64 = (t.detach().to("cpu", torch.float64) for t in (ours, original, exact))
+    ours64, original64, exact64 = (t.detach().to(exact.device, torch.float64) for t in (ours, original, exact))
     if exact64.numel() == 0:
         return Comparison(name, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     finite = exact64.isfinite()
@@ -60,7 +60,7 @@ def compare(
     if not bool((finite | agree).all()):
         return Comparison(name, float("inf"), 0.0, 0.0, float("inf"), 0.0, 0.0)
     # A finite result where the original overflowed is better, not worse: its error counts as zero.
-    zero = torch.zeros((), dtype=torch.float64)
+    zero = torch.zeros((), dtype=torch.float64, device=exact.device)
     error = torch.where(finite, ours64 - exact64, zero).abs().nan_to_num(nan=float("inf"))
     error_original = torch.where(finite & original64.isfinite(), original64 - exact64, zero).abs()
     scale = torch.where(finite, exact64, zero).abs()

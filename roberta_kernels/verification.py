@@ -226,7 +226,7 @@ def verify(
             if key not in ("return_dict", "output_hidden_states", "output_attentions")
         }
         with backends.backend(backend if backend != "auto" else backends.current_backend()):
-            served = backends.select(parameter).name
+            served = backends.serving(parameter)
         work = _copy(inner)
         scale = _loss_scale(work) if gradients else None
         if scale not in (None, 1.0):
@@ -253,12 +253,11 @@ def verify(
         ]
         if any(not entry.holds and _one_draw(entry, exact) for entry in entries):
             entries = _redraw(inner, arguments, scale, entries, ours, exact)
-    detail = backends.available_backends()[served].detail
     return VerificationReport(
         model=type(inner).__name__,
         dtype=str(parameter.dtype).removeprefix("torch."),
         device=str(parameter.device),
-        backend=f"{served} ({detail})",
+        backend=f"{served} ({served.detail})",
         batch=_describe(arguments),
         entries=tuple(entries),
         patch_report=report,

@@ -6,6 +6,7 @@ x carries its bias already, as in the original, where the product before it adds
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -64,6 +65,21 @@ def layer_norm_alone(problem: Problem) -> Contender:
     return dataclasses.replace(packed(_layer_norm, problem), tensors=(x, weight, bias))
 
 
+def _liger(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+
+    return LigerLayerNormFunction.apply(x + residual, weight, bias, EPS)
+
+
+def liger(problem: Problem) -> Contender:
+    return packed(_liger, problem)
+
+
+def _has_liger(case: Case) -> bool:
+    return case.device == "cuda" and importlib.util.find_spec("liger_kernel") is not None
+
+
 PEERS = {
+    "Liger": Entry(liger, "Liger-Kernel's LayerNorm after an addition", applies=_has_liger),
     "layer_norm only": Entry(layer_norm_alone, "F.layer_norm without the addition: less work", same_work=False),
 }

@@ -8,12 +8,15 @@ padding too.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from benchmarks.problem import Contender, Entry, Problem, generator, packed, random_tensor
 from benchmarks.workloads import Case, Cost
@@ -70,6 +73,26 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -
     from torch.nn.attention.varlen import varlen_attn
 
     return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest)
+
+
+def _sdpa_with(backend: str) -> Callable[..., Tensor]:
+    def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        with sdpa_kernel(getattr(SDPBackend, backend)):
+            return _sdpa(q, k, v, mask)
+
+    return sdpa
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
+    attend = _compiled_flex() if q.is_cuda else flex_attention
+    return attend(*(t.transpose(0, 1)[None] for t in (q, k, v)), block_mask=mask)[0].transpose(0, 1).contiguous()
+
+
+@functools.cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention)
 
 
 def _has_varlen() -> bool:
@@ -132,8 +155,39 @@ def varlen(problem: Problem) -> Contender:
     return packed(_varlen, problem)
 
 
+def flex(problem: Problem) -> Contender:
+    """The mask that keeps sequences apart is made beforehand, as a model would for all its layers."""
+    case = problem.case
+    lengths = torch.tensor(case.batch.lengths, device=case.device)
+    sequence = torch.repeat_interleave(torch.arange(len(lengths), device=case.device), lengths)
+    rows = case.batch.tokens
+
+    def same(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return sequence[query] == sequence[key]
+
+    mask = create_block_mask(same, None, None, rows, rows, device=case.device)
+    return dataclasses.replace(packed(_flex, problem), others=(mask,))
+
+
+def _sdpa_entry(backend: str, what: str) -> Entry:
+    return Entry(
+        lambda problem: _padded(_sdpa_with(backend), problem, additive_mask=False),
+        f"the same, {what}",
+        applies=lambda case: case.device == "cuda",
+    )
+
+
 PEERS = {
     "sdpa": Entry(sdpa, "F.scaled_dot_product_attention on the padded batch"),
+    "sdpa flash": _sdpa_entry("FLASH_ATTENTION", "FlashAttention only (it takes no mask)"),
+    "sdpa cuDNN": _sdpa_entry("CUDNN_ATTENTION", "cuDNN only"),
+    "sdpa efficient": _sdpa_entry("EFFICIENT_ATTENTION", "memory-efficient attention only"),
+    "sdpa math": _sdpa_entry("MATH", "plain products and softmax"),
+    "flex": Entry(
+        flex,
+        "FlexAttention on packed rows, compiled, with a document mask made beforehand",
+        applies=lambda case: case.device == "cuda",
+    ),
     "sdpa each": Entry(
         sdpa_each,
         "F.scaled_dot_product_attention, one sequence at a time: no padding, a call each",

@@ -22,7 +22,7 @@ PADDING = 1
 
 def problem(case: Case) -> Problem:
     draw, size, rows = generator(case), case.size, case.batch.tokens
-    input_ids = torch.randint(PADDING + 1, size.vocabulary, (rows,), generator=draw)
+    input_ids = torch.randint(PADDING + 1, size.vocabulary, (rows,), generator=draw, device=case.device)
     position_ids = torch.cat([torch.arange(length) + PADDING + 1 for length in case.batch.lengths])
     ids = (input_ids, position_ids, torch.zeros_like(input_ids))
     return Problem(

@@ -90,8 +90,8 @@ def run(options: Options, console: Console, *, model: Any = None, tokenizer: Any
         if next((p for p in model.parameters() if p.is_floating_point()), None) is None:
             raise DemoError(f"{name} has no floating-point weights")
     model = model.to(device, dtype)
-    served = backends.select(torch.empty(0, device=device, dtype=dtype)).name
-    detail = backends.available_backends()[served].detail
+    serving = backends.serving(torch.empty(0, device=device, dtype=dtype))
+    served, detail = str(serving), serving.detail
     pad = (tokenizer or own_tokenizer).pad_token_id
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, threads: {torch.get_num_threads()}"
     console.print(

@@ -343,7 +343,7 @@ def _kernels(base: Any) -> str:
         return "original"
     if state.backend != "auto":
         return state.backend
-    return backends.select(next(base.parameters())).name
+    return str(backends.serving(next(base.parameters())))
 
 
 def _hidden(base: Any, rows: list[np.ndarray], pad: int) -> tuple[Tensor, Tensor]:

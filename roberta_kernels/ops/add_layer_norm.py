@@ -49,7 +49,7 @@ def add_layer_norm(
     if x_bias is not None:
         check_tensor("x_bias", x_bias, (hidden,), x)
     contract.check_dropout(dropout_p, seed, x)
-    kernels = backends.select(x)
+    kernels = backends.select(x, "add_layer_norm", x.shape[0])
     out, _, _ = contract.call(
         kernels.add_layer_norm_forward,
         x.contiguous(),

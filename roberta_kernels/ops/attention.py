@@ -90,7 +90,7 @@ def attention(
             raise TypeError(f"key_mask is {key_mask.dtype}, and must be bool")
         key_mask = key_mask.contiguous()
     contract.check_dropout(dropout_p, seed, q)
-    kernels = backends.select(q)
+    kernels = backends.select(q, "attention", max_seqlen_q)
     q, k, v = (t if t.stride(2) == 1 else t.contiguous() for t in (q, k, v))
     out, _ = contract.call(
         kernels.attention_forward,

@@ -68,7 +68,7 @@ def embedding_layer_norm(
     contract.check_dropout(dropout_p, seed, word_embeddings)
     if token_type_ids is None:
         token_type_ids = torch.zeros_like(input_ids)
-    kernels = backends.select(word_embeddings)
+    kernels = backends.select(word_embeddings, "embedding_layer_norm", input_ids.shape[0])
     try:
         out, _, _ = contract.call(
             kernels.embedding_layer_norm_forward,

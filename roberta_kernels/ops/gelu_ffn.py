@@ -46,7 +46,7 @@ def gelu_ffn(
     check_tensor("w_out", w_out, (None, inner), x)
     if b_out is not None:
         check_tensor("b_out", b_out, (w_out.shape[0],), x)
-    kernels = backends.select(x)
+    kernels = backends.select(x, "gelu_ffn", x.shape[0])
     # Kept only where a backward pass can follow.
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w_in, b_in, w_out, b_out))
     out, _ = contract.call(

@@ -52,7 +52,7 @@ HEADS = {
     "choice": "ForMultipleChoice",
 }
 MASKS = ("none", "full", "right", "left", "holes", "real_ids")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Outputs with one row per token.
 PER_TOKEN = {
     "last_hidden_state": HEADS.keys(),
@@ -257,7 +257,8 @@ def objective(output: Any, mask: Tensor | None) -> Tensor:
         return output["loss"]
     hidden = output["last_hidden_state"]
     hidden = hidden if mask is None else hidden[mask.bool()]
-    total = (hidden * torch.linspace(-1, 1, hidden.numel(), dtype=hidden.dtype).view(hidden.shape)).sum()
+    weights = torch.linspace(-1, 1, hidden.numel(), dtype=hidden.dtype, device=hidden.device)
+    total = (hidden * weights.view(hidden.shape)).sum()
     pooled = output.get("pooler_output")
     return total if pooled is None else total + pooled.sum()
 

@@ -141,9 +141,9 @@ def test_gradient_checkpointing_recomputes_on_the_same_backend():
     inputs, served = batch_for(case, model.config), []
     select = rk.backends.select
 
-    def recorded(tensor):
-        served.append(select(tensor).name)
-        return select(tensor)
+    def recorded(*arguments):
+        served.append(select(*arguments).name)
+        return select(*arguments)
 
     with pytest.MonkeyPatch.context() as patching, rk.backend("auto"):
         patching.setattr(rk.backends, "select", recorded)
