@@ -8,9 +8,9 @@
 #include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <ptx.cuh>
 #include <stdint.h>
 
+#include <ptx.cuh>
 #include <type_traits>
 
 namespace rk::cuda::ptx {

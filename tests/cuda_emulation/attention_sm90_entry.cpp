@@ -7,8 +7,8 @@
 using namespace rk::cuda;
 
 // views: address, token stride and head stride of q, k, v and, for backward, grad_out. out and lse: written
-// by forward, read by backward. gradients: addresses of those of q, k and v, and of statistics; null: forward.
-// Returns 0; 1: not supported; 2: `message` (room for 512) says why.
+// by forward, read by backward. gradients: addresses of those of q, k and v, and of statistics; null:
+// forward. Returns 0; 1: not supported; 2: `message` (room for 512) says why.
 extern "C" __attribute__((visibility("default"))) int rk_attention_sm90(
     const int64_t* views, const int32_t* cu_seqlens_q, const int32_t* cu_seqlens_k, const bool* key_mask,
     const int64_t* sizes, double scale, int causal, int bfloat16, double dropout_p, const int64_t* seed,

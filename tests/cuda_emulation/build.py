@@ -9,7 +9,6 @@ sanitizers, unless --plain) and prints how to run tests on it. `-- COMMAND ...` 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import platform
 import shutil
@@ -19,7 +18,10 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-# wgmma and TMA are not emulated: the variants that need them are not built here.
+sys.path.append(str(ROOT / "csrc/cuda"))  # cuda_build is no part of the package
+from cuda_build import cutlass_include  # noqa: E402
+
+# CUTLASS's kernels for Hopper are not emulated: exempt.cpp takes their place. (Our own use of wgmma and TMA is.)
 EXEMPT = {"gelu_ffn_sm90.cu"}
 # Built where CUTLASS's headers are (else the op has one variant less). Those of its headers that hold PTX are replaced
 # by those in cutlass/. Its classes have types that bear the name of another, which g++ takes with -fpermissive alone.
@@ -48,17 +50,6 @@ def cuda_include() -> Path | None:
     if nvcc:
         candidates.append(Path(nvcc).resolve().parents[1] / "include")
     return next((path for path in candidates if (path / "cuda_runtime.h").is_file()), None)
-
-
-def cutlass_include() -> Path | None:
-    """CUTLASS's headers: of the checkout that ROBERTA_KERNELS_CUTLASS names, else of the nvidia-cutlass package."""
-    wish = os.environ.get("ROBERTA_KERNELS_CUTLASS")
-    if wish:
-        places = [Path(wish) / "include", Path(wish)]
-    else:
-        spec = importlib.util.find_spec("cutlass_library")
-        places = [Path(spec.origin).parent / "source/include"] if spec is not None and spec.origin else []
-    return next((place.resolve() for place in places if (place / "cutlass/cutlass.h").is_file()), None)
 
 
 def missing() -> str | None:
@@ -101,7 +92,7 @@ def library(folder: Path, *, sources: list[Path] | None = None, sanitize: bool =
         includes += [torch_include, torch_include / "torch/csrc/api/include"]
         libraries = f"-L{torch_lib} -ltorch_cpu -lc10 -Wl,-rpath,{torch_lib}"
     flags = [*FLAGS, *(SANITIZERS if sanitize else ["-O2"]), *(f"-I{path}" for path in includes)]
-    defines = "-DUSE_CUDA -DROBERTA_KERNELS_CUDA -DTORCH_TARGET_VERSION=0x020a000000000000"
+    defines = "-DUSE_CUDA -DROBERTA_KERNELS_CUDA -DROBERTA_KERNELS_SM90A -DTORCH_TARGET_VERSION=0x020a000000000000"
     if cutlass_include() is not None:
         defines += " -DROBERTA_KERNELS_CUTLASS"
     compile_command = f"g++ -x c++ $first $flags {defines} -include {HERE / 'emulation.h'} $last -MD -MF $out.d -c $in -o $out"
