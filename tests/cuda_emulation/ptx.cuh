@@ -13,7 +13,8 @@ inline float exp2(float x) {
     return std::fpclassify(y) == FP_SUBNORMAL ? 0.0f : y;
 }
 
-// cp.async: the bytes move when the thread waits for their group, and not before; what was to be read is looked at then.
+// cp.async: the bytes move when the thread waits for their group, and not before; what was to be read is
+// looked at then.
 template <int Bytes>
 inline void copy_async(void* shared, const void* global, bool valid) {
     if (reinterpret_cast<uintptr_t>(shared) % Bytes != 0 || reinterpret_cast<uintptr_t>(global) % Bytes != 0)
@@ -25,9 +26,15 @@ inline void copy_async(void* shared, const void* global, bool valid) {
             std::memset(shared, 0, Bytes);
     });
 }
-inline void copy_async_16(void* shared, const void* global, bool valid) { copy_async<16>(shared, global, valid); }
-inline void copy_async_8(void* shared, const void* global, bool valid) { copy_async<8>(shared, global, valid); }
-inline void copy_async_commit() { ::emulation::commit_group(); }
+inline void copy_async_16(void* shared, const void* global, bool valid) {
+    copy_async<16>(shared, global, valid);
+}
+inline void copy_async_8(void* shared, const void* global, bool valid) {
+    copy_async<8>(shared, global, valid);
+}
+inline void copy_async_commit() {
+    ::emulation::commit_group();
+}
 template <int Pending>
 inline void copy_async_wait() {
     ::emulation::wait_group(Pending);
@@ -54,12 +61,16 @@ inline void load_matrices_as(uint32_t (&to)[4], const void* shared_row) {
             }
         });
 }
-inline void load_matrices(uint32_t (&to)[4], const void* shared_row) { load_matrices_as<false>(to, shared_row); }
+inline void load_matrices(uint32_t (&to)[4], const void* shared_row) {
+    load_matrices_as<false>(to, shared_row);
+}
 inline void load_matrices_transposed(uint32_t (&to)[4], const void* shared_row) {
     load_matrices_as<true>(to, shared_row);
 }
 
-inline float from_bits(uint16_t bits, __nv_bfloat16) { return emulation_bits<float>(static_cast<uint32_t>(bits) << 16); }
+inline float from_bits(uint16_t bits, __nv_bfloat16) {
+    return emulation_bits<float>(static_cast<uint32_t>(bits) << 16);
+}
 inline float from_bits(uint16_t bits, __half) {
     __half_raw raw;
     raw.x = bits;
@@ -76,13 +87,16 @@ inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uin
     const Lane mine{{a[0], a[1], a[2], a[3]}, {b0, b1}, {d[0], d[1], d[2], d[3]}};
     ::emulation::warp_collective(
         "mma", 0xffffffffu, &mine, d, [](const void* const in[32], void* const out[32], uint32_t) {
-            const auto element = [](uint32_t pair, int i) { return from_bits(static_cast<uint16_t>(pair >> 16 * i), T()); };
+            const auto element = [](uint32_t pair, int i) {
+                return from_bits(static_cast<uint16_t>(pair >> 16 * i), T());
+            };
             float left[16][16], right[8][16];  // [row][k], [column][k]
             for (int lane = 0; lane < 32; ++lane) {
                 const Lane& from = *static_cast<const Lane*>(in[lane]);
                 const int g = lane / 4, t = lane % 4 * 2;
                 for (int i = 0; i < 2; ++i) {
-                    for (int r = 0; r < 4; ++r) left[g + r % 2 * 8][t + i + r / 2 * 8] = element(from.a[r], i);
+                    for (int r = 0; r < 4; ++r)
+                        left[g + r % 2 * 8][t + i + r / 2 * 8] = element(from.a[r], i);
                     for (int r = 0; r < 2; ++r) right[g][t + i + r * 8] = element(from.b[r], i);
                 }
             }
