@@ -104,7 +104,9 @@ def library(folder: Path, *, sources: list[Path] | None = None, sanitize: bool =
     defines = "-DUSE_CUDA -DROBERTA_KERNELS_CUDA -DTORCH_TARGET_VERSION=0x020a000000000000"
     if cutlass_include() is not None:
         defines += " -DROBERTA_KERNELS_CUTLASS"
-    compile_command = f"g++ -x c++ $first $flags {defines} -include {HERE / 'emulation.h'} $last -MD -MF $out.d -c $in -o $out"
+    compile_command = (
+        f"g++ -x c++ $first $flags {defines} -include {HERE / 'emulation.h'} $last -MD -MF $out.d -c $in -o $out"
+    )
     lines = [
         f"flags = {' '.join(flags)}",
         f"rule compile\n  command = {compile_command}\n  depfile = $out.d\n  deps = gcc",

@@ -53,8 +53,8 @@ struct EmulatedMma16816 {
 };
 
 template <>
-struct Mma<gemm::GemmShape<16, 8, 16>, 32, bfloat16_t, layout::RowMajor, bfloat16_t, layout::ColumnMajor, float,
-           layout::RowMajor, OpMultiplyAdd> : EmulatedMma16816<bfloat16_t> {};
+struct Mma<gemm::GemmShape<16, 8, 16>, 32, bfloat16_t, layout::RowMajor, bfloat16_t, layout::ColumnMajor,
+           float, layout::RowMajor, OpMultiplyAdd> : EmulatedMma16816<bfloat16_t> {};
 template <>
 struct Mma<gemm::GemmShape<16, 8, 16>, 32, half_t, layout::RowMajor, half_t, layout::ColumnMajor, float,
            layout::RowMajor, OpMultiplyAdd> : EmulatedMma16816<half_t> {};
