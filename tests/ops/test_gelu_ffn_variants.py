@@ -1,7 +1,8 @@
 """gelu_ffn's CUDA variants: GELU in the epilogue of the product, beside the portable one that test_gelu_ffn.py runs.
 
-On the emulation "sm80" runs (where it found CUTLASS's headers), on a Hopper GPU "sm90" too. A call that a variant does not take is served by the next
-below it, so each test makes sure that its sizes are taken: the numbers differ, in some bit, from the portable ones.
+On the emulation "sm80" runs (where it found CUTLASS's headers), on a Hopper GPU "sm90" too. A call that a variant does
+not take is served by the next below it, so one test sees to it that such sizes as these are taken: some bits of the
+answer are others than the portable variant's.
 """
 
 from __future__ import annotations
@@ -164,7 +165,7 @@ def test_unaligned_tensors_are_served(fused: str, draw: Draw) -> None:
 
 
 def test_unknown_names_are_errors() -> None:
-    with pytest.raises(RuntimeError, match="gelu_ffn has no variant .* it has portable"):
+    with pytest.raises(RuntimeError, match=r"gelu_ffn has no variant .* it has portable"):
         library().set_variant("gelu_ffn", "sm70")
     with pytest.raises(RuntimeError, match="attention, gelu_ffn"):
         library().set_variant("gelu", "portable")
