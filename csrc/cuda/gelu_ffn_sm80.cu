@@ -18,8 +18,8 @@
 // memory: two blocks on an A100, one on sm_86 and sm_89). Neighbouring blocks go down the rows in groups that
 // share columns of the weights in L2. Fewer tiles than multiprocessors: tiles of 64 x 64, 64 deep.
 //
-// The two nodes below are the CUTLASS store of an auxiliary tensor, which computes what it stores and hands
-// on what comes of it.
+// Of the three nodes below two are the CUTLASS store of an auxiliary tensor, which computes what it stores
+// and hands on what comes of it; the third sums columns.
 #include <launch.cuh>
 
 #include "csrc/cuda/gelu.cuh"
