@@ -9,7 +9,6 @@ sanitizers, unless --plain) and prints how to run tests on it. `-- COMMAND ...` 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import platform
 import shutil
@@ -19,6 +18,9 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+sys.path.insert(0, str(ROOT / "csrc/cuda"))
+import cuda_build  # noqa: E402
+
 # wgmma and TMA are not emulated: the variants that need them are not built here.
 EXEMPT = {"gelu_ffn_sm90.cu"}
 # Built where CUTLASS's headers are (else the op has one variant less). Those of its headers that hold PTX are replaced
@@ -50,17 +52,6 @@ def cuda_include() -> Path | None:
     return next((path for path in candidates if (path / "cuda_runtime.h").is_file()), None)
 
 
-def cutlass_include() -> Path | None:
-    """CUTLASS's headers: of the checkout that ROBERTA_KERNELS_CUTLASS names, else of the nvidia-cutlass package."""
-    wish = os.environ.get("ROBERTA_KERNELS_CUTLASS")
-    if wish:
-        places = [Path(wish) / "include", Path(wish)]
-    else:
-        spec = importlib.util.find_spec("cutlass_library")
-        places = [Path(spec.origin).parent / "source/include"] if spec is not None and spec.origin else []
-    return next((place.resolve() for place in places if (place / "cutlass/cutlass.h").is_file()), None)
-
-
 def missing() -> str | None:
     """What the emulation needs and this machine lacks, or None."""
     if platform.machine() != "x86_64":
@@ -79,7 +70,7 @@ def kernel_sources() -> list[Path]:
         ROOT / "csrc/library.cpp",
         *sorted((ROOT / "csrc/cuda").glob("*.cpp")),
     ]
-    left_out = EXEMPT if cutlass_include() is not None else EXEMPT | NEED_CUTLASS
+    left_out = EXEMPT if cuda_build.cutlass_include() is not None else EXEMPT | NEED_CUTLASS
     return sources + [path for path in sorted((ROOT / "csrc/cuda").glob("*.cu")) if path.name not in left_out]
 
 
@@ -102,7 +93,7 @@ def library(folder: Path, *, sources: list[Path] | None = None, sanitize: bool =
         libraries = f"-L{torch_lib} -ltorch_cpu -lc10 -Wl,-rpath,{torch_lib}"
     flags = [*FLAGS, *(SANITIZERS if sanitize else ["-O2"]), *(f"-I{path}" for path in includes)]
     defines = "-DUSE_CUDA -DROBERTA_KERNELS_CUDA -DTORCH_TARGET_VERSION=0x020a000000000000"
-    if cutlass_include() is not None:
+    if cuda_build.cutlass_include() is not None:
         defines += " -DROBERTA_KERNELS_CUTLASS"
     compile_command = (
         f"g++ -x c++ $first $flags {defines} -include {HERE / 'emulation.h'} $last -MD -MF $out.d -c $in -o $out"
@@ -118,7 +109,7 @@ def library(folder: Path, *, sources: list[Path] | None = None, sanitize: bool =
         lines.append(f"build {objects[-1]}: compile {source}")
         if source.name in NEED_CUTLASS:
             lines.append(f"  first = -I{HERE / 'cutlass'}")
-            headers = f"-I{cuda_include()}/cccl -I{cutlass_include()} -include {HERE / 'cutlass/prelude.h'}"
+            headers = f"-I{cuda_include()}/cccl -I{cuda_build.cutlass_include()} -include {HERE / 'cutlass/prelude.h'}"
             lines.append(f"  last = {CUTLASS_FLAGS} {headers}")
     lines.append(f"build {NAME}: link {' '.join(objects)}\n")
     (folder / "build.ninja").write_text("\n".join(lines))
