@@ -177,7 +177,8 @@ def command(source: Path, listed: tuple[Architecture, ...], nvcc: str, extra: tu
     """nvcc and its arguments, short of `-c source -o object`, for a process in ROOT."""
     includes = ["-I.", "-Icsrc/cuda"]
     if needs_cutlass(source.name):
-        includes.append(f"-I{cutlass_include()}")
+        # CUTLASS calls constexpr functions of the standard library in kernels.
+        includes += [f"-I{cutlass_include()}", "--expt-relaxed-constexpr"]
     compiler = [f"-ccbin={os.environ['CXX'].split()[0]}"] if os.environ.get("CXX") else []
     gencode = [flag for a in architectures_of(source.name, listed) for flag in a.flags()]
     defined = [f"-D{name}" for name in definitions(listed)]

@@ -18,8 +18,8 @@
 // memory: two blocks on an A100, one on sm_86 and sm_89). Neighbouring blocks go down the rows in groups that
 // share columns of the weights in L2. Fewer tiles than multiprocessors: tiles of 64 x 64, 64 deep.
 //
-// The two nodes below are the CUTLASS store of an auxiliary tensor, which computes what it stores and hands
-// on what comes of it.
+// Of the three nodes below two are the CUTLASS store of an auxiliary tensor, which computes what it stores
+// and hands on what comes of it; the third sums columns.
 #include <launch.cuh>
 
 #include "csrc/cuda/gelu.cuh"
@@ -28,8 +28,7 @@
 #include "cutlass/cutlass.h"
 #include "cutlass/gemm/kernel/default_gemm_universal_with_visitor.h"
 
-// After those: it relies on what they declare. (It has a function that forgets to return what nobody reads.)
-#pragma nv_diag_suppress 940
+// After those: it relies on what they declare.
 #include "cutlass/epilogue/threadblock/fusion/visitors.hpp"
 
 namespace rk::cuda {
@@ -142,6 +141,36 @@ struct StoreSum {
     CUTLASS_DEVICE void operator()(T* to, const T& sum) const { *to = sum; }
 };
 
+// Hands its input on, and sums it over the rows of the tile: VisitorRowReduction, but for the addition
+// itself, whose function there lacks its return statement (CUTLASS 4.2), which is undefined behaviour: g++
+// makes an endless loop of it.
+template <class RowReduction>
+struct ColumnSums : RowReduction {
+    using RowReduction::RowReduction;
+
+    template <class Base>
+    struct Callbacks : Base {
+        CUTLASS_DEVICE explicit Callbacks(Base&& base) : Base(static_cast<Base&&>(base)) {}
+
+        template <class Sum, int N>
+        CUTLASS_DEVICE auto visit(int iteration, int row, int column, int, const cutlass::Array<Sum, N>&,
+                                  const cutlass::Array<float, N>& values) {
+            if (get<0>(this->tRS_cSrc(column, row, iteration)) < this->m) {
+                Tensor sums = recast<cutlass::Array<float, N>>(coalesce(this->tRS_rSrc));
+                CUTLASS_PRAGMA_UNROLL
+                for (int i = 0; i < N; ++i) sums[column][i] += values[i];
+            }
+            return values;
+        }
+    };
+
+    template <class ProblemShape>
+    CUTLASS_DEVICE auto get_callbacks(cutlass::gemm::GemmCoord tile, int thread, ProblemShape shape) {
+        auto base = RowReduction::get_callbacks(tile, thread, shape);
+        return Callbacks<decltype(base)>(static_cast<decltype(base)&&>(base));
+    }
+};
+
 template <FusedTile>
 struct Shapes;
 template <>
@@ -179,11 +208,11 @@ struct Gemm {
     using Preactivation = visitors::VisitorAuxLoad<ThreadMap, Element, StrideMNL>;
     // Sums over the rows of a tile. Where they go is said as a stride down the rows of D, of which the first
     // of each tile counts: pitch / kLargeTileRows, so that the next row of tiles is one partial row further.
-    using ColumnSums = visitors::VisitorRowReduction<cutlass::plus, StoreSum, ThreadMap, float, float, kRound,
-                                                     Stride<int64_t, _1, _0>>;
+    using Sums = ColumnSums<visitors::VisitorRowReduction<cutlass::plus, StoreSum, ThreadMap, float, float,
+                                                          kRound, Stride<int64_t, _1, _0>>>;
     using Activated = visitors::Sm80EVT<BiasGelu<Store>, visitors::VisitorAccFetch, Bias>;
     using Gradient =
-        visitors::Sm80EVT<ColumnSums,
+        visitors::Sm80EVT<Sums,
                           visitors::Sm80EVT<GeluGradient<Store>, visitors::VisitorAccFetch, Preactivation>>;
     using Epilogue = visitors::Sm80EVT<Store, cute::conditional_t<kBackward, Gradient, Activated>>;
 

@@ -18,8 +18,8 @@
 // backward reads 68 and writes 101: 16 to 39 us at 4.3 TB/s. Flops: 2 T H F = 39 G a product, 49 us at 790
 // TFLOP/s: the floor is arithmetic, and memory, forward and training, stays below it.
 //
-// The two nodes below are the CUTLASS store of an auxiliary tensor, which computes what it stores and hands
-// on what comes of it. A tile's sums come in as frg_acc in parts of N neighbours.
+// Of the three nodes below two are the CUTLASS store of an auxiliary tensor, which computes what it stores
+// and hands on what comes of it; the third sums columns.
 #include <launch.cuh>
 
 #include "csrc/cuda/gelu.cuh"

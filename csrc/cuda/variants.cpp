@@ -52,7 +52,7 @@ const Op& find(const std::string& name) {
         if (name == op.name) return op;
         known += (known.empty() ? "" : ", ") + std::string(op.name);
     }
-    throw std::invalid_argument("no op \"" + name + "\" with variants: there are " + known);
+    throw std::runtime_error("no op \"" + name + "\" with variants: there are " + known);
 }
 
 }  // namespace
@@ -83,7 +83,7 @@ void set_variant(const std::string& name, const std::string& variant) {
     }
     std::string known;
     for (const std::string& built : variants_of(name)) known += (known.empty() ? "" : ", ") + built;
-    throw std::invalid_argument(name + " has no variant \"" + variant + "\" in this build: it has " + known);
+    throw std::runtime_error(name + " has no variant \"" + variant + "\" in this build: it has " + known);
 }
 
 std::string get_variant(const std::string& name) {

@@ -15,7 +15,7 @@ enum class GeluFfnVariant { portable, sm80, sm90 };
 AttentionVariant attention_variant();
 GeluFfnVariant gelu_ffn_variant();
 
-// The names of what this build has of an op, in the order of preference. Throws std::invalid_argument for an
+// The names of what this build has of an op, in the order of preference. Throws std::runtime_error for an
 // op without variants, and so do the two below; set_variant also for a name that is not among them.
 std::vector<std::string> variants_of(const std::string& op);
 void set_variant(const std::string& op, const std::string& variant);

@@ -18,8 +18,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path.append(str(ROOT / "csrc/cuda"))  # cuda_build is no part of the package
-from cuda_build import cutlass_include  # noqa: E402
+sys.path.insert(0, str(ROOT / "csrc/cuda"))
+import cuda_build  # noqa: E402
 
 # CUTLASS's kernels for Hopper are not emulated: exempt.cpp takes their place. (Our own use of wgmma and TMA is.)
 EXEMPT = {"gelu_ffn_sm90.cu"}
@@ -70,7 +70,7 @@ def kernel_sources() -> list[Path]:
         ROOT / "csrc/library.cpp",
         *sorted((ROOT / "csrc/cuda").glob("*.cpp")),
     ]
-    left_out = EXEMPT if cutlass_include() is not None else EXEMPT | NEED_CUTLASS
+    left_out = EXEMPT if cuda_build.cutlass_include() is not None else EXEMPT | NEED_CUTLASS
     return sources + [path for path in sorted((ROOT / "csrc/cuda").glob("*.cu")) if path.name not in left_out]
 
 
@@ -93,9 +93,11 @@ def library(folder: Path, *, sources: list[Path] | None = None, sanitize: bool =
         libraries = f"-L{torch_lib} -ltorch_cpu -lc10 -Wl,-rpath,{torch_lib}"
     flags = [*FLAGS, *(SANITIZERS if sanitize else ["-O2"]), *(f"-I{path}" for path in includes)]
     defines = "-DUSE_CUDA -DROBERTA_KERNELS_CUDA -DROBERTA_KERNELS_SM90A -DTORCH_TARGET_VERSION=0x020a000000000000"
-    if cutlass_include() is not None:
+    if cuda_build.cutlass_include() is not None:
         defines += " -DROBERTA_KERNELS_CUTLASS"
-    compile_command = f"g++ -x c++ $first $flags {defines} -include {HERE / 'emulation.h'} $last -MD -MF $out.d -c $in -o $out"
+    compile_command = (
+        f"g++ -x c++ $first $flags {defines} -include {HERE / 'emulation.h'} $last -MD -MF $out.d -c $in -o $out"
+    )
     lines = [
         f"flags = {' '.join(flags)}",
         f"rule compile\n  command = {compile_command}\n  depfile = $out.d\n  deps = gcc",
@@ -107,7 +109,7 @@ def library(folder: Path, *, sources: list[Path] | None = None, sanitize: bool =
         lines.append(f"build {objects[-1]}: compile {source}")
         if source.name in NEED_CUTLASS:
             lines.append(f"  first = -I{HERE / 'cutlass'}")
-            headers = f"-I{cuda_include()}/cccl -I{cutlass_include()} -include {HERE / 'cutlass/prelude.h'}"
+            headers = f"-I{cuda_include()}/cccl -I{cuda_build.cutlass_include()} -include {HERE / 'cutlass/prelude.h'}"
             lines.append(f"  last = {CUTLASS_FLAGS} {headers}")
     lines.append(f"build {NAME}: link {' '.join(objects)}\n")
     (folder / "build.ninja").write_text("\n".join(lines))

@@ -1,6 +1,6 @@
 // What CUTLASS's headers name of CUDA and our kernels do not use: declared, so that they compile; included
-// before them (g++ -include). The headers in cutlass/ stand before CUTLASS's own on the include path, in place
-// of those that hold PTX.
+// before them (g++ -include). The headers in cutlass/ stand before CUTLASS's own on the include path, in
+// place of those that hold PTX.
 #pragma once
 #include <cstddef>
 

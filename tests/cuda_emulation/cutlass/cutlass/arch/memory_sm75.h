@@ -1,6 +1,6 @@
-// In place of CUTLASS's: ldmatrix, PTX ISA "Warp-level matrix load instruction".
+// In place of CUTLASS's: ldmatrix by its twin in the emulation's ptx.cuh.
 #pragma once
-#include <cstring>
+#include <ptx.cuh>
 
 #include "cute/arch/copy_sm75.hpp"
 #include "cute/arch/util.hpp"
@@ -15,24 +15,10 @@ inline unsigned cutlass_get_smem_pointer(const void*) {
 
 template <typename Layout, int MatrixCount>
 inline void ldsm(Array<unsigned, MatrixCount>& to, const void* row) {
-    if (reinterpret_cast<uintptr_t>(row) % 16 != 0)
-        ::emulation::fail("ldmatrix from %p: not a multiple of 16", row);
-    constexpr bool kTransposed = !platform::is_same<Layout, layout::RowMajor>::value;
-    ::emulation::warp_collective(
-        kTransposed ? "ldmatrix.trans" : "ldmatrix", 0xffffffffu, &row, to.data(),
-        [](const void* const in[32], void* const out[32], uint32_t) {
-            for (int matrix = 0; matrix < MatrixCount; ++matrix) {
-                uint16_t rows[8][8];
-                for (int i = 0; i < 8; ++i)
-                    std::memcpy(rows[i], *static_cast<const void* const*>(in[matrix * 8 + i]), 16);
-                for (int lane = 0; lane < 32; ++lane) {
-                    const int g = lane / 4, t = lane % 4 * 2;
-                    const uint32_t low = kTransposed ? rows[t][g] : rows[g][t];
-                    const uint32_t high = kTransposed ? rows[t + 1][g] : rows[g][t + 1];
-                    static_cast<uint32_t*>(out[lane])[matrix] = low | high << 16;
-                }
-            }
-        });
+    if (MatrixCount != 4) ::emulation::fail("ldmatrix of %d matrices is not emulated", MatrixCount);
+    uint32_t registers[4];
+    rk::cuda::ptx::load_matrices_as<!platform::is_same<Layout, layout::RowMajor>::value>(registers, row);
+    for (int i = 0; i < MatrixCount; ++i) to[i] = registers[i];
 }
 
 }  // namespace cutlass::arch

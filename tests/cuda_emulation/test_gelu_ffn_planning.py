@@ -1,0 +1,82 @@
+"""How gelu_ffn chooses a variant and a tile: plain C++ functions of numbers (csrc/cuda/gelu_ffn.h)."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from . import build
+
+PROGRAM = r"""
+#include <cstdio>
+
+#include "csrc/cuda/gelu_ffn.h"
+
+using namespace rk::cuda;
+using V = GeluFfnVariant;
+
+static int failures = 0;
+#define EXPECT(condition) \
+    if (!(condition)) { std::printf("line %d: %s\n", __LINE__, #condition); ++failures; }
+
+static V path(V allowed, int arch, Dtype dtype = Dtype::bfloat16, int64_t tokens = 4096, int64_t depth = 768,
+              int64_t inner = 3072, bool aligned = true) {
+    return gelu_ffn_path(allowed, arch, dtype, tokens, depth, inner, aligned);
+}
+
+int main() {
+    // The best of what is allowed and what the device can.
+    for (int arch : {80, 86, 89, 90, 100, 120}) {
+        EXPECT(path(V::portable, arch) == V::portable);
+        EXPECT(path(V::sm80, arch) == V::sm80);
+        EXPECT(path(V::sm90, arch) == (arch == 90 ? V::sm90 : V::sm80));
+    }
+    EXPECT(path(V::sm90, 75) == V::portable);
+    // Dtypes, sizes and addresses that the tensor cores' copies do not take.
+    for (V allowed : {V::sm80, V::sm90}) {
+        EXPECT(path(allowed, 90, Dtype::float16) == allowed);
+        EXPECT(path(allowed, 90, Dtype::float32) == V::portable);
+        for (int64_t tokens : {0, 1, 63}) EXPECT(path(allowed, 90, Dtype::bfloat16, tokens) == V::portable);
+        for (int64_t tokens : {64, 65, 65536, 2147483519})
+            EXPECT(path(allowed, 90, Dtype::bfloat16, tokens) == allowed);
+        EXPECT(path(allowed, 90, Dtype::bfloat16, 2147483520) == V::portable);
+        EXPECT(path(allowed, 90, Dtype::bfloat16, 64, 0) == V::portable);
+        EXPECT(path(allowed, 90, Dtype::bfloat16, 64, 767) == V::portable);
+        EXPECT(path(allowed, 90, Dtype::bfloat16, 64, 776) == allowed);
+        EXPECT(path(allowed, 90, Dtype::bfloat16, 64, 768, 3073) == V::portable);
+        EXPECT(path(allowed, 90, Dtype::bfloat16, 64, 768, 8) == allowed);
+        EXPECT(path(allowed, 90, Dtype::bfloat16, 64, 768, 3072, false) == V::portable);
+    }
+    // Large tiles as soon as every multiprocessor has one.
+    EXPECT(fused_forward_tile(64, 3072, 132) == FusedTile::small);
+    EXPECT(fused_forward_tile(5 * 128, 3072, 132) == FusedTile::small);
+    EXPECT(fused_forward_tile(5 * 128 + 1, 3072, 132) == FusedTile::large);
+    EXPECT(fused_forward_tile(65536, 4096, 132) == FusedTile::large);
+    EXPECT(fused_forward_tile(2147483519, 8, 132) == FusedTile::large);
+    // Partial sums: a row for each row of tiles, or one for each of its four warps.
+    for (int64_t tokens : {64, 128, 129, 2147483519}) {
+        const int64_t tiles = (tokens + 127) / 128;
+        EXPECT(fused_partials(V::sm80, tokens, 3072).rows == tiles);
+        EXPECT(fused_partials(V::sm90, tokens, 3072).rows == 4 * tiles);
+    }
+    EXPECT(fused_partials(V::sm90, 64, 136).pitch == 256 && fused_partials(V::sm90, 64, 136).columns == 136);
+    EXPECT(fused_partials(V::sm80, 64, 128).pitch == 128);
+    EXPECT(sum_blocks(0) == 0 && sum_blocks(1) == 1 && sum_blocks(32) == 1 && sum_blocks(33) == 2);
+    return failures;
+}
+"""
+
+
+@pytest.mark.skipif(
+    shutil.which("g++") is None or build.cuda_include() is None, reason="needs g++ and the CUDA headers"
+)
+def test_planning(tmp_path: Path) -> None:
+    source, program = tmp_path / "planning.cpp", tmp_path / "planning"
+    source.write_text(PROGRAM)
+    includes = [f"-I{path}" for path in (build.ROOT, build.cuda_include())]
+    subprocess.run(["g++", "-std=c++17", "-Wall", "-Werror", *includes, source, "-o", program], check=True)
+    ran = subprocess.run([program], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout
