@@ -24,8 +24,6 @@
 // Warps and tiles: plan_backward in attention_plan.h.
 #include "csrc/cuda/attention_common.cuh"
 #include "csrc/cuda/attention_plan.h"
-#include "csrc/cuda/attention_sm90.h"
-#include "csrc/cuda/variants.h"
 
 namespace rk::cuda {
 namespace attention {
@@ -338,11 +336,6 @@ void launch_backward(const AttentionArgs& a) {
 
 void attention_backward(const AttentionArgs& a) {
     using namespace attention;
-#ifdef ROBERTA_KERNELS_SM90A
-    if (attention_variant() == AttentionVariant::sm90 && current_device().arch == 90 &&
-        attention_sm90_supports_backward(a))
-        return attention_sm90_backward(a);
-#endif
     RK_FOR_DTYPE(a.dtype, T, launch_backward<T>(a))
 }
 

@@ -27,8 +27,6 @@
 // attention_plan.h.
 #include "csrc/cuda/attention_common.cuh"
 #include "csrc/cuda/attention_plan.h"
-#include "csrc/cuda/attention_sm90.h"
-#include "csrc/cuda/variants.h"
 
 namespace rk::cuda {
 namespace attention {
@@ -260,11 +258,8 @@ void launch_forward(const AttentionArgs& a, const ForwardPlan& plan) {
 
 void attention_forward(const AttentionArgs& a) {
     using namespace attention;
+    // A kernel for one architecture (wgmma) is chosen here, before the one that serves all.
     const Device& device = current_device();
-#ifdef ROBERTA_KERNELS_SM90A
-    if (attention_variant() == AttentionVariant::sm90 && device.arch == 90 && attention_sm90_supports(a))
-        return attention_sm90_forward(a);
-#endif
     const ForwardPlan plan =
         plan_forward(sizes_of(a), {device.multiprocessors, device.shared_bytes_per_block});
     RK_FOR_DTYPE(a.dtype, T, launch_forward<T>(a, plan))
