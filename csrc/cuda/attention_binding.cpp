@@ -1,11 +1,14 @@
 #include <device.h>
+#include <launch.cuh>
 
 #include <array>
 #include <optional>
 #include <utility>
 
 #include "csrc/cuda/attention.h"
+#include "csrc/cuda/attention_sm90.h"
 #include "csrc/cuda/tensor_checks.h"
+#include "csrc/cuda/variants.h"
 
 namespace rk::cuda {
 namespace {
@@ -98,6 +101,25 @@ Checked check(const Checks& checks, const Tensor& q, const Tensor& k, const Tens
     return c;
 }
 
+// The variant that is set, where this build and the device have it and it takes the call; else the portable
+// one.
+void run_forward(const AttentionArgs& a) {
+#ifdef ROBERTA_KERNELS_SM90A
+    if (attention_variant() == AttentionVariant::sm90 && current_device().arch == 90 &&
+        attention_sm90_supports(a))
+        return attention_sm90_forward(a);
+#endif
+    attention_forward(a);
+}
+void run_backward(const AttentionArgs& a) {
+#ifdef ROBERTA_KERNELS_SM90A
+    if (attention_variant() == AttentionVariant::sm90 && current_device().arch == 90 &&
+        attention_sm90_supports_backward(a))
+        return attention_sm90_backward(a);
+#endif
+    attention_backward(a);
+}
+
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
                                    const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
                                    int64_t max_seqlen_q, int64_t max_seqlen_k, double scale, bool causal,
@@ -113,7 +135,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
     Tensor lse = checks.empty({a.heads, a.total_q}, ScalarType::Float);
     a.out = out.mutable_data_ptr();
     a.lse = static_cast<float*>(lse.mutable_data_ptr());
-    attention_forward(a);
+    run_forward(a);
     return {std::move(out), std::move(lse)};
 }
 
@@ -147,7 +169,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor
     a.grad_q = grad_q.mutable_data_ptr();
     a.grad_k = grad_k.mutable_data_ptr();
     a.grad_v = grad_v.mutable_data_ptr();
-    attention_backward(a);
+    run_backward(a);
     return {std::move(grad_q), std::move(grad_k), std::move(grad_v)};
 }
 

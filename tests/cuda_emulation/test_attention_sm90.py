@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -197,8 +201,8 @@ def test_backward(library: ctypes.CDLL, case: Case) -> None:
     ends = (inputs["cu_seqlens_q"], inputs["cu_seqlens_k"])
     exact = reference.attention_backward(grad, q, k, v, *exactly(inputs), *ends, 0, 0, *rest)
     eps = torch.finfo(case.dtype).eps
-    # Roundings of the weights and of the result, 0.2 to 0.3 eps each (rms of a uniform distribution). A sharp softmax leaves
-    # differences of weights that nearly cancel.
+    # Roundings of the weights and of the result, 0.2 to 0.3 eps each (rms of a uniform distribution). A sharp softmax
+    # leaves differences of weights that nearly cancel.
     roundings = 0.6 if case.spread == 1.0 else 2.0
     for name, ours, expected in zip("qkv", got, exact, strict=True):
         assert not ours.isnan().any(), name
@@ -264,13 +268,21 @@ def test_dropout_mask(library: ctypes.CDLL, dropout_p: float) -> None:
             assert torch.equal(got, kept[..., first : first + len(rows)]), name
 
 
-def main() -> None:
-    """With the sanitizers: build.py sets up the process, this runs in it."""
-    import sys
+@pytest.mark.slow
+def test_under_the_sanitizers(tmp_path: Path) -> None:
+    """The smaller cases again, in a process that has the sanitizers in it."""
+    library = build.library(tmp_path, sources=SOURCES, sanitize=True)
+    environment = {**os.environ, **build.environment(library), "PYTHONPATH": str(build.ROOT)}
+    environment.pop("ROBERTA_KERNELS_CUDA_EMULATION")
+    command = [sys.executable, "-m", "tests.cuda_emulation.test_attention_sm90", str(library)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stdout + done.stderr
 
+
+def main() -> None:
     library = ctypes.CDLL(sys.argv[1])
     for case in CASES:
-        if sum(case.lengths) <= 400:
+        if sum(case.lengths) <= 250:
             test_forward(library, case)
             if case.head_dim <= 64:
                 test_backward(library, case)
