@@ -1,7 +1,7 @@
 #include <device.h>
-#include <launch.cuh>
 
 #include <array>
+#include <launch.cuh>
 #include <optional>
 #include <utility>
 
