@@ -140,7 +140,7 @@ def test_a_forced_backend_that_cannot_serve_raises(op: str, name: str, dtype: to
     """It never falls back: who forces a backend wants that one."""
     if name not in AVAILABLE:
         pytest.skip(f"backend {name!r} is not available: {backends.available_backends()[name].detail}")
-    call = sample(op, Draw(5, "cuda" if name == "cuda" else "cpu"), dtype)
+    call = sample(op, Draw(5, DEVICE if name == "cuda" else "cpu"), dtype)
     with backends.backend(name), pytest.raises(BackendError, match=f"'{name}' cannot serve {dtype}"):
         call()
 

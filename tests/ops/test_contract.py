@@ -233,7 +233,7 @@ def test_the_good_arguments_are_good(op: str) -> None:
 @on_every_backend(dtypes=[FLOAT32])
 def test_ids_outside_of_their_table(served: Served, name: str, row: Any, draw: Draw) -> None:
     """IndexError on the CPU, as the original gives; whichever token holds the id."""
-    if served.device == "cuda" or served.backend == "triton":
+    if served.device == "cuda" or served.backend in ("cuda", "triton"):
         pytest.skip(
             "a GPU kernel gives a device-side assertion or an undefined row: a check would cost a synchronisation"
         )
