@@ -108,13 +108,14 @@ __device__ inline void store_grad_q(T* to, int64_t row_stride, const T* grad_sco
 }
 
 template <typename T, int D, Owner owner, bool HasDropout>
-__global__ void __launch_bounds__(kMostBackwardThreads)
+__global__ void __launch_bounds__(kMostBackwardThreads, 1)
     attention_backward_kernel(const AttentionArgs a, const int64_t first_work, const int row_tiles,
                               const int slots) {
     constexpr bool OwnsKeys = owner != Owner::queries, Whole = owner == Owner::sequence;
     constexpr int kColumns = (kOnTensorCores<T> ? 64 : 32) / (D > 64 ? 2 : 1);
-    constexpr int kStep = kColumns < 32 ? kColumns : 32;  // columns at a time
-    constexpr int kRows = 16;                             // of a warp
+    // Columns at a time: fewer where the registers do not hold more.
+    constexpr int kStep = (kColumns < 32 || (D > 96 && HasDropout)) ? 16 : 32;
+    constexpr int kRows = 16;  // of a warp
     const int lane = lane_index(), g = lane / 4, t = lane % 4, warp = warp_index();
     const int block_rows = static_cast<int>(blockDim.x) / kWarp * kRows;
     const int head_dim = static_cast<int>(a.head_dim);

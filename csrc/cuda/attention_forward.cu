@@ -33,7 +33,7 @@ namespace attention {
 namespace {
 
 template <typename T, int D, int Groups, bool HasDropout>
-__global__ void __launch_bounds__(kMostForwardThreads, Groups == 1 && D <= 64 ? 3 : 2)
+__global__ void __launch_bounds__(kMostForwardThreads, kOnTensorCores<T>&& Groups == 1 && D <= 64 ? 3 : 2)
     attention_forward_kernel(const AttentionArgs a, const int64_t first_work, const int splits,
                              const int slots) {
     constexpr int kKeys = kOnTensorCores<T> ? 64 : 32;
