@@ -14,8 +14,8 @@ from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
-    BertConfig,
-    BertModel,
+    DistilBertConfig,
+    DistilBertModel,
     EncoderDecoderConfig,
     EncoderDecoderModel,
     RobertaConfig,
@@ -214,14 +214,13 @@ def test_the_report_says_which_activation_is_left():
 
 
 def test_a_model_of_another_family_is_left_untouched():
-    config = BertConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=1, intermediate_size=32, vocab_size=50)
-    model = BertModel(config).eval()
+    model = DistilBertModel(DistilBertConfig(dim=32, n_heads=2, n_layers=1, hidden_dim=32, vocab_size=50)).eval()
     before, want = snapshot(model), outputs(model, {"input_ids": torch.tensor([[2, 7, 3]])})
     report = rk.patch(model)
     assert not report
     assert not rk.is_patched(model)
-    assert any("bert" in left.reason for left in report.left)
-    assert "bert" in str(report)
+    assert any("distilbert" in left.reason for left in report.left)
+    assert "distilbert" in str(report)
     assert_restored(before, snapshot(model))
     assert_bitwise(want, outputs(model, {"input_ids": torch.tensor([[2, 7, 3]])}))
 
@@ -340,7 +339,7 @@ def test_a_class_that_is_not_the_known_code_is_refused(monkeypatch):
 
 def test_unknown_class_is_a_clear_error():
     with pytest.raises(TypeError, match="not a class that roberta_kernels knows"):
-        rk.models.fast_class(BertModel)
+        rk.models.fast_class(DistilBertModel)
     with pytest.raises(AttributeError, match="FastNothing"):
         _ = rk.models.FastNothing
 
