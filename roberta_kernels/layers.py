@@ -36,7 +36,7 @@ _GELU = {
     "GELUTanh": "tanh",
 }
 _OWN_CODE = "a part of the layer has code of its own"
-_FUSABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FUSABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass
@@ -161,7 +161,7 @@ def other_backend(state: PatchState) -> bool:
 
 
 def _dtype_reason(hidden_states: Tensor, layer_norm: Any) -> str | None:
-    if hidden_states.dtype not in _FUSABLE_DTYPES:
+    if hidden_states.dtype not in FUSABLE_DTYPES:
         return f"no kernels for {hidden_states.dtype}"
     if layer_norm.weight.dtype != hidden_states.dtype:
         return f"hidden states are {hidden_states.dtype} and LayerNorm is {layer_norm.weight.dtype}"
@@ -173,7 +173,7 @@ def tracing() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
-def _functorch_active() -> bool:
+def functorch_active() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
 
 
@@ -190,7 +190,7 @@ def _attention_reason(core: Any) -> str | None:
     for name in ("query", "key", "value", "dropout"):
         if foreign_hooks(children[name]):
             return "hooks on a module that fusing would skip"
-    if _functorch_active():
+    if functorch_active():
         return "inside a torch.func transform"
     return None
 
@@ -237,7 +237,7 @@ class FastSelfAttention(HuggingFaceModule):
             with backends.backend(state.backend):
                 return FastSelfAttention.forward(self, hidden_states, attention_mask, past_key_values, **kwargs)
         reason = _attention_reason(self)
-        if reason is None and hidden_states.dtype not in _FUSABLE_DTYPES:
+        if reason is None and hidden_states.dtype not in FUSABLE_DTYPES:
             reason = f"no kernels for {hidden_states.dtype}"
         if reason is not None:
             state.fell_back(self, reason)
@@ -296,7 +296,7 @@ class FastSelfOutput(HuggingFaceModule):
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         reason = _output_reason(self, input_tensor)
-        if reason is None and _functorch_active():
+        if reason is None and functorch_active():
             reason = "inside a torch.func transform"
         if reason is not None:
             state_of(self).fell_back(self, reason)
@@ -379,7 +379,7 @@ class FastLayer(HuggingFaceModule):
         for module in (intermediate, parts["dense"], parts.get("intermediate_act_fn")):
             if module is not None and foreign_hooks(module):
                 return "hooks on a module that fusing would skip"
-        if _functorch_active():
+        if functorch_active():
             return "inside a torch.func transform"
         return _output_reason(modules["output"], hidden_states)
 
@@ -505,7 +505,7 @@ class FastEmbeddings(HuggingFaceModule):
             return "hooks on a module that fusing would skip"
         if len({module.weight.dtype for module in (*tables, layer_norm)}) != 1:
             return "the tables and LayerNorm have different dtypes"
-        if _functorch_active():
+        if functorch_active():
             return "inside a torch.func transform"
         return _dtype_reason(tables[0].weight, layer_norm)
 

@@ -21,7 +21,7 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPoolingAndCrossAttentions,
 )
 
-from roberta_kernels import backends, packing
+from roberta_kernels import attention_interface, backends, packing
 from roberta_kernels.families import FAMILIES, family_class, part_class, role_of
 from roberta_kernels.layers import (
     FastAbsoluteEmbeddings,
@@ -40,7 +40,10 @@ from roberta_kernels.layers import (
 )
 
 # Attention implementations that are the same mathematics as ours. Any other is somebody's own, and is left alone.
-_SAME_ATTENTION = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+_SAME_ATTENTION = (
+    *(None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"),
+    attention_interface.NAME,
+)
 # Arguments that reach the attention function, and change what it computes.
 _ATTENTION_ARGUMENTS = ("position_bias", "softcap", "sliding_window", "s_aux")
 # What tells flash attention that a row of the batch holds several sequences.
