@@ -91,7 +91,7 @@ def test_generation(mask, cache, fallbacks):
 @pytest.mark.parametrize("keys", [3, 5])
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_last_query_is_at_the_last_key(head_dim, keys, masked, fallbacks):
-    # A prompt that comes in pieces: the queries are the last of what the cache holds, and torch's own causality differs.
+    # A prompt that comes in pieces: the queries are the last of what the cache holds. torch's own causality differs.
     query, key, value = torch.randn(2, 2, 3, head_dim), *torch.randn(2, 2, 2, keys, head_dim)
     module = torch.nn.Module()
     module.is_causal = True
