@@ -37,7 +37,7 @@ def register() -> None:
 
 def fallbacks() -> dict[str, int]:
     """Class of the attention module and reason -> calls that torch's attention took, in this process."""
-    return dict(_state.fallbacks)
+    return _state.reasons()
 
 
 def attention_mask(

@@ -43,22 +43,33 @@ FUSABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 class PatchState:
     """What patch() was asked for, and what happened since: shared by the modules of one patched model.
 
-    packed: "auto", True or False. backend: a backend name or "auto". fallbacks: reason -> calls in which a module ran
-    the original code. padded: reason -> calls in which a model ran fused, but on all rows of the padded batch.
+    packed: "auto", True or False. backend: a backend name or "auto". fallbacks: (name of the module, its class, reason)
+    -> calls in which it ran the original code. padded: reason -> calls in which a model ran fused, but on all rows of
+    the padded batch. warned: what was warned about.
     """
 
     packed: str | bool = "auto"
     backend: str = "auto"
-    fallbacks: Counter[str] = field(default_factory=Counter)
+    fallbacks: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+    warned: set[str] = field(default_factory=set)
     padded: Counter[str] = field(default_factory=Counter)
 
     def fell_back(self, module: Any, reason: str) -> None:
         if torch.compiler.is_compiling():
             return
-        key = f"{type(module).__name__}: {reason}"
-        if key not in self.fallbacks:
-            warnings.warn(f"roberta_kernels: {key}; the original code runs (warned once)", stacklevel=3)
+        key = (module.__dict__.get("_rk_name", ""), type(module).__name__, reason)
         self.fallbacks[key] += 1
+        what = f"{key[1]}: {reason}"
+        if what not in self.warned:
+            self.warned.add(what)
+            warnings.warn(f"roberta_kernels: {what}; the original code runs (warned once)", stacklevel=3)
+
+    def reasons(self) -> dict[str, int]:
+        """ "class: reason" -> calls of all modules of that class."""
+        counts: Counter[str] = Counter()
+        for (_, cls, reason), calls in self.fallbacks.items():
+            counts[f"{cls}: {reason}"] += calls
+        return dict(counts)
 
     def stayed_padded(self, reason: str) -> None:
         if not torch.compiler.is_compiling():

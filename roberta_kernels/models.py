@@ -528,6 +528,7 @@ def make_original(module: nn.Module) -> None:
     if is_fast_class(cls):
         module.__class__ = cls._rk_original
     module.__dict__.pop("_rk_state", None)
+    module.__dict__.pop("_rk_name", None)
 
 
 def is_fast_class(cls: type) -> bool:

@@ -63,8 +63,15 @@ class PatchReport:
     state: PatchState = field(default_factory=PatchState, repr=False)
 
     def fallbacks(self) -> dict[str, int]:
-        """Reason -> how many calls since patching ran the original code for it."""
-        return dict(self.state.fallbacks)
+        """ "Class: reason" -> how many calls since patching ran the original code for it."""
+        return self.state.reasons()
+
+    def fallbacks_by_module(self) -> dict[str, dict[str, int]]:
+        """Name of a module in the model -> reason -> how many of its calls ran the original code for it."""
+        counts: dict[str, dict[str, int]] = {}
+        for (name, _, reason), calls in self.state.fallbacks.items():
+            counts.setdefault(name, {})[reason] = calls
+        return counts
 
     def padded(self) -> dict[str, int]:
         """Reason -> how many calls since patching ran fused, but on every row of the padded batch, for it."""
@@ -155,6 +162,8 @@ def patch(model: nn.Module, *, packed: str | bool = "auto", backend: str = "auto
             else:
                 module.__dict__["_rk_state"] = old_state
         raise
+    for replaced, (module, *_) in zip(report.replaced, before, strict=True):
+        module.__dict__["_rk_name"] = replaced.name
     strange = [left for left in report.left if left.reason.startswith(_NOT_KNOWN)]
     if strange:
         warnings.warn(

@@ -362,6 +362,36 @@ def test_fallbacks_are_counted_and_warned_about_once():
     assert rk.patch(model).fallbacks() == {}  # counted anew
 
 
+def test_fallbacks_are_counted_for_each_layer():
+    model, inputs = model_and_batch()
+    model.encoder.layer[1].attention.self.register_forward_hook(lambda *_: None)
+    report = rk.patch(model)
+    with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            model(**inputs)
+    reason = "hooks on a module that fusing would skip"
+    assert report.fallbacks_by_module() == {"encoder.layer.1": {reason: 3}}
+    assert report.fallbacks() == {f"RobertaLayer: {reason}": 3}
+    assert len([warning for warning in caught if "roberta_kernels" in str(warning.message)]) == 1
+    assert rk.patch(nn.ModuleDict({"inner": model})).fallbacks_by_module() == {}  # counted anew, under new names
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model(**inputs)
+    assert model.encoder.layer[1]._rk_name == "inner.encoder.layer.1"
+
+
+def test_nothing_is_counted_where_all_runs_fused(monkeypatch):
+    # What a fallback costs where none is taken: nothing is formatted, counted or looked up.
+    model, inputs = model_and_batch()
+    report = rk.patch(model)
+    monkeypatch.setattr(type(report.state), "fell_back", None)
+    monkeypatch.setattr(type(report.state), "stayed_padded", None)
+    with torch.no_grad():
+        model(**inputs)
+    assert (report.fallbacks(), report.padded(), report.fallbacks_by_module()) == ({}, {}, {})
+
+
 def test_padded_passes_are_counted():
     model, inputs = model_and_batch(mask="left")
     report = rk.patch(model)
