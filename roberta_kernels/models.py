@@ -21,7 +21,7 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPoolingAndCrossAttentions,
 )
 
-from roberta_kernels import attention_interface, backends, packing
+from roberta_kernels import attention_interface, backends, packing, probe
 from roberta_kernels.families import FAMILIES, family_class, part_class, role_of
 from roberta_kernels.layers import (
     FastAbsoluteEmbeddings,
@@ -515,11 +515,10 @@ def mismatch(module: nn.Module) -> str | None:
     role = role_of(cls._rk_original if is_fast_class(cls) else cls)
     if role is None or role.mismatch is not None:
         return None if role is None else role.mismatch
-    if role.role == "layer":
-        return structure_mismatch(module)
-    if role.role == "self_attention":
-        return structure_mismatch(module, "attention.self")
-    return None
+    where = {"layer": "", "self_attention": "attention.self"}.get(role.role)
+    if where is None or is_fast_class(cls):
+        return None
+    return structure_mismatch(module, where) or probe.difference(cls, role.role)
 
 
 def make_original(module: nn.Module) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import copy
+import functools
 import inspect
 import warnings
 
@@ -25,6 +27,7 @@ from model_cases import (
 from torch import nn
 
 import roberta_kernels as rk
+from roberta_kernels import probe
 from roberta_kernels.families import FAMILIES, family_classes, part_class
 
 SAME_LAYERS = tuple(PREFIX)[:9]
@@ -268,6 +271,45 @@ def test_a_layer_of_another_structure_is_refused(family, change):
     assert [left.name.split(".")[2] for left in refused] == ["1"]
     assert type(model.encoder.layer[1]).__module__.startswith("transformers.")
     assert type(core).__module__.startswith("transformers.")
+
+
+@pytest.mark.parametrize("family", ["camembert", "bert", "roberta_prelayernorm"])
+def test_a_layer_that_computes_something_else_is_refused(family, monkeypatch):
+    # As a future transformers might: the same names, parameters and parts, and another formula.
+    case = Case(seed=12, family=family, config=SMALL)
+    original = build(case)
+    part = part_class(type(original), "SelfAttention" if family in ATTENTION_ONLY else "Output")
+    forward = part.forward
+
+    def other(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        return (output[0] * 1.01, *output[1:]) if isinstance(output, tuple) else output * 1.01
+
+    monkeypatch.setattr(part, "forward", functools.wraps(forward)(other))
+    monkeypatch.setattr(probe, "_known", {})
+    ours = copy.deepcopy(original)
+    with pytest.warns(UserWarning, match="computes something else"):
+        report = rk.patch(ours)
+    assert sum("computes something else" in left.reason for left in report.left) == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert_promise(ours, original, batches_for(case, original.config, 2))
+
+
+def test_the_probe_leaves_torch_as_it_was(monkeypatch):
+    monkeypatch.setattr(probe, "_known", {})
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    with torch.device("meta"):
+        model = build_on_meta()
+        assert rk.patch(model).left == []
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def build_on_meta():
+    import transformers
+
+    return transformers.RobertaModel(transformers.RobertaConfig(vocab_size=50, intermediate_size=40, **SMALL))
 
 
 def test_a_refused_layer_runs_its_own_code():
