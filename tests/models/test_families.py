@@ -172,6 +172,42 @@ def test_heads_for_pretraining(family, head):
     assert report.fallbacks() == {}
 
 
+@pytest.mark.parametrize("family", FACTORS["family"])
+def test_hidden_states(family):
+    case = Case(seed=13, family=family, config=SMALL)
+    original = build(case)
+    ours = patched(original)
+    assert_promise(ours, original, batches_for(case, original.config, 2), output_hidden_states=True)
+    inputs = batch_for(case, original.config)
+    with torch.no_grad():
+        got, want = (model(**inputs, output_hidden_states=True).hidden_states for model in (ours, original))
+    assert [t.shape for t in got] == [t.shape for t in want]
+    assert len(got) == 3
+
+
+@pytest.mark.parametrize("family", FACTORS["family"])
+def test_tuples(family):
+    case = Case(seed=14, family=family, config=SMALL)
+    original = build(case)
+    ours = patched(original)
+    inputs = batch_for(case, original.config)
+    with torch.no_grad():
+        got, want = ours(**inputs, return_dict=False), original(**inputs, return_dict=False)
+    assert [type(value) for value in got] == [type(value) for value in want]
+    assert type(ours(**inputs)) is type(original(**inputs))
+
+
+@pytest.mark.parametrize("family", ["bert", "electra", "ernie", "xmod"])
+def test_every_model_from_now_on(family):
+    case = Case(seed=15, family=family, head="single_label", config=SMALL)
+    with rk.patch_transformers():
+        ours = build(case)
+    assert rk.is_patched(ours)
+    original = build(case)
+    assert not rk.is_patched(original)
+    assert_promise(ours, original, batches_for(case, original.config, 2), head="single_label")
+
+
 # --- sizes ------------------------------------------------------------------------------------------------------------
 
 
