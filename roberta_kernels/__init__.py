@@ -11,7 +11,7 @@ from roberta_kernels import requirements
 
 requirements.check()
 
-from roberta_kernels import ops  # noqa: E402
+from roberta_kernels import attention_interface, ops  # noqa: E402
 from roberta_kernels._version import __version__  # noqa: E402
 from roberta_kernels.backends import (  # noqa: E402
     BackendError,
@@ -38,6 +38,8 @@ from roberta_kernels.patching import (  # noqa: E402
     unpatch_transformers,
 )
 from roberta_kernels.verification import VerificationReport, verify  # noqa: E402
+
+attention_interface.register()
 
 __all__ = [
     "BackendError",

@@ -36,29 +36,40 @@ _GELU = {
     "GELUTanh": "tanh",
 }
 _OWN_CODE = "a part of the layer has code of its own"
-_FUSABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FUSABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass
 class PatchState:
     """What patch() was asked for, and what happened since: shared by the modules of one patched model.
 
-    packed: "auto", True or False. backend: a backend name or "auto". fallbacks: reason -> calls in which a module ran
-    the original code. padded: reason -> calls in which a model ran fused, but on all rows of the padded batch.
+    packed: "auto", True or False. backend: a backend name or "auto". fallbacks: (name of the module, its class, reason)
+    -> calls in which it ran the original code. padded: reason -> calls in which a model ran fused, but on all rows of
+    the padded batch. warned: what was warned about.
     """
 
     packed: str | bool = "auto"
     backend: str = "auto"
-    fallbacks: Counter[str] = field(default_factory=Counter)
+    fallbacks: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+    warned: set[str] = field(default_factory=set)
     padded: Counter[str] = field(default_factory=Counter)
 
     def fell_back(self, module: Any, reason: str) -> None:
         if torch.compiler.is_compiling():
             return
-        key = f"{type(module).__name__}: {reason}"
-        if key not in self.fallbacks:
-            warnings.warn(f"roberta_kernels: {key}; the original code runs (warned once)", stacklevel=3)
+        key = (module.__dict__.get("_rk_name", ""), type(module).__name__, reason)
         self.fallbacks[key] += 1
+        what = f"{key[1]}: {reason}"
+        if what not in self.warned:
+            self.warned.add(what)
+            warnings.warn(f"roberta_kernels: {what}; the original code runs (warned once)", stacklevel=3)
+
+    def reasons(self) -> dict[str, int]:
+        """ "class: reason" -> calls of all modules of that class."""
+        counts: Counter[str] = Counter()
+        for (_, cls, reason), calls in self.fallbacks.items():
+            counts[f"{cls}: {reason}"] += calls
+        return dict(counts)
 
     def stayed_padded(self, reason: str) -> None:
         if not torch.compiler.is_compiling():
@@ -149,8 +160,19 @@ def dropout_of(module: Any) -> float:
     return module.p if module.training else 0.0
 
 
+def attention_dropout(core: Any) -> float:
+    """Of a SelfAttention module, whose own mode decides, as in the original."""
+    return core.dropout.p if core.training else 0.0
+
+
+def other_backend(state: PatchState) -> bool:
+    """Whether another backend is in force than the one the model was patched for: gradient checkpointing runs a layer
+    again in backward, outside of its model's forward."""
+    return state.backend not in ("auto", backends.current_backend()) and not torch.compiler.is_compiling()
+
+
 def _dtype_reason(hidden_states: Tensor, layer_norm: Any) -> str | None:
-    if hidden_states.dtype not in _FUSABLE_DTYPES:
+    if hidden_states.dtype not in FUSABLE_DTYPES:
         return f"no kernels for {hidden_states.dtype}"
     if layer_norm.weight.dtype != hidden_states.dtype:
         return f"hidden states are {hidden_states.dtype} and LayerNorm is {layer_norm.weight.dtype}"
@@ -162,8 +184,77 @@ def tracing() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
-def _functorch_active() -> bool:
+def functorch_active() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
+
+
+# --- attention ------------------------------------------------------------------------------------------------------
+
+
+def _attention_reason(core: Any) -> str | None:
+    """Why the attention of a SelfAttention module cannot be fused, or None."""
+    if not supported_head_dim(core.attention_head_size):
+        return f"head_dim {core.attention_head_size} is not served"
+    if core.dropout.p >= 1.0:
+        return "attention dropout is 1"
+    children = core._modules
+    for name in ("query", "key", "value", "dropout"):
+        if foreign_hooks(children[name]):
+            return "hooks on a module that fusing would skip"
+    if functorch_active():
+        return "inside a torch.func transform"
+    return None
+
+
+def _attend(core: Any, hidden_states: Tensor, sequences: Sequences, seed: Tensor | None) -> Tensor:
+    """Projections and attention of a SelfAttention module. hidden_states `[..., H]` -> `[..., heads * head_dim]`."""
+    heads, head_dim = core.num_attention_heads, core.attention_head_size
+    query, key, value = (
+        (F.linear(hidden_states, m.weight, m.bias) if plain_linear(m) else m(hidden_states)).reshape(
+            -1, heads, head_dim
+        )
+        for m in (core.query, core.key, core.value)
+    )
+    dropout_p = attention_dropout(core)
+    context = ops.attention(
+        query,
+        key,
+        value,
+        sequences.cu_seqlens,
+        max_seqlen_q=sequences.max_seqlen,
+        scale=core.scaling,
+        causal=sequences.causal,
+        key_mask=sequences.key_mask,
+        dropout_p=dropout_p,
+        seed=seed if dropout_p > 0 else None,
+    )
+    return context.view(*hidden_states.shape[:-1], heads * head_dim)
+
+
+class FastSelfAttention(HuggingFaceModule):
+    """The attention of a layer whose other parts are not RoBERTa's: fused where the model hands it Sequences."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Any = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if type(attention_mask) is not FusedMask:
+            return super().forward(hidden_states, attention_mask, past_key_values=past_key_values, **kwargs)
+        state = state_of(self)
+        if other_backend(state):
+            with backends.backend(state.backend):
+                return FastSelfAttention.forward(self, hidden_states, attention_mask, past_key_values, **kwargs)
+        reason = _attention_reason(self)
+        if reason is None and hidden_states.dtype not in FUSABLE_DTYPES:
+            reason = f"no kernels for {hidden_states.dtype}"
+        if reason is not None:
+            state.fell_back(self, reason)
+            return super().forward(hidden_states, attention_mask.original(), past_key_values=past_key_values, **kwargs)
+        seed = ops.draw_seeds(1, hidden_states.device)[0] if attention_dropout(self) > 0 else None
+        return _attend(self, hidden_states, attention_mask.sequences, seed), None
 
 
 # --- the end of both halves of a layer: dense, dropout, residual, LayerNorm -----------------------------------------
@@ -216,13 +307,49 @@ class FastSelfOutput(HuggingFaceModule):
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         reason = _output_reason(self, input_tensor)
-        if reason is None and _functorch_active():
+        if reason is None and functorch_active():
             reason = "inside a torch.func transform"
         if reason is not None:
             state_of(self).fell_back(self, reason)
             return super().forward(hidden_states, input_tensor)
         seed = ops.draw_seeds(1, input_tensor.device)[0] if dropout_of(self.dropout) > 0 else None
         return _project_add_norm(self, hidden_states, input_tensor, seed)
+
+
+# --- a layer: what it is made of -------------------------------------------------------------------------------------
+
+_OUTPUT_PARTS = {"dense", "LayerNorm", "dropout"}
+# Module -> its children, and the attributes that a fused layer reads.
+_STRUCTURE: dict[str, tuple[set[str], set[str]]] = {
+    "": ({"attention", "intermediate", "output"}, {"chunk_size_feed_forward", "seq_len_dim"}),
+    "attention": ({"self", "output"}, set()),
+    "attention.self": (
+        {"query", "key", "value", "dropout"},
+        {"num_attention_heads", "attention_head_size", "scaling"},
+    ),
+    "attention.output": (_OUTPUT_PARTS, set()),
+    "intermediate": ({"dense"}, {"intermediate_act_fn"}),
+    "output": (_OUTPUT_PARTS, set()),
+}
+# An activation may be a function; a decoder's layers may have a second attention, which never runs fused.
+_OPTIONAL_PARTS = {"intermediate_act_fn", "crossattention"}
+
+
+def structure_mismatch(module: Any, where: str = "") -> str | None:
+    """How the parts of a layer (or, with where="attention.self", of a SelfAttention) differ from the known, or None."""
+    for name, (children, attributes) in _STRUCTURE.items():
+        if name != where and not name.startswith(f"{where}." if where else ""):
+            continue
+        part = module
+        for step in name.removeprefix(where).split("."):
+            part = part._modules[step] if step else part
+        found = set(part._modules)
+        if not children <= found or not found <= children | _OPTIONAL_PARTS:
+            return f"{type(part).__name__} holds {sorted(found)}, expected {sorted(children)}"
+        missing = sorted(attribute for attribute in attributes if not hasattr(part, attribute))
+        if missing:
+            return f"{type(part).__name__} has no {', '.join(missing)}"
+    return None
 
 
 # --- a layer --------------------------------------------------------------------------------------------------------
@@ -247,17 +374,9 @@ class FastLayer(HuggingFaceModule):
         core, output = attention._modules["self"], attention._modules["output"]
         if type(core) is not self._rk_self_attention or type(output) not in self._rk_self_outputs:
             return _OWN_CODE
-        if not supported_head_dim(core.attention_head_size):
-            return f"head_dim {core.attention_head_size} is not served"
-        if core.dropout.p >= 1.0:
-            return "attention dropout is 1"
-        children = core._modules
-        for module in (attention, core, children["query"], children["key"], children["value"], children["dropout"]):
-            if foreign_hooks(module):
-                return "hooks on a module that fusing would skip"
-        if _functorch_active():
-            return "inside a torch.func transform"
-        return _output_reason(output, hidden_states)
+        if foreign_hooks(attention) or foreign_hooks(core):
+            return "hooks on a module that fusing would skip"
+        return _attention_reason(core) or _output_reason(output, hidden_states)
 
     def feed_forward_reason(self, hidden_states: Tensor) -> str | None:
         """Why the feed-forward half cannot be fused at all, or None. (Where only the GELU cannot be, the norm still
@@ -271,7 +390,7 @@ class FastLayer(HuggingFaceModule):
         for module in (intermediate, parts["dense"], parts.get("intermediate_act_fn")):
             if module is not None and foreign_hooks(module):
                 return "hooks on a module that fusing would skip"
-        if _functorch_active():
+        if functorch_active():
             return "inside a torch.func transform"
         return _output_reason(modules["output"], hidden_states)
 
@@ -290,10 +409,9 @@ class FastLayer(HuggingFaceModule):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> Tensor:
-        backend = state_of(self).backend
-        if backend not in ("auto", backends.current_backend()) and not torch.compiler.is_compiling():
-            # Gradient checkpointing runs a layer again in backward, outside of its model's forward.
-            with backends.backend(backend):
+        state = state_of(self)
+        if other_backend(state):
+            with backends.backend(state.backend):
                 return FastLayer.forward(
                     self,
                     hidden_states,
@@ -315,7 +433,7 @@ class FastLayer(HuggingFaceModule):
             )
         reason = self.attention_reason(hidden_states)
         if reason is not None:
-            state_of(self).fell_back(self, reason)
+            state.fell_back(self, reason)
             return super().forward(hidden_states, attention_mask.original(), **kwargs)
         hidden_states = self.fused_attention(hidden_states, attention_mask.sequences)
         if self.chunk_size_feed_forward != 0:
@@ -332,32 +450,10 @@ class FastLayer(HuggingFaceModule):
     def fused_attention(self, hidden_states: Tensor, sequences: Sequences) -> Tensor:
         """Projections, attention, output projection, dropout, residual, LayerNorm. hidden_states `[..., H]`."""
         attention = self.attention
-        core = attention.self
-        heads, head_dim = core.num_attention_heads, core.attention_head_size
-        query, key, value = (
-            (F.linear(hidden_states, m.weight, m.bias) if plain_linear(m) else m(hidden_states)).reshape(
-                -1, heads, head_dim
-            )
-            for m in (core.query, core.key, core.value)
-        )
-        attention_p = core.dropout.p if core.training else 0.0
-        output_p = dropout_of(attention.output.dropout)
         seeds: tuple[Tensor | None, ...] = (None, None)
-        if attention_p > 0 or output_p > 0:
+        if attention_dropout(attention.self) > 0 or dropout_of(attention.output.dropout) > 0:
             seeds = ops.draw_seeds(2, hidden_states.device)
-        context = ops.attention(
-            query,
-            key,
-            value,
-            sequences.cu_seqlens,
-            max_seqlen_q=sequences.max_seqlen,
-            scale=core.scaling,
-            causal=sequences.causal,
-            key_mask=sequences.key_mask,
-            dropout_p=attention_p,
-            seed=seeds[0] if attention_p > 0 else None,
-        )
-        context = context.view(*hidden_states.shape[:-1], heads * head_dim)
+        context = _attend(attention.self, hidden_states, sequences, seeds[0])
         return _project_add_norm(attention.output, context, hidden_states, seeds[1])
 
     def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
@@ -420,7 +516,7 @@ class FastEmbeddings(HuggingFaceModule):
             return "hooks on a module that fusing would skip"
         if len({module.weight.dtype for module in (*tables, layer_norm)}) != 1:
             return "the tables and LayerNorm have different dtypes"
-        if _functorch_active():
+        if functorch_active():
             return "inside a torch.func transform"
         return _dtype_reason(tables[0].weight, layer_norm)
 
@@ -462,6 +558,10 @@ class FastEmbeddings(HuggingFaceModule):
         """
         return self.create_position_ids_from_input_ids(input_ids, self.padding_idx, past_key_values_length)
 
+    def first_position(self) -> int:
+        """What the position ids of a sequence count from."""
+        return self.padding_idx + 1
+
     def check_positions(self, position_ids: Tensor) -> None:
         """Raises IndexError where a position `[B, S]` lies outside of the table, before any kernel runs.
 
@@ -469,7 +569,7 @@ class FastEmbeddings(HuggingFaceModule):
         GPU that would be a synchronisation).
         """
         rows = self.position_embeddings.num_embeddings
-        if position_ids.shape[1] + self.padding_idx + 1 <= rows:
+        if position_ids.shape[1] + self.first_position() <= rows:
             return
         highest = int(position_ids.max())
         if highest >= rows:
@@ -505,3 +605,14 @@ class FastEmbeddings(HuggingFaceModule):
         ):
             hidden_states.requires_grad_(True)  # frozen tables: reentrant checkpointing needs an input with a gradient
         return hidden_states
+
+
+class FastAbsoluteEmbeddings(FastEmbeddings):
+    """BERT's: positions count from 0, through padding as well."""
+
+    def positions(self, input_ids: Tensor, past_key_values_length: int = 0) -> Tensor:
+        """`[1, S]`."""
+        return self.position_ids[:, past_key_values_length : past_key_values_length + input_ids.shape[1]]
+
+    def first_position(self) -> int:
+        return 0

@@ -11,33 +11,50 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPastAndCrossAttentions,
+    BaseModelOutputWithPoolingAndCrossAttentions,
+)
 
-from roberta_kernels import backends, packing
-from roberta_kernels.families import family_class, part_class, role_of
+from roberta_kernels import attention_interface, backends, packing, probe
+from roberta_kernels.families import FAMILIES, family_class, part_class, role_of
 from roberta_kernels.layers import (
+    FastAbsoluteEmbeddings,
     FastEmbeddings,
     FastLayer,
+    FastSelfAttention,
     FastSelfOutput,
     FusedMask,
     HuggingFaceModule,
     PatchState,
     foreign_hooks,
+    plain_linear,
     state_of,
+    structure_mismatch,
     tracing,
 )
 
 # Attention implementations that are the same mathematics as ours. Any other is somebody's own, and is left alone.
-_SAME_ATTENTION = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+_SAME_ATTENTION = (
+    *(None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"),
+    attention_interface.NAME,
+)
 # Arguments that reach the attention function, and change what it computes.
 _ATTENTION_ARGUMENTS = ("position_bias", "softcap", "sliding_window", "s_aux")
 # What tells flash attention that a row of the batch holds several sequences.
 _FLASH_ARGUMENTS = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k")
+
+
+# Arguments of a model that its packed pass takes care of; what its embeddings take is known to be theirs.
+_KNOWN_ARGUMENTS = (
+    *("input_ids", "attention_mask", "inputs_embeds", "encoder_hidden_states", "encoder_attention_mask"),
+    *("past_key_values", "use_cache"),
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,6 +68,13 @@ class MaskRequest:
     attention_mask: Any
     fused: bool = True
     packed: bool = True
+
+    def size(self, dim: int) -> int:
+        return self.attention_mask.size(dim)
+
+    def view(self, *shape: int) -> MaskRequest:
+        """What a multiple-choice head does with its mask, on the way to its base model."""
+        return replace(self, attention_mask=self.attention_mask.view(*shape))
 
 
 def _requested(mask: Any) -> MaskRequest:
@@ -75,7 +99,12 @@ class FastModel(HuggingFaceModule):
     """RobertaModel: packed from the embeddings to the last layer where it can be, else padded, else the original."""
 
     _rk_parameters: tuple[str, ...]  # names of forward's positional parameters, in order
+    _rk_unknown: tuple[str, ...]  # those of them that the packed pass does not know
     _rk_encoder: Any
+    _rk_embeddings: Any  # the embeddings' class, where they always run the original code
+    _rk_embedding_parameters: tuple[str, ...]  # what their forward takes, without past_key_values_length
+    _rk_pooled: bool  # whether the output has a place for a pooler's
+    _rk_unpackable: str | None = None  # why no model of this family can be packed
 
     def _rk_forward(self, *args: Any, **kwargs: Any) -> Any:
         if args:
@@ -133,6 +162,11 @@ class FastModel(HuggingFaceModule):
         """Why this call stays in the padded layout, or None. Cheap reasons come first."""
         if tracing():
             return "traced"
+        if self._rk_unpackable is not None:
+            return self._rk_unpackable
+        for name in self._rk_unknown:
+            if kwargs.get(name) is not None:
+                return f"{name} was given"
         input_ids = kwargs.get("input_ids")
         if input_ids is None or input_ids.dim() != 2 or kwargs.get("inputs_embeds") is not None:
             return "inputs_embeds"
@@ -157,17 +191,38 @@ class FastModel(HuggingFaceModule):
         if input_ids.is_cuda and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             return "CUDA graph capture"
         embeddings, encoder = self._modules["embeddings"], self._modules["encoder"]
-        if not isinstance(embeddings, FastEmbeddings) or foreign_hooks(embeddings) or embeddings.fused_reason():
-            return "the embeddings cannot be fused"
+        reason = self._embeddings_reason(embeddings)
+        if reason is not None:
+            return reason
         if not self._known_layers():
             return "an encoder or layer with code of its own"
         if foreign_hooks(encoder):
             return "hooks on the encoder"
         weight = embeddings.word_embeddings.weight
+        project = self._modules.get("embeddings_project")  # ELECTRA's, between tables and layers of different widths
+        if project is not None:
+            if foreign_hooks(project) or not plain_linear(project) or project.weight.dtype != weight.dtype:
+                return "embeddings_project is not a plain nn.Linear"
+            weight = project.weight.t()
         for layer in encoder.layer:
             reason = layer.packed_reason(weight)
             if reason is not None:
                 return reason
+        return None
+
+    def _embeddings_reason(self, embeddings: Any) -> str | None:
+        """Why what the embeddings give cannot be packed, or None."""
+        if isinstance(embeddings, FastEmbeddings):
+            fusable = not foreign_hooks(embeddings) and embeddings.fused_reason() is None
+            return None if fusable else "the embeddings cannot be fused"
+        if type(embeddings) is not self._rk_embeddings:
+            return "the embeddings have code of their own"
+        # Their original code runs: on the padded batch, before packing. The layers take its dtype for granted.
+        weight = embeddings.word_embeddings.weight
+        if torch.is_autocast_enabled(weight.device.type) or any(
+            p.dtype != weight.dtype for p in embeddings.parameters()
+        ):
+            return "embeddings of several dtypes"
         return None
 
     def _pack(self, mask: Tensor | None, kwargs: dict[str, Any]) -> packing.Packing | None:
@@ -175,7 +230,34 @@ class FastModel(HuggingFaceModule):
         return packing.pack(mask, batch, length, kwargs["input_ids"].device, self.config.is_decoder)
 
     def _packed_forward(self, packed: packing.Packing, kwargs: dict[str, Any]) -> Any:
-        config, embeddings = self.config, self.embeddings
+        embeddings = self.embeddings
+        if isinstance(embeddings, FastEmbeddings):
+            hidden_states = self._packed_embeddings(packed, kwargs)
+        else:
+            given = {name: kwargs[name] for name in self._rk_embedding_parameters if name in kwargs}
+            hidden_states = packed.pack(embeddings(**given))
+        project = self._modules.get("embeddings_project")
+        if project is not None:
+            hidden_states = project(hidden_states)
+        mask = FusedMask(packed.sequences)
+        for layer in self.encoder.layer:
+            hidden_states = layer(hidden_states, mask)
+        sequence_output = packed.unpack(hidden_states)
+        output: Any
+        if self._rk_pooled:
+            pooler = self.pooler
+            output = BaseModelOutputWithPoolingAndCrossAttentions(
+                last_hidden_state=sequence_output,
+                pooler_output=None if pooler is None else pooler(sequence_output),
+            )
+        else:
+            output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=sequence_output)
+        return_dict = kwargs.get("return_dict")
+        return_dict = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
+
+    def _packed_embeddings(self, packed: packing.Packing, kwargs: dict[str, Any]) -> Tensor:
+        embeddings = self.embeddings
         input_ids, token_type_ids = kwargs["input_ids"], kwargs.get("token_type_ids")
         position_ids = kwargs.get("position_ids")
         if position_ids is None:
@@ -183,23 +265,11 @@ class FastModel(HuggingFaceModule):
         shape = input_ids.shape
         position_ids = position_ids.expand(shape)
         embeddings.check_positions(position_ids)
-        hidden_states = embeddings.embed(
+        return embeddings.embed(
             packed.pack(input_ids),
             packed.pack(position_ids),
             None if token_type_ids is None else packed.pack(token_type_ids.expand(shape)),
         )
-        mask = FusedMask(packed.sequences)
-        for layer in self.encoder.layer:
-            hidden_states = layer(hidden_states, mask)
-        sequence_output = packed.unpack(hidden_states)
-        pooler = self.pooler
-        output = BaseModelOutputWithPoolingAndCrossAttentions(
-            last_hidden_state=sequence_output,
-            pooler_output=None if pooler is None else pooler(sequence_output),
-        )
-        return_dict = kwargs.get("return_dict")
-        return_dict = getattr(config, "return_dict", True) if return_dict is None else return_dict
-        return output if return_dict else output.to_tuple()
 
     def _create_attention_masks(
         self,
@@ -244,6 +314,23 @@ class FastModel(HuggingFaceModule):
         return FusedMask(sequences, lambda: original()[0]), encoder_attention_mask
 
 
+class FastAttentionModel(FastModel):
+    """A model of which only the attention is RoBERTa's."""
+
+    _rk_unpackable = "only the attention of this family runs fused"
+    _rk_layer: Any
+    _rk_attention: Any
+
+    def _known_layers(self) -> bool:
+        encoder = self._modules["encoder"]
+        return type(encoder) is self._rk_encoder and all(
+            type(layer) is self._rk_layer
+            and type(layer.attention) is self._rk_attention
+            and isinstance(layer.attention.self, FastSelfAttention)
+            for layer in encoder.layer
+        )
+
+
 class FastHead(HuggingFaceModule):
     """A model with a head that reads position 0 only: nothing to add to what its base model does."""
 
@@ -253,6 +340,7 @@ class FastTokenHead(HuggingFaceModule):
     one, the base model is asked to compute all rows."""
 
     _rk_shift = 0  # label i is compared with the logits of position i - shift
+    _rk_mask_dim = 2
 
     def _reads_padding(self, mask: Tensor, kwargs: dict[str, Any]) -> bool:
         labels = kwargs.get("labels")
@@ -274,7 +362,7 @@ class FastTokenHead(HuggingFaceModule):
         mask = kwargs.get("attention_mask")
         if (
             isinstance(mask, Tensor)
-            and mask.dim() == 2
+            and mask.dim() == self._rk_mask_dim
             and not tracing()
             and state_of(self).packed == "auto"
             and self._reads_padding(mask, kwargs)
@@ -296,8 +384,21 @@ class FastSpanHead(FastTokenHead):
         return True
 
 
+class FastSummaryHead(FastTokenHead):
+    """ELECTRA's multiple choice: takes position 0 of each choice, or what its config says, which may be padding."""
+
+    _rk_mask_dim = 3  # [batch, choices, length]
+
+    def _reads_padding(self, mask: Tensor, kwargs: dict[str, Any]) -> bool:
+        return self.sequence_summary.summary_type != "first"
+
+
 _MIXINS: dict[str, type] = {
     "embeddings": FastEmbeddings,
+    "absolute_embeddings": FastAbsoluteEmbeddings,
+    "self_attention": FastSelfAttention,
+    "attention_model": FastAttentionModel,
+    "summary_head": FastSummaryHead,
     "self_output": FastSelfOutput,
     "layer": FastLayer,
     "model": FastModel,
@@ -306,6 +407,8 @@ _MIXINS: dict[str, type] = {
     "span_head": FastSpanHead,
     "head": FastHead,
 }
+# Roles of whole models: what a user constructs.
+MODEL_ROLES = ("model", "attention_model", "token_head", "next_token_head", "span_head", "summary_head", "head")
 
 
 @functools.cache
@@ -331,8 +434,8 @@ def fast_class(original: Any) -> Any:
             if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         )[1:],
     }
-    if role.role == "model":
-        namespace["_rk_encoder"] = part_class(original, "Encoder")
+    if issubclass(mixin, FastModel):
+        namespace |= _model_namespace(original, namespace["_rk_parameters"])
     elif role.role == "layer":
         self_output = part_class(original, "SelfOutput")
         known = role_of(self_output) if self_output else None
@@ -348,11 +451,27 @@ def fast_class(original: Any) -> Any:
     forward = getattr(mixin, "_rk_forward", None)
     if forward is not None:
         namespace["forward"] = _like(original.forward, forward)
-    if role.role in ("model", "token_head", "next_token_head", "span_head", "head"):
+    if role.role in MODEL_ROLES:
         namespace["__init__"] = _like(original.__init__, _initialise(original))
     cls = type(original.__name__, bases, namespace)
     setattr(sys.modules[__name__], cls.__qualname__, cls)
     return cls
+
+
+def _model_namespace(original: Any, parameters: tuple[str, ...]) -> dict[str, Any]:
+    """What FastModel must know of its family."""
+    family = FAMILIES[original.__module__]
+    embeddings: Any = part_class(original, "Embeddings")
+    taken = tuple(inspect.signature(embeddings.forward).parameters)[1:]
+    return {
+        "_rk_unknown": tuple(name for name in parameters if name not in (*_KNOWN_ARGUMENTS, *taken)),
+        "_rk_encoder": part_class(original, "Encoder"),
+        "_rk_embeddings": embeddings,
+        "_rk_embedding_parameters": tuple(name for name in taken if name != "past_key_values_length"),
+        "_rk_pooled": family.pooled,
+        "_rk_layer": part_class(original, "Layer"),
+        "_rk_attention": part_class(original, "Attention"),
+    }
 
 
 def _like(original: Callable[..., Any], replacement: Callable[..., Any]) -> Callable[..., Any]:
@@ -383,13 +502,24 @@ def make_fast(module: nn.Module, state: PatchState) -> bool:
     """
     cls: Any = type(module)
     if not is_fast_class(cls):
-        role = role_of(cls)
-        if role is None or role.mismatch is not None:
+        if role_of(cls) is None or mismatch(module) is not None:
             return False
         module.__class__ = fast_class(cls)
         _register_recordable_outputs(module, cls)
     module.__dict__["_rk_state"] = state
     return True
+
+
+def mismatch(module: nn.Module) -> str | None:
+    """How a module of a known class differs from the code that is known, or None."""
+    cls: Any = type(module)
+    role = role_of(cls._rk_original if is_fast_class(cls) else cls)
+    if role is None or role.mismatch is not None:
+        return None if role is None else role.mismatch
+    where = {"layer": "", "self_attention": "attention.self"}.get(role.role)
+    if where is None or is_fast_class(cls):
+        return None
+    return structure_mismatch(module, where) or probe.difference(cls, role.role)
 
 
 def make_original(module: nn.Module) -> None:
@@ -398,6 +528,7 @@ def make_original(module: nn.Module) -> None:
     if is_fast_class(cls):
         module.__class__ = cls._rk_original
     module.__dict__.pop("_rk_state", None)
+    module.__dict__.pop("_rk_name", None)
 
 
 def is_fast_class(cls: type) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,20 +13,26 @@ from typing import Any
 from torch import nn
 
 from roberta_kernels import backends
-from roberta_kernels.families import FAMILIES, family_classes, role_of
+from roberta_kernels.families import FAMILIES, family_classes, role_of, why_left
 from roberta_kernels.layers import PatchState, gelu_kind, plain_linear
-from roberta_kernels.models import is_fast_class, make_fast, make_original
+from roberta_kernels.models import MODEL_ROLES, is_fast_class, make_fast, make_original, mismatch
 
 _FUSED = {
     "embeddings": "embeddings + LayerNorm + dropout",
+    "absolute_embeddings": "embeddings + LayerNorm + dropout",
+    "self_attention": "attention",
     "self_output": "bias + dropout + residual + LayerNorm",
     "layer": "attention, GELU feed-forward, bias + dropout + residual + LayerNorm",
     "model": "padding-free pass",
+    "attention_model": "hands its attention the lengths of the sequences",
     "token_head": "asks for padded rows where its loss reads them",
     "next_token_head": "asks for padded rows where its loss reads them",
     "span_head": "asks for padded rows, which its softmax reads",
+    "summary_head": "asks for padded rows where its summary reads them",
     "head": "unchanged (its base model is fused)",
 }
+
+_NOT_KNOWN = "not the code that is known"
 
 
 @dataclass(frozen=True)
@@ -56,8 +63,15 @@ class PatchReport:
     state: PatchState = field(default_factory=PatchState, repr=False)
 
     def fallbacks(self) -> dict[str, int]:
-        """Reason -> how many calls since patching ran the original code for it."""
-        return dict(self.state.fallbacks)
+        """ "Class: reason" -> how many calls since patching ran the original code for it."""
+        return self.state.reasons()
+
+    def fallbacks_by_module(self) -> dict[str, dict[str, int]]:
+        """Name of a module in the model -> reason -> how many of its calls ran the original code for it."""
+        counts: dict[str, dict[str, int]] = {}
+        for (name, _, reason), calls in self.state.fallbacks.items():
+            counts.setdefault(name, {})[reason] = calls
+        return counts
 
     def padded(self) -> dict[str, int]:
         """Reason -> how many calls since patching ran fused, but on every row of the padded batch, for it."""
@@ -130,8 +144,9 @@ def patch(model: nn.Module, *, packed: str | bool = "auto", backend: str = "auto
                 if reason:
                     report.left.append(Left(name, cls.__name__, reason))
                 continue
-            if role.mismatch is not None:
-                report.left.append(Left(name, cls.__name__, f"not the code that is known: {role.mismatch}"))
+            difference = mismatch(module)
+            if difference is not None:
+                report.left.append(Left(name, cls.__name__, f"{_NOT_KNOWN}: {difference}"))
                 continue
             before.append((module, cls, module.__dict__.get("_rk_state")))
             make_fast(module, state)
@@ -147,8 +162,17 @@ def patch(model: nn.Module, *, packed: str | bool = "auto", backend: str = "auto
             else:
                 module.__dict__["_rk_state"] = old_state
         raise
+    for replaced, (module, *_) in zip(report.replaced, before, strict=True):
+        module.__dict__["_rk_name"] = replaced.name
+    strange = [left for left in report.left if left.reason.startswith(_NOT_KNOWN)]
+    if strange:
+        warnings.warn(
+            f"roberta_kernels left {len(strange)} modules as they are, the first of them {strange[0].name!r}, a "
+            f"{strange[0].original}: {strange[0].reason}",
+            stacklevel=2,
+        )
     if not report.replaced and not report.left:
-        known = ", ".join(prefix for prefix in FAMILIES.values())
+        known = ", ".join(family.prefix for family in FAMILIES.values())
         report.left.append(Left("", type(model).__name__, f"holds no layer of a known family ({known})"))
     return report
 
@@ -162,6 +186,9 @@ def _check_options(packed: Any, backend: str) -> None:
 
 def _why_left(cls: type) -> str | None:
     """Why a module was left that a reader would expect to see replaced; None for the many that nobody would."""
+    reason = why_left(cls)
+    if reason is not None:
+        return reason
     for base in cls.__mro__[1:]:
         if role_of(base) is not None and not is_fast_class(cls):
             return f"a subclass of {base.__name__}, whose code is not known"
@@ -211,7 +238,7 @@ def patch_transformers(
     _options = (packed, backend)
     if not _wrapped:
         cls: Any
-        for cls in family_classes("model", "token_head", "next_token_head", "span_head", "head"):
+        for cls in family_classes(*MODEL_ROLES):
             _wrapped.append((cls, cls.__init__))
             cls.__init__ = _patching_init(cls, cls.__init__)
     return _back_on_exit(before)

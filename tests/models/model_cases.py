@@ -23,7 +23,36 @@ from torch.nn import functional as F
 import roberta_kernels as rk
 from roberta_kernels.tolerance import Comparison, compare
 
-PREFIX = {"roberta": "Roberta", "xlm_roberta": "XLMRoberta"}
+PREFIX = {
+    "roberta": "Roberta",
+    "xlm_roberta": "XLMRoberta",
+    "camembert": "Camembert",
+    "data2vec_text": "Data2VecText",
+    "bert": "Bert",
+    "electra": "Electra",
+    "ernie": "Ernie",
+    "bert_generation": "BertGeneration",
+    "roc_bert": "RoCBert",
+    "roberta_prelayernorm": "RobertaPreLayerNorm",
+    "xlm_roberta_xl": "XLMRobertaXL",
+    "xmod": "Xmod",
+}
+# What these families' configs need beside what all take.
+FAMILY_CONFIG: dict[str, dict[str, Any]] = {
+    "electra": {"embedding_size": 24, "summary_last_dropout": 0.0},
+    "ernie": {"use_task_id": True, "task_type_vocab_size": 3},
+    "bert_generation": {"type_vocab_size": 1},
+    "roc_bert": {
+        **{"pronunciation_embed_dim": 12, "pronunciation_vocab_size": 97},
+        **{"shape_embed_dim": 20, "shape_vocab_size": 97},
+    },
+    "xmod": {"languages": ["en_XX", "de_DE"], "default_language": "de_DE"},
+}
+OWN_NAMES = {
+    ("bert", "causal_lm"): "BertLMHeadModel",
+    ("bert_generation", "pooler"): "BertGenerationEncoder",
+    ("bert_generation", "causal_lm"): "BertGenerationDecoder",
+}
 FAST = {
     "Model": "FastRoberta",
     **{
@@ -76,7 +105,14 @@ class Case:
 
 
 def hf_class(family: str, head: str) -> type:
-    return getattr(transformers, PREFIX[family] + HEADS[head])
+    return getattr(transformers, OWN_NAMES.get((family, head), PREFIX[family] + HEADS[head]))
+
+
+def heads_of(family: str) -> list[str]:
+    """The heads that a family has. A pooler can be left out where there is one."""
+    if family == "bert_generation":
+        return ["pooler", "causal_lm"]
+    return [head for head in HEADS if (family, head) != ("electra", "no_pooler")]
 
 
 def fast_class(family: str, head: str) -> type:
@@ -114,7 +150,8 @@ def config_for(case: Case) -> Any:
     }
     if case.head == "multi_label":
         values["problem_type"] = "multi_label_classification"
-    return hf_class(case.family, case.head).config_class(**(values | case.config))
+    own = FAMILY_CONFIG.get(case.family, {})
+    return hf_class(case.family, case.head).config_class(**(values | own | case.config))
 
 
 def randomise(model: nn.Module, seed: int) -> None:
@@ -136,7 +173,7 @@ def build(case: Case, cls: type | None = None) -> Any:
     cls = cls or hf_class(case.family, case.head)
     config = config_for(case)
     model = cls(config, add_pooling_layer=False) if case.head == "no_pooler" else cls(config)
-    if case.head == "choice" and model.roberta.pooler is None:
+    if case.head == "choice" and getattr(model.base_model, "pooler", True) is None:
         pytest.skip(f"transformers {transformers.__version__}: {cls.__name__} has no pooler, and cannot run")
     randomise(model, case.seed)
     return model.to(DTYPES[case.dtype]).train(case.train)

@@ -14,8 +14,8 @@ from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
-    BertConfig,
-    BertModel,
+    DistilBertConfig,
+    DistilBertModel,
     EncoderDecoderConfig,
     EncoderDecoderModel,
     RobertaConfig,
@@ -214,14 +214,13 @@ def test_the_report_says_which_activation_is_left():
 
 
 def test_a_model_of_another_family_is_left_untouched():
-    config = BertConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=1, intermediate_size=32, vocab_size=50)
-    model = BertModel(config).eval()
+    model = DistilBertModel(DistilBertConfig(dim=32, n_heads=2, n_layers=1, hidden_dim=32, vocab_size=50)).eval()
     before, want = snapshot(model), outputs(model, {"input_ids": torch.tensor([[2, 7, 3]])})
     report = rk.patch(model)
     assert not report
     assert not rk.is_patched(model)
-    assert any("bert" in left.reason for left in report.left)
-    assert "bert" in str(report)
+    assert any("distilbert" in left.reason for left in report.left)
+    assert "distilbert" in str(report)
     assert_restored(before, snapshot(model))
     assert_bitwise(want, outputs(model, {"input_ids": torch.tensor([[2, 7, 3]])}))
 
@@ -340,7 +339,7 @@ def test_a_class_that_is_not_the_known_code_is_refused(monkeypatch):
 
 def test_unknown_class_is_a_clear_error():
     with pytest.raises(TypeError, match="not a class that roberta_kernels knows"):
-        rk.models.fast_class(BertModel)
+        rk.models.fast_class(DistilBertModel)
     with pytest.raises(AttributeError, match="FastNothing"):
         _ = rk.models.FastNothing
 
@@ -361,6 +360,36 @@ def test_fallbacks_are_counted_and_warned_about_once():
     assert "attention weights" in reason
     assert count == 2
     assert rk.patch(model).fallbacks() == {}  # counted anew
+
+
+def test_fallbacks_are_counted_for_each_layer():
+    model, inputs = model_and_batch()
+    model.encoder.layer[1].attention.self.register_forward_hook(lambda *_: None)
+    report = rk.patch(model)
+    with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            model(**inputs)
+    reason = "hooks on a module that fusing would skip"
+    assert report.fallbacks_by_module() == {"encoder.layer.1": {reason: 3}}
+    assert report.fallbacks() == {f"RobertaLayer: {reason}": 3}
+    assert len([warning for warning in caught if "roberta_kernels" in str(warning.message)]) == 1
+    assert rk.patch(nn.ModuleDict({"inner": model})).fallbacks_by_module() == {}  # counted anew, under new names
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model(**inputs)
+    assert model.encoder.layer[1]._rk_name == "inner.encoder.layer.1"
+
+
+def test_nothing_is_counted_where_all_runs_fused(monkeypatch):
+    # What a fallback costs where none is taken: nothing is formatted, counted or looked up.
+    model, inputs = model_and_batch()
+    report = rk.patch(model)
+    monkeypatch.setattr(type(report.state), "fell_back", None)
+    monkeypatch.setattr(type(report.state), "stayed_padded", None)
+    with torch.no_grad():
+        model(**inputs)
+    assert (report.fallbacks(), report.padded(), report.fallbacks_by_module()) == ({}, {}, {})
 
 
 def test_padded_passes_are_counted():

@@ -42,6 +42,34 @@ def test_compiled_in_one_graph(head, train):
     assert_promise(compiled, original, batches, exact=exact_copy(original), head=head, backward=train)
 
 
+@pytest.mark.parametrize("family", ["bert", "ernie", "roberta_prelayernorm"])
+def test_other_families_compiled_in_one_graph(family):
+    case = case_of("pooler", family=family)
+    original = build(case)
+    compiled = torch.compile(patched(original), fullgraph=True, backend="aot_eager")
+    for inputs in batches_for(case, original.config, 2):
+        real = inputs["attention_mask"].bool()
+        with torch.no_grad():
+            got, want = compiled(**inputs)[0], original(**inputs)[0]
+        torch.testing.assert_close(got[real], want[real], rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("head", ["pooler", "causal_lm"])
+def test_attn_implementation_compiled_in_one_graph(head):
+    case = case_of(head)
+    original = build(case)
+    ours = copy.deepcopy(original)
+    ours.set_attn_implementation("roberta_kernels")
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    for inputs in batches_for(case, original.config, 2):
+        inputs.pop("labels", None)
+        kwargs = {"use_cache": False} if head == "causal_lm" else {}
+        real = inputs["attention_mask"].bool()
+        with torch.no_grad():
+            got, want = compiled(**inputs, **kwargs)[0], original(**inputs, **kwargs)[0]
+        torch.testing.assert_close(got[real], want[real], rtol=2e-4, atol=2e-5)
+
+
 def test_compiled_without_a_mask():
     case = case_of("pooler", "none")
     original = build(case)

@@ -1,0 +1,366 @@
+"""Every family of models: what runs fused in it, what runs the original code, and that the answers are the same."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import functools
+import inspect
+import warnings
+
+import pytest
+import torch
+from model_cases import (
+    MASKS,
+    PREFIX,
+    Case,
+    all_pairs,
+    assert_case,
+    assert_promise,
+    batch_for,
+    batches_for,
+    build,
+    heads_of,
+    hf_class,
+    patched,
+)
+from torch import nn
+
+import roberta_kernels as rk
+from roberta_kernels import probe
+from roberta_kernels.families import FAMILIES, family_classes, part_class
+
+SAME_LAYERS = tuple(PREFIX)[:9]
+ATTENTION_ONLY = tuple(PREFIX)[9:]
+OWN_EMBEDDINGS = ("ernie", "bert_generation", "roc_bert")
+SMALL = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "hidden_act": "gelu"}
+
+TINY = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 24}
+FACTORS = {
+    "family": tuple(family for family in PREFIX if family not in ("roberta", "xlm_roberta")),
+    "mask": MASKS,
+    "train": (False, True),
+    "attention": ("sdpa", "eager"),
+    "packed": ("auto", False),
+}
+
+
+def matrix():
+    """Pairs of the factors; the heads of a family take turns."""
+    turns = dict.fromkeys(FACTORS["family"], 0)
+    for index, row in enumerate(all_pairs(FACTORS, seed=4)):
+        family = row["family"]
+        heads = heads_of(family)
+        turns[family] += 1
+        yield Case(seed=100 + index, head=heads[turns[family] % len(heads)], config=TINY, **row)
+
+
+def name(case: Case) -> str:
+    return f"{case.family}-{case.head}-{case.mask}-{case.train}-{case.attention}-{case.packed}"
+
+
+@pytest.mark.parametrize("case", list(matrix()), ids=name)
+def test_outputs_loss_and_every_gradient(case):
+    original = build(case)
+    ours = patched(original)
+    report = rk.patch(ours, packed=case.packed)
+    assert report
+    assert_case(case, ours, original)
+    assert report.fallbacks() == {}
+
+
+@pytest.mark.parametrize("family", FACTORS["family"])
+def test_bfloat16(family):
+    case = Case(seed=7, family=family, dtype="bfloat16", train=True, config=TINY)
+    original = build(case)
+    ours = patched(original)
+    report = rk.patch(ours)
+    assert_case(case, ours, original)
+    assert report.fallbacks() == {}
+
+
+# --- which layout, and what is reported -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", SAME_LAYERS)
+def test_padding_is_left_out(family):
+    case = Case(seed=2, family=family, config=SMALL)
+    ours = patched(build(case))
+    report = rk.patch(ours)
+    inputs = batch_for(case, ours.config)
+    with torch.no_grad():
+        hidden = ours(**inputs).last_hidden_state
+    assert (report.fallbacks(), report.padded()) == ({}, {})
+    assert hidden[inputs["attention_mask"] == 0].abs().max() == 0  # no layer has seen these rows
+
+
+@pytest.mark.parametrize("family", PREFIX)
+def test_the_report_says_what_runs(family):
+    model = build(Case(seed=2, family=family, config=SMALL))
+    report = rk.patch(model)
+    classes = {replaced.original.removeprefix(PREFIX[family]): replaced.fused for replaced in report.replaced}
+    left = {left.original.removeprefix(PREFIX[family]): left.reason for left in report.left}
+    if family in ATTENTION_ONLY:
+        assert classes["SelfAttention"] == "attention"
+        assert set(left) == {"Layer", "Embeddings"}
+        assert "only the attention" in left["Layer"]
+    else:
+        assert "attention, GELU feed-forward" in classes["Layer"]
+        assert set(left) == ({"Embeddings"} if family in OWN_EMBEDDINGS else set())
+    rk.unpatch(model)
+    assert not rk.is_patched(model)
+    assert all("_rk_state" not in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.parametrize("family", ["ernie", "roc_bert", "xmod"])
+def test_arguments_of_their_own(family):
+    case = Case(seed=3, family=family, config=SMALL, train=True)
+    original = build(case)
+    batches = batches_for(case, original.config, 2)
+    for inputs in batches:
+        ids = inputs["input_ids"]
+        if family == "ernie":
+            inputs["task_type_ids"] = torch.randint(0, 3, ids.shape)
+        elif family == "roc_bert":
+            inputs |= {"input_shape_ids": ids.flip(1), "input_pronunciation_ids": ids.flip(0)}
+        else:
+            inputs["lang_ids"] = torch.arange(len(ids)) % 2
+    ours = patched(original)
+    report = rk.patch(ours)
+    assert_promise(ours, original, batches, backward=True)
+    assert report.fallbacks() == {}
+
+
+@pytest.mark.parametrize("summary", ["first", "last", "mean"])
+def test_a_summary_of_electra_that_reads_padding(summary):
+    case = Case(seed=4, family="electra", head="choice", train=True, config=SMALL | {"summary_type": summary})
+    original = build(case)
+    ours = patched(original)
+    report = rk.patch(ours)
+    assert_case(case, ours, original)
+    assert bool(report.padded()) == (summary != "first"), report.padded()
+
+
+@pytest.mark.parametrize("head", ["ForPreTraining", "ForNextSentencePrediction"])
+@pytest.mark.parametrize("family", ["bert", "electra", "ernie", "roc_bert"])
+def test_heads_for_pretraining(family, head):
+    import transformers
+
+    cls = getattr(transformers, PREFIX[family] + head, None)
+    if cls is None:
+        pytest.skip(f"there is no {PREFIX[family]}{head}")
+    case = Case(seed=5, family=family, config=SMALL, train=True)
+    original = build(case, cls)
+    batches = batches_for(case, original.config, 2)
+    for inputs in batches:
+        labels = torch.randint(0, 2, inputs["input_ids"].shape)
+        if family == "roc_bert":
+            inputs["labels_input_ids"] = labels
+            for side in ("attack", "labels"):
+                inputs[f"{side}_attention_mask"] = inputs["attention_mask"]
+            inputs["attack_input_ids"] = inputs["input_ids"].flip(0)
+        elif head == "ForPreTraining":
+            inputs["labels"] = labels  # at padded positions too
+            if family != "electra":
+                inputs["next_sentence_label"] = labels[:, 0]
+        else:
+            inputs["labels"] = labels[:, 0]
+    ours = patched(original)
+    report = rk.patch(ours)
+    per_token = "masked_lm" if head == "ForPreTraining" else "pooler"
+    assert_promise(ours, original, batches, head=per_token, backward=True)
+    assert report.fallbacks() == {}
+
+
+@pytest.mark.parametrize("family", FACTORS["family"])
+def test_hidden_states(family):
+    case = Case(seed=13, family=family, config=SMALL)
+    original = build(case)
+    ours = patched(original)
+    assert_promise(ours, original, batches_for(case, original.config, 2), output_hidden_states=True)
+    inputs = batch_for(case, original.config)
+    with torch.no_grad():
+        got, want = (model(**inputs, output_hidden_states=True).hidden_states for model in (ours, original))
+    assert [t.shape for t in got] == [t.shape for t in want]
+    assert len(got) == 3
+
+
+@pytest.mark.parametrize("family", FACTORS["family"])
+def test_tuples(family):
+    case = Case(seed=14, family=family, config=SMALL)
+    original = build(case)
+    ours = patched(original)
+    inputs = batch_for(case, original.config)
+    with torch.no_grad():
+        got, want = ours(**inputs, return_dict=False), original(**inputs, return_dict=False)
+    assert [type(value) for value in got] == [type(value) for value in want]
+    assert type(ours(**inputs)) is type(original(**inputs))
+
+
+@pytest.mark.parametrize("family", ["bert", "electra", "ernie", "xmod"])
+def test_every_model_from_now_on(family):
+    case = Case(seed=15, family=family, head="single_label", config=SMALL)
+    with rk.patch_transformers():
+        ours = build(case)
+    assert rk.is_patched(ours)
+    original = build(case)
+    assert not rk.is_patched(original)
+    assert_promise(ours, original, batches_for(case, original.config, 2), head="single_label")
+
+
+# --- sizes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("hidden", "heads"), [(40, 5), (24, 1), (72, 3), (128, 1), (80, 2)])
+@pytest.mark.parametrize("family", ["roberta", "bert", "xmod"])
+def test_head_dims(family, hidden, heads):
+    # 8, 24, 128 and 40; the first is not served, and runs the original attention.
+    config = {"hidden_size": hidden, "num_attention_heads": heads, "num_hidden_layers": 1, "hidden_act": "gelu"}
+    case = Case(seed=6, family=family, config=config, train=True)
+    original = build(case)
+    ours = patched(original)
+    report = rk.patch(ours)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert_promise(ours, original, batches_for(case, original.config, 2), backward=True)
+    reasons = {reason.split(": ", 1)[1] for reason in report.fallbacks()}
+    assert reasons <= {"head_dim 8 is not served"}
+    assert bool(reasons) == (hidden // heads == 8)
+
+
+def test_8194_positions():
+    # As bge-m3; the longest sequence there can be, beside a short one.
+    config = {"max_position_embeddings": 8194, "num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 1}
+    case = Case(seed=8, family="xlm_roberta", config=config | {"pad_token_id": 1, "hidden_act": "gelu"})
+    original = build(case)
+    ids = torch.randint(6, 41, (2, 8192), generator=torch.Generator().manual_seed(8))
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 0
+    ours = patched(original)
+    report = rk.patch(ours)
+    with torch.no_grad():
+        got = ours(input_ids=torch.where(mask.bool(), ids, 1), attention_mask=mask).last_hidden_state
+        for row, length in enumerate((8192, 5)):
+            want = original(input_ids=ids[row : row + 1, :length]).last_hidden_state
+            torch.testing.assert_close(got[row : row + 1, :length], want, rtol=1e-3, atol=1e-4)
+        assert (report.fallbacks(), report.padded()) == ({}, {})
+        for model in (original, ours):
+            with pytest.raises((IndexError, RuntimeError), match="out of"):
+                model(input_ids=torch.full((1, 8193), 7))
+
+
+@pytest.mark.parametrize("family", ["bert", "electra"])
+def test_positions_outside_of_the_table(family):
+    case = Case(seed=9, family=family, config=SMALL)
+    original = build(case)
+    ours = patched(original)
+    for inputs in (
+        {"input_ids": torch.full((2, 49), 7)},
+        {"input_ids": torch.full((2, 5), 7), "position_ids": torch.tensor([[0, 1, 48, 2, 3]])},
+    ):
+        for model in (original, ours):
+            with torch.no_grad(), pytest.raises((IndexError, RuntimeError)):
+                model(**inputs)
+
+
+# --- the code that is known -------------------------------------------------------------------------------------------
+
+
+def code_of(cls: type, prefix: str) -> str:
+    """A class without its docstrings and with the family's prefix taken out of every name."""
+    tree = ast.parse(inspect.getsource(cls))
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree).replace(prefix, "")
+
+
+@pytest.mark.parametrize(
+    "part", ["SelfAttention", "CrossAttention", "SelfOutput", "Attention", "Intermediate", "Output", "Layer", "Encoder"]
+)
+def test_the_layers_of_these_families_are_one_code(part):
+    classes = {}
+    for layer in family_classes("layer"):
+        prefix = FAMILIES[layer.__module__].prefix
+        cls = part_class(layer, part)
+        classes[prefix] = code_of(cls, prefix).replace("class BertEncoder", "class Encoder")
+    assert set(classes) == {PREFIX[family] for family in SAME_LAYERS}
+    differing = [prefix for prefix, code in classes.items() if code != classes["Roberta"]]
+    assert differing == []
+
+
+@pytest.mark.parametrize("change", ["a part more", "a part less", "an attribute less"])
+@pytest.mark.parametrize("family", ["roberta", "electra", "xmod"])
+def test_a_layer_of_another_structure_is_refused(family, change):
+    model = build(Case(seed=10, family=family, config=SMALL))
+    core = model.encoder.layer[1].attention.self
+    if change == "a part more":
+        core.rotary = nn.Identity()
+    elif change == "a part less":
+        model.encoder.layer[1].attention.self.add_module("dropout", None)
+        del core._modules["dropout"]
+    else:
+        del core.scaling
+    with pytest.warns(UserWarning, match="not the code that is known"):
+        report = rk.patch(model)
+    refused = [left for left in report.left if "not the code that is known" in left.reason]
+    assert [left.name.split(".")[2] for left in refused] == ["1"]
+    assert type(model.encoder.layer[1]).__module__.startswith("transformers.")
+    assert type(core).__module__.startswith("transformers.")
+
+
+@pytest.mark.parametrize("family", ["camembert", "bert", "roberta_prelayernorm"])
+def test_a_layer_that_computes_something_else_is_refused(family, monkeypatch):
+    # As a future transformers might: the same names, parameters and parts, and another formula.
+    case = Case(seed=12, family=family, config=SMALL)
+    original = build(case)
+    part = part_class(type(original), "SelfAttention" if family in ATTENTION_ONLY else "Output")
+    forward = part.forward
+
+    def other(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        return (output[0] * 1.01, *output[1:]) if isinstance(output, tuple) else output * 1.01
+
+    monkeypatch.setattr(part, "forward", functools.wraps(forward)(other))
+    monkeypatch.setattr(probe, "_known", {})
+    ours = copy.deepcopy(original)
+    with pytest.warns(UserWarning, match="computes something else"):
+        report = rk.patch(ours)
+    assert sum("computes something else" in left.reason for left in report.left) == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert_promise(ours, original, batches_for(case, original.config, 2))
+
+
+def test_the_probe_leaves_torch_as_it_was(monkeypatch):
+    monkeypatch.setattr(probe, "_known", {})
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    with torch.device("meta"):
+        model = build_on_meta()
+        assert rk.patch(model).left == []
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def build_on_meta():
+    import transformers
+
+    return transformers.RobertaModel(transformers.RobertaConfig(vocab_size=50, intermediate_size=40, **SMALL))
+
+
+def test_a_refused_layer_runs_its_own_code():
+    case = Case(seed=11, config=SMALL)
+    original = build(case)
+    original.encoder.layer[1].extra = nn.Identity()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ours = patched(original)
+        assert_promise(ours, original, batches_for(case, original.config, 2))
+
+
+def test_every_class_that_a_family_has_is_known():
+    for family in SAME_LAYERS:
+        for head in heads_of(family):
+            cls = hf_class(family, head)
+            assert rk.models.fast_class(cls).__name__ == cls.__name__
+            assert getattr(rk.models, f"Fast{cls.__name__}") is rk.models.fast_class(cls)
