@@ -12,6 +12,8 @@ PYTHON_FILES := roberta_kernels tests benchmarks csrc setup.py
 CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cpp csrc/cuda/*.cu csrc/cuda/*.h csrc/cuda/*.cuh tests/cuda_emulation/*.h tests/cuda_emulation/*.cuh tests/cuda_emulation/*.cpp)
 PYTEST := $(BIN)/python -m pytest
 WORKERS ?= 2
+# What test-cuda-source and test-cuda-library run.
+NOT_CUDA := --ignore=tests/cuda --ignore=tests/cuda_emulation
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint format test-fast test-slow test-cuda-source test-cuda-library cuda-library cuda-emulation bench gpu-suite clean
@@ -51,17 +53,19 @@ format: setup  ## rewrite the sources in the project's style
 	$(BIN)/clang-format -i $(CPP_FILES)
 
 test-fast: setup  ## the tests that take seconds
-	$(PYTEST) -n $(WORKERS) -m "not slow and not cuda_source"
+	$(PYTEST) -n $(WORKERS) -m "not slow and not cuda_source" $(NOT_CUDA)
 
 test-slow: setup  ## the tests that take minutes
-	$(PYTEST) -n $(WORKERS) -m slow
+	$(PYTEST) -n $(WORKERS) -m slow $(NOT_CUDA)
 
 test-cuda-source: setup  ## the CUDA sources: compiled for every architecture, and run on the CPU; needs nvcc, no GPU
 	$(PYTEST) -m cuda_source tests/cuda
 	@if why=$$($(BIN)/python csrc/cuda/cuda_build.py --check); then $(MAKE) --no-print-directory cuda-emulation; else echo "cuda-emulation skipped: $$why"; fi
 
+# The op tests under the sanitizers; then what the emulation and launch planning have for tests of their own.
 cuda-emulation:
-	$(BIN)/python tests/cuda_emulation/build.py --plain -- python -m pytest -n $(WORKERS) tests/cuda_emulation/test_launches.py
+	$(BIN)/python tests/cuda_emulation/build.py -- python -m pytest -n $(WORKERS) tests/ops -k cuda
+	$(BIN)/python tests/cuda_emulation/build.py --plain -- python -m pytest -n $(WORKERS) --dist loadfile tests/cuda_emulation
 
 # One wheel, built against the torch of .venv, is what the other torch loads.
 test-cuda-library: setup  ## the CUDA library in a CUDA build of torch, in .venv-cuda (5.5 GB); needs nvcc, no GPU
