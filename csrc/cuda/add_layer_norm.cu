@@ -25,18 +25,19 @@ struct Add {
           dropout(a.dropout) {}
 
     struct Row {
-        const T *x, *residual;
+        int64_t offset;
     };
     template <int N>
     struct Loaded {
         Packed<T, N> x, residual, x_bias;
     };
 
-    __device__ Row row(int64_t row) const { return {x + row * columns, residual + row * columns}; }
+    __device__ Row row(int64_t row) const { return {row * columns}; }
 
     template <int N>
     __device__ Loaded<N> load(const Row& at, int64_t column) const {
-        Loaded<N> loaded = {load_once<N>(at.x + column), load_once<N>(at.residual + column), {}};
+        Loaded<N> loaded = {
+            load_once<N>(x + at.offset + column), load_once<N>(residual + at.offset + column), {}};
         if (x_bias != nullptr) loaded.x_bias = load_packed<N>(x_bias + column);
         return loaded;
     }
@@ -91,7 +92,7 @@ void backward(const AddLayerNormArgs& a) {
         layer_norm_backward(Add<T, false>(a), rows, a.stream);
     sum_partials<T>(
         {a.partials,
-         partial_rows(a.rows, a.hidden, kVector<T>),
+         partial_rows<T>(a.rows, a.hidden, a.dropout),
          a.hidden,
          {static_cast<T*>(a.grad_weight), static_cast<T*>(a.grad_bias), static_cast<T*>(a.grad_x_bias)}},
         a.stream);
@@ -101,7 +102,7 @@ void backward(const AddLayerNormArgs& a) {
 
 int64_t add_layer_norm_partials(const AddLayerNormArgs& a) {
     int64_t floats = 0;
-    RK_FOR_DTYPE(a.dtype, T, floats = kColumnSums * partial_rows(a.rows, a.hidden, kVector<T>) * a.hidden);
+    RK_FOR_DTYPE(a.dtype, T, floats = kColumnSums * partial_rows<T>(a.rows, a.hidden, a.dropout) * a.hidden);
     return floats;
 }
 

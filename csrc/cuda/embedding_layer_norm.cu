@@ -38,8 +38,8 @@ struct Embedding {
     }
 
     struct Row {
-        const T* from[kTables];
-        bool inside;  // every id is a row of its table
+        int64_t offset[kTables];  // of the rows in their tables; negative: an id is outside of its table
+        __device__ bool inside() const { return (offset[0] | offset[1] | offset[2]) >= 0; }
     };
     template <int N>
     struct Loaded {
@@ -48,13 +48,10 @@ struct Embedding {
 
     __device__ Row row(int64_t token) const {
         Row row;
-        row.inside = true;
 #pragma unroll
         for (int t = 0; t < kTables; ++t) {
             const int64_t id = ids[t][token];
-            const bool inside = id >= 0 && id < table_rows[t];
-            row.from[t] = table[t] + (inside ? id * columns : 0);
-            row.inside = row.inside && inside;
+            row.offset[t] = id >= 0 && id < table_rows[t] ? id * columns : -1;
         }
         return row;
     }
@@ -62,9 +59,10 @@ struct Embedding {
     template <int N>
     __device__ Loaded<N> load(const Row& at, int64_t column) const {
         Loaded<N> loaded = {};
-        if (at.inside)
+        if (at.inside())
 #pragma unroll
-            for (int t = 0; t < kTables; ++t) loaded.values[t] = load_packed<N>(at.from[t] + column);
+            for (int t = 0; t < kTables; ++t)
+                loaded.values[t] = load_packed<N>(table[t] + at.offset[t] + column);
         return loaded;
     }
 
@@ -76,9 +74,10 @@ struct Embedding {
         unpack<T>(z, loaded.values[0]);
         unpack<T>(position, loaded.values[1]);
         unpack<T>(token_type, loaded.values[2]);
+        const bool inside = at.inside();
 #pragma unroll
         for (int i = 0; i < N; ++i)
-            z[i] = at.inside ? z[i] + token_type[i] + position[i] : __uint_as_float(0x7fffffffu);
+            z[i] = inside ? z[i] + token_type[i] + position[i] : __uint_as_float(0x7fffffffu);
     }
 
     template <int N>
@@ -291,7 +290,7 @@ void backward(const EmbeddingLayerNormArgs& a) {
         layer_norm_backward(Embedding<T, false>(a), rows, a.stream);
     T* const one_type = sorted_tables(a) == kTables ? nullptr : static_cast<T*>(a.grad_table[2]);
     sum_partials<T>({a.partials,
-                     partial_rows(a.rows, a.hidden, kVector<T>),
+                     partial_rows<T>(a.rows, a.hidden, a.dropout),
                      a.hidden,
                      {static_cast<T*>(a.grad_weight), static_cast<T*>(a.grad_bias), one_type}},
                     a.stream);
@@ -305,7 +304,7 @@ void backward(const EmbeddingLayerNormArgs& a) {
 
 int64_t embedding_layer_norm_partials(const EmbeddingLayerNormArgs& a) {
     int64_t floats = 0;
-    RK_FOR_DTYPE(a.dtype, T, floats = kColumnSums * partial_rows(a.rows, a.hidden, kVector<T>) * a.hidden);
+    RK_FOR_DTYPE(a.dtype, T, floats = kColumnSums * partial_rows<T>(a.rows, a.hidden, a.dropout) * a.hidden);
     return floats;
 }
 

@@ -78,21 +78,12 @@ __device__ inline Packed<T, N> load_once(const T* from) {
         return load_packed<N>(from);
 }
 
-// Which of the columns column ... column + N - 1 of a row dropout keeps; N divides column.
-template <bool kDropout, int N>
-__device__ inline uint32_t kept_columns(const Dropout& dropout, const PhiloxKey& key, int64_t row,
+// Bit i: whether dropout keeps column + i of a row, for the four columns that share a Philox counter.
+__device__ inline uint32_t kept_of_four(const Dropout& dropout, const PhiloxKey& key, int64_t row,
                                         int64_t column) {
-    if constexpr (!kDropout) return 0xffffffffu;
-    uint32_t kept = 0;
-#pragma unroll
-    for (int i = 0; i < N; i += 4) {
-        const uint4 words =
-            philox(key, static_cast<uint32_t>((column + i) / 4), static_cast<uint32_t>(row), 0);
-        kept |= (uint32_t{words.x >= dropout.threshold} | uint32_t{words.y >= dropout.threshold} << 1 |
-                 uint32_t{words.z >= dropout.threshold} << 2 | uint32_t{words.w >= dropout.threshold} << 3)
-                << i;
-    }
-    return N < 4 ? kept >> column % 4 : kept;
+    const uint4 words = philox(key, static_cast<uint32_t>(column / 4), static_cast<uint32_t>(row), 0);
+    return uint32_t{words.x >= dropout.threshold} | uint32_t{words.y >= dropout.threshold} << 1 |
+           uint32_t{words.z >= dropout.threshold} << 2 | uint32_t{words.w >= dropout.threshold} << 3;
 }
 
 // A product, not a choice: what is dropped stays nan where it was, as in the other backends.
@@ -148,6 +139,18 @@ struct InRegisters {
     }
 };
 
+// A bit for each column that the thread has of a row. Not unrolled: interleaved, the generators would take
+// the registers that the row needs.
+template <bool kDropout, typename Rows>
+__device__ inline uint32_t kept_columns(const Dropout& dropout, const PhiloxKey& key, int64_t row) {
+    uint32_t kept = 0;
+    if constexpr (kDropout)
+#pragma unroll 1
+        for (int i = 0; i < Rows::kChunks * Rows::kWidth; i += 4)
+            kept |= kept_of_four(dropout, key, row, Rows::column(i / Rows::kWidth) + i % Rows::kWidth) << i;
+    return kept;
+}
+
 template <typename Op, typename Rows>
 __global__ void __launch_bounds__(Rows::kThreads* most_rows_forward(Rows::kLayout))
     layer_norm_forward_kernel(Op op, LayerNormForward<typename Op::Element> a) {
@@ -178,12 +181,11 @@ __global__ void __launch_bounds__(Rows::kThreads* most_rows_forward(Rows::kLayou
             }
         }
         float z[kChunks][kWidth];
-        uint32_t kept[kChunks];
+        const uint32_t kept = kept_columns<Op::kDropout, Rows>(op.dropout, key, row);
         float total = 0.0f;
 #pragma unroll
         for (int i = 0; i < kChunks; ++i) {
-            kept[i] = kept_columns<Op::kDropout, kWidth>(op.dropout, key, row, Rows::column(i));
-            op.sum(z[i], at, loaded[i], kept[i]);
+            op.sum(z[i], at, loaded[i], kept >> i * kWidth);
 #pragma unroll
             for (int j = 0; j < kWidth; ++j) total += z[i][j];
         }
@@ -208,7 +210,7 @@ __global__ void __launch_bounds__(Rows::kThreads* most_rows_forward(Rows::kLayou
             unpack<T>(b, bias[i]);
 #pragma unroll
             for (int j = 0; j < kWidth; ++j) z[i][j] = z[i][j] * rstd * w[j] + b[j];
-            op.drop_normalised(z[i], kept[i]);
+            op.drop_normalised(z[i], kept >> i * kWidth);
             if (column < columns) store(a.out + row * columns + column, z[i]);
         }
         if (threadIdx.x % Rows::kThreads == 0) {
@@ -250,7 +252,8 @@ __device__ inline void store_column_sums(const float (&sums)[kColumnSums][Rows::
 }
 
 template <typename Op, typename Rows>
-__global__ void __launch_bounds__(Rows::kThreads* most_rows_backward(Rows::kLayout, Rows::kWidth),
+__global__ void __launch_bounds__(Rows::kThreads* most_rows_backward(Rows::kLayout, Rows::kWidth,
+                                                                     Op::kDropout),
                                   blocks_backward(Rows::kLayout))
     layer_norm_backward_kernel(Op op, LayerNormBackward<typename Op::Element> a) {
     using T = typename Op::Element;
@@ -277,17 +280,16 @@ __global__ void __launch_bounds__(Rows::kThreads* most_rows_backward(Rows::kLayo
             }
         }
         const float mean = a.mean[row], rstd = a.rstd[row];
+        const uint32_t kept = kept_columns<Op::kDropout, Rows>(op.dropout, key, row);
         float n[kChunks][kWidth], g[kChunks][kWidth];
-        uint32_t kept[kChunks];
         float both[2] = {0.0f, 0.0f};  // sums of g and of g * n
 #pragma unroll
         for (int i = 0; i < kChunks; ++i) {
-            kept[i] = kept_columns<Op::kDropout, kWidth>(op.dropout, key, row, Rows::column(i));
-            op.sum(n[i], at, loaded[i], kept[i]);
+            op.sum(n[i], at, loaded[i], kept >> i * kWidth);
             float w[kWidth] = {};
             if (Rows::column(i) < columns) load(w, a.weight + Rows::column(i));
             unpack<T>(g[i], grad_out[i]);
-            op.drop_normalised(g[i], kept[i]);
+            op.drop_normalised(g[i], kept >> i * kWidth);
 #pragma unroll
             for (int j = 0; j < kWidth; ++j) {
                 n[i][j] = (n[i][j] - mean) * rstd;
@@ -307,7 +309,7 @@ __global__ void __launch_bounds__(Rows::kThreads* most_rows_backward(Rows::kLayo
             const int column = Rows::column(i);
 #pragma unroll
             for (int j = 0; j < kWidth; ++j) g[i][j] = rstd * (g[i][j] - mean_g - n[i][j] * mean_gn);
-            if (column < columns) op.store_gradient(row, column, g[i], kept[i]);
+            if (column < columns) op.store_gradient(row, column, g[i], kept >> i * kWidth);
 #pragma unroll
             for (int j = 0; j < kWidth; ++j) sums[2][i][j] += g[i][j];
         }
@@ -322,7 +324,7 @@ template <typename Op>
 __device__ inline float loop_sum(const Op& op, const typename Op::Row& at, const PhiloxKey& key, int64_t row,
                                  int64_t column, uint32_t& kept) {
     float z[1];
-    kept = kept_columns<Op::kDropout, 1>(op.dropout, key, row, column);
+    kept = Op::kDropout ? kept_of_four(op.dropout, key, row, column) >> column % 4 : 0;
     op.sum(z, at, op.template load<1>(at, column), kept);
     return z[0];
 }
@@ -463,8 +465,11 @@ void layer_norm_forward(const Op& op, const LayerNormForward<typename Op::Elemen
 }
 
 // Blocks, and so rows of partials, of layer_norm_backward.
-inline int64_t partial_rows(int64_t rows, int64_t columns, int vector) {
-    return backward_grid(rows, row_layout(columns, vector), vector, current_device().multiprocessors).blocks;
+template <typename T>
+int64_t partial_rows(int64_t rows, int64_t columns, const Dropout& dropout) {
+    return backward_grid(rows, row_layout(columns, kVector<T>), kVector<T>, dropout.seed != nullptr,
+                         current_device().multiprocessors)
+        .blocks;
 }
 
 template <typename Op>
@@ -472,7 +477,8 @@ void layer_norm_backward(const Op& op, const LayerNormBackward<typename Op::Elem
                          cudaStream_t stream) {
     using T = typename Op::Element;
     const RowLayout layout = row_layout(a.columns, kVector<T>);
-    const RowGrid grid = backward_grid(a.rows, layout, kVector<T>, current_device().multiprocessors);
+    const RowGrid grid =
+        backward_grid(a.rows, layout, kVector<T>, Op::kDropout, current_device().multiprocessors);
     Launch how{dim3(static_cast<unsigned>(grid.blocks)), dim3(static_cast<unsigned>(grid.threads)), 0,
                stream};
     if (layout.warps == 0) return launch(layer_norm_backward_loop_kernel<Op>, how, op, a);

@@ -48,9 +48,11 @@ constexpr int most_rows_forward(RowLayout layout) {
 }
 
 // Backward: as many as the registers of a multiprocessor hold (a multiple of its four schedulers) beside the
-// column sums, because each block leaves a row of partial sums.
-constexpr int most_rows_backward(RowLayout layout, int vector) {
-    return layout.warps != 1 ? 1 : layout.elements == 16 || (layout.elements == 24 && vector == 8) ? 12 : 8;
+// column sums, because each block leaves a row of partial sums. Twelve warps have 168 registers each, eight
+// 255.
+constexpr int most_rows_backward(RowLayout layout, int vector, bool dropout) {
+    if (layout.warps != 1) return 1;
+    return layout.elements == 16 || (layout.elements == 24 && vector == 8 && !dropout) ? 12 : 8;
 }
 
 // Blocks of backward that a multiprocessor has room for.
@@ -84,8 +86,8 @@ inline RowGrid forward_grid(int64_t rows, RowLayout layout, int multiprocessors)
 }
 
 // Blocks that stay, each of which leaves one row of partial sums.
-inline RowGrid backward_grid(int64_t rows, RowLayout layout, int vector, int multiprocessors) {
-    const int at_once = rows_per_block(rows, multiprocessors, most_rows_backward(layout, vector));
+inline RowGrid backward_grid(int64_t rows, RowLayout layout, int vector, bool dropout, int multiprocessors) {
+    const int at_once = rows_per_block(rows, multiprocessors, most_rows_backward(layout, vector, dropout));
     const int64_t blocks = ceil_div(rows, at_once), room = int64_t{multiprocessors} * blocks_backward(layout);
     return {blocks < room ? blocks : room, at_once, 32 * warps_of(layout) * at_once};
 }
