@@ -1,4 +1,21 @@
 // out = layer_norm(residual + dropout(x + x_bias)): one pass over memory, forward and backward.
+//
+// The rows' layout, and what forward and backward do with them, is in layer_norm.cuh. Here: how a row is made
+// from x and residual (16-byte loads that leave the caches first; x_bias stays in L1), and where its
+// gradients go.
+//
+// Bytes, for T rows of H columns of E bytes each; this is the floor, at the rate of a copy:
+//
+//     forward             3 T H E + 8 T         x, residual, out; mean and rstd
+//     backward            4 T H E + 8 T         grad_out, x, residual, one gradient
+//     ... with dropout    5 T H E + 8 T         two gradients: the mask is drawn again, not stored
+//     column sums         24 H for each block   written and read again, in L2: at most one block a
+//     multiprocessor up
+//                                               to 1024 columns (float32: 768); 2.4 MB on 132 at 768 columns
+//
+// 8192 x 768 in bfloat16: 38 MB forward, 50 MB backward; at 4.3 TB/s 8.8 and 11.7 microseconds. About 10
+// flops an element forward and 20 backward, and with dropout another 20 integer instructions (Philox): no
+// more than two thirds of what the schedulers issue in the time that the bytes take.
 #include "csrc/cuda/add_layer_norm.h"
 #include "csrc/cuda/layer_norm.cuh"
 

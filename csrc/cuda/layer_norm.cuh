@@ -2,17 +2,15 @@
 // read: shared by add_layer_norm and embedding_layer_norm, which differ in how a row comes to be and where
 // its gradient goes. That difference is the kernels' template parameter `Op`:
 //
-//     Element, kDropout                   the dtype; whether elements are dropped
-//     Dropout dropout
-//     Row row(row)                        what is found out once a row (addresses)
-//     Loaded<N> load<N>(Row, column)      N neighbouring columns of all inputs, as they lie in memory
-//     sum<N>(z, Row, Loaded<N>, kept)     z = what is normalised
-//     drop_normalised<N>(out, kept)       forward: dropout after the norm, where there is one
-//     store_gradient<N>(row, column, z, kept)   backward: takes the gradient of z away; leaves in z what the
-//     third
-//                                         column sum adds up
+//     Element, kDropout, dropout        the dtype; whether and how elements are dropped
+//     Row row(row)                      what is found out once a row (addresses)
+//     Loaded<N> load<N>(Row, column)    N neighbouring columns of all inputs, as they lie in memory
+//     sum<N>(z, Row, Loaded, kept)      z = what is normalised
+//     drop_normalised<N>(out, kept)     dropout after the norm, where there is one; likewise its gradient
+//     store_gradient<N>(row, column, z, kept)
+//                                       takes the gradient of z away; leaves in z what the third sum adds up
 //
-// `kept` is a bit for each of the N columns: whether dropout keeps it.
+// `kept` has a bit for each of the N columns: whether dropout keeps it.
 //
 // Forward: a row is loaded once, all loads before the first use, and stays in registers as float32: mean,
 // centred squares (two passes, so nothing cancels), result. weight and bias come from L1 and are asked for
