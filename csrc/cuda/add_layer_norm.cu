@@ -107,12 +107,9 @@ void backward(const AddLayerNormArgs& a) {
         layer_norm_backward(Add<T, true>(a), rows, a.stream);
     else
         layer_norm_backward(Add<T, false>(a), rows, a.stream);
-    sum_partials<T>(
-        {a.partials,
-         partial_rows<T>(a.rows, a.hidden, a.dropout),
-         a.hidden,
-         {static_cast<T*>(a.grad_weight), static_cast<T*>(a.grad_bias), static_cast<T*>(a.grad_x_bias)}},
-        a.stream);
+    const int64_t blocks = partial_rows<T>(a.rows, a.hidden, a.dropout);
+    add_partials({a.partials, blocks, a.hidden, a.hidden}, {a.grad_weight, a.grad_bias, a.grad_x_bias},
+                 a.dtype, a.stream);
 }
 
 }  // namespace

@@ -3,8 +3,8 @@
 // the rounding error stays that of short sums.
 //
 // Bytes: the matrix is read once, its partial sums (1/32 of its elements, float32) are written and read once.
-// The second step is small and all latency: a block of 8 warps takes 32 columns, so that 3072 columns keep 96
-// blocks busy, and each warp reads 128 neighbouring bytes of every eighth partial row.
+// The second step is small and all latency: a block of 32 warps takes 32 columns, and each warp reads 128
+// neighbouring bytes of every 32nd partial row.
 #include <launch.cuh>
 
 #include "csrc/cuda/column_sum.cuh"
@@ -23,30 +23,44 @@ __global__ void __launch_bounds__(kSumWarps* kWarp)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kSumWarps* kWarp) add_partials_kernel(Partials partials, T* sums) {
-    __shared__ float shared[kSumWarps][kWarp];
-    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    const int64_t column = static_cast<int64_t>(blockIdx.x) * kWarp + lane;
-    float sum = 0.0f;
-    if (column < partials.columns)
-        for (int64_t row = warp; row < partials.rows; row += kSumWarps)
-            sum += partials.data[row * partials.pitch + column];
-    shared[warp][lane] = sum;
-    __syncthreads();
-    if (warp == 0 && column < partials.columns) {
-        float total = 0.0f;
-#pragma unroll
-        for (int w = 0; w < kSumWarps; ++w) total += shared[w][lane];
-        sums[column] = from_float<T>(total);
+struct Sums {
+    T* to[kMostSums];
+};
+
+// 32 columns of one matrix a block. A warp reads whole lines of every 32nd row, and then has one column's 32
+// subtotals in its lanes.
+template <class T>
+__global__ void __launch_bounds__(1024) add_partials_kernel(Partials partials, Sums<T> sums) {
+    __shared__ float subtotals[kWarp][kWarp + 1];
+    T* const to = blockIdx.y == 0 ? sums.to[0] : blockIdx.y == 1 ? sums.to[1] : sums.to[2];
+    if (to == nullptr) return;
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+    const int64_t first = static_cast<int64_t>(blockIdx.x) * kWarp;
+    const float* const data = partials.data + blockIdx.y * partials.rows * partials.pitch;
+    float total = 0.0f;
+    if (first + lane < partials.columns) {
+#pragma unroll 4
+        for (int64_t row = warp; row < partials.rows; row += kWarp)
+            total += data[row * partials.pitch + first + lane];
     }
+    subtotals[lane][warp] = total;
+    __syncthreads();
+    total = warp_sum(subtotals[warp][lane]);
+    if (lane == 0 && first + warp < partials.columns) to[first + warp] = from_float<T>(total);
 }
 
 }  // namespace
 
-void add_partials(const Partials& partials, void* sums, Dtype dtype, cudaStream_t stream) {
-    const Launch how{dim3(static_cast<unsigned>((partials.columns + kWarp - 1) / kWarp)),
-                     dim3(kSumWarps * kWarp), 0, stream};
-    RK_FOR_DTYPE(dtype, T, launch(add_partials_kernel<T>, how, partials, static_cast<T*>(sums)));
+void add_partials(const Partials& partials, void* const (&sums)[kMostSums], Dtype dtype,
+                  cudaStream_t stream) {
+    unsigned matrices = kMostSums;
+    while (matrices > 1 && sums[matrices - 1] == nullptr) --matrices;
+    const Launch how{dim3(static_cast<unsigned>((partials.columns + kWarp - 1) / kWarp), matrices),
+                     dim3(1024), 0, stream};
+    RK_FOR_DTYPE(dtype, T, {
+        const Sums<T> to{{static_cast<T*>(sums[0]), static_cast<T*>(sums[1]), static_cast<T*>(sums[2])}};
+        launch(add_partials_kernel<T>, how, partials, to);
+    });
 }
 
 void sum_row_blocks(const void* matrix, int64_t rows, const Partials& partials, Dtype dtype,

@@ -7,16 +7,19 @@
 
 namespace rk::cuda {
 
-// What a kernel with blocks of rows leaves behind: one row of column sums for each of them.
+// What a kernel with blocks of rows leaves behind: one row of column sums for each of them; of several
+// matrices, up to kMostSums, those of one after those of the other.
+constexpr int kMostSums = 3;
 struct Partials {
-    float* data;      // [rows, columns], the rows `pitch` elements apart
+    float* data;      // [matrices, rows, columns], the rows `pitch` elements apart
     int64_t rows;     // 0 is allowed: the sums are 0
     int64_t columns;  // the rest of a row, if pitch is larger, is not read
     int64_t pitch;
 };
 
-// sums[column] = the sum of the partial rows; sums is [columns] of the dtype.
-void add_partials(const Partials& partials, void* sums, Dtype dtype, cudaStream_t stream);
+// sums[i][column] = the sum of the partial rows of matrix i; each is [columns] of the dtype, or null: not
+// wanted.
+void add_partials(const Partials& partials, void* const (&sums)[kMostSums], Dtype dtype, cudaStream_t stream);
 
 // Partial sums over blocks of kSumRows rows of a contiguous matrix [rows, columns] of the dtype. `partials`
 // has sum_blocks(rows) rows.

@@ -315,12 +315,10 @@ void backward(const EmbeddingLayerNormArgs& a) {
         layer_norm_backward(Embedding<T, true>(a), rows, a.stream);
     else
         layer_norm_backward(Embedding<T, false>(a), rows, a.stream);
-    T* const one_type = sorted_tables(a) == kTables ? nullptr : static_cast<T*>(a.grad_table[2]);
-    sum_partials<T>({a.partials,
-                     partial_rows<T>(a.rows, a.hidden, a.dropout),
-                     a.hidden,
-                     {static_cast<T*>(a.grad_weight), static_cast<T*>(a.grad_bias), one_type}},
-                    a.stream);
+    void* const one_type = sorted_tables(a) == kTables ? nullptr : a.grad_table[2];
+    const int64_t blocks = partial_rows<T>(a.rows, a.hidden, a.dropout);
+    add_partials({a.partials, blocks, a.hidden, a.hidden}, {a.grad_weight, a.grad_bias, one_type}, a.dtype,
+                 a.stream);
     if (a.hidden % 4 == 0)
         table_gradients<T, 4>(a);
     else

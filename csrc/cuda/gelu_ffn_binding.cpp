@@ -155,13 +155,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_o
         args.stream = device.stream();
         gelu_backward(args);
     }
-    add_partials(partials, grad_b_in.mutable_data_ptr(), checks.dtype(), device.stream());
+    add_partials(partials, {grad_b_in.mutable_data_ptr()}, checks.dtype(), device.stream());
 
     Partials out_partials{nullptr, sum_blocks(tokens), outer, outer};
     Tensor out_sums = checks.empty({out_partials.rows, outer}, ScalarType::Float);
     out_partials.data = static_cast<float*>(out_sums.mutable_data_ptr());
     sum_row_blocks(grad_out.const_data_ptr(), tokens, out_partials, checks.dtype(), device.stream());
-    add_partials(out_partials, grad_b_out.mutable_data_ptr(), checks.dtype(), device.stream());
+    add_partials(out_partials, {grad_b_out.mutable_data_ptr()}, checks.dtype(), device.stream());
 
     Tensor grad_x = checks.empty({tokens, hidden});
     Tensor grad_w_in = checks.empty({inner, hidden});

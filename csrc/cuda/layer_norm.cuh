@@ -22,7 +22,7 @@
 //
 // Blocks stay and stride over the rows. A thread always has the same columns, so the sums over rows (of
 // grad_out * n, grad_out and Op's third) grow in its registers; at the end the rows of a block are added
-// through shared memory, and each block writes one row of partial sums, which sum_partials adds: every
+// through shared memory, and each block writes one row of partial sums, which add_partials adds: every
 // addition in a fixed order. Rows go to blocks in turn, so that all multiprocessors have equally many to
 // within one.
 #pragma once
@@ -31,6 +31,7 @@
 #include <launch.cuh>
 #include <ptx.cuh>
 
+#include "csrc/cuda/column_sum.h"
 #include "csrc/cuda/common.cuh"
 #include "csrc/cuda/dropout.cuh"
 #include "csrc/cuda/layer_norm_plan.h"
@@ -38,6 +39,7 @@
 namespace rk::cuda {
 
 constexpr int kColumnSums = 3;  // weight, bias, Op's third
+static_assert(kColumnSums <= kMostSums);
 
 template <typename T>
 constexpr int kVector = 16 / sizeof(T);
@@ -399,43 +401,6 @@ __global__ void __launch_bounds__(kLoopWarps* kWarp)
             }
         }
     }
-}
-
-// ------------------------------------------------------------------------------------------------ partial
-// sums
-
-template <typename T>
-struct Partials {
-    const float* values;  // [kColumnSums, rows, columns]
-    int64_t rows, columns;
-    T* out[kColumnSums];  // [columns] each; null: not wanted
-};
-
-// 32 columns of one of the sums a block. A warp reads whole lines of every 32nd row, and then has one
-// column's 32 subtotals in its lanes.
-template <typename T>
-__global__ void __launch_bounds__(1024) sum_partials_kernel(Partials<T> p) {
-    __shared__ float subtotals[kWarp][kWarp + 1];
-    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-    const int64_t first = blockIdx.x * static_cast<int64_t>(kWarp);
-    const float* const values = p.values + blockIdx.y * p.rows * p.columns;
-    float total = 0.0f;
-    if (first + lane < p.columns) {
-#pragma unroll 4
-        for (int64_t row = warp; row < p.rows; row += kWarp) total += values[row * p.columns + first + lane];
-    }
-    subtotals[lane][warp] = total;
-    __syncthreads();
-    total = warp_sum(subtotals[warp][lane]);
-    T* const out = blockIdx.y == 0 ? p.out[0] : blockIdx.y == 1 ? p.out[1] : p.out[2];
-    if (lane == 0 && first + warp < p.columns) out[first + warp] = from_float<T>(total);
-}
-
-template <typename T>
-void sum_partials(const Partials<T>& p, cudaStream_t stream) {
-    const unsigned sums = p.out[2] != nullptr ? 3 : 2;
-    launch(sum_partials_kernel<T>,
-           {dim3(static_cast<unsigned>(ceil_div(p.columns, kWarp)), sums), dim3(1024), 0, stream}, p);
 }
 
 // ------------------------------------------------------------------------------------------------ launching
