@@ -140,8 +140,7 @@ __global__ void __launch_bounds__(QueryPlan<HeadDim>::kThreads, 1)
     });
 }
 
-// ------------------------------------------------------------------------------------------------ keys and
-// values
+// ------------------------------------------------------------------------------------------- keys and values
 
 template <class P>
 struct KeyShared : Shared<P> {

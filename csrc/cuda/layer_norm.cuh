@@ -66,8 +66,7 @@ struct LayerNormBackward : LayerNormRows<T> {
     float* partials;    // [kColumnSums, blocks, columns]
 };
 
-// ------------------------------------------------------------------------------------------------ pieces of
-// a row
+// ------------------------------------------------------------------------------------------- pieces of a row
 
 // N neighbours that will not be read again.
 template <int N, typename T>
@@ -120,8 +119,7 @@ __device__ inline float row_sum(float x, float (&exchange)[kWarps][1]) {
     return sums[0];
 }
 
-// ------------------------------------------------------------------------------------------------ rows in
-// registers
+// ----------------------------------------------------------------------------------------- rows in registers
 
 // kWarps warps have a row. A thread has kChunks vectors of it, 16 bytes each in memory; the warps' lanes lie
 // side by side within a chunk.
@@ -317,8 +315,7 @@ __global__ void __launch_bounds__(Rows::kThreads* most_rows_backward(Rows::kLayo
     store_column_sums<Rows>(sums, a.partials, columns);
 }
 
-// ------------------------------------------------------------------------------------------------ any other
-// row
+// --------------------------------------------------------------------------------------------- any other row
 
 template <typename Op>
 __device__ inline float loop_sum(const Op& op, const typename Op::Row& at, const PhiloxKey& key, int64_t row,
