@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -393,8 +393,15 @@ def assert_promise(
     assert not broken, f"{what}\n" + "\n".join(broken)
 
 
-def assert_case(case: Case, ours: Any, original: Any, **kwargs: Any) -> None:
-    """assert_promise on the batches of a case, forward and backward.
+def assert_case(
+    case: Case,
+    ours: Any,
+    original: Any,
+    *,
+    change: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda inputs: inputs,
+    **kwargs: Any,
+) -> None:
+    """assert_promise on the batches of a case, each as `change` makes it, forward and backward.
 
     What fails is tried once more, on more and other batches: a wrong answer is wrong there too, and two unlike draws of
     the same rounding errors are not.
@@ -404,6 +411,7 @@ def assert_case(case: Case, ours: Any, original: Any, **kwargs: Any) -> None:
     exact = exact_copy(original)
 
     def check(batches: list[dict[str, Tensor]]) -> None:
+        batches = [change(inputs) for inputs in batches]
         assert_promise(ours, original, batches, exact=exact, head=case.head, backward=True, what=case, **kwargs)
 
     try:
