@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn import functional as F
 
 from roberta_kernels.families import part_class
@@ -21,7 +22,7 @@ _known: dict[type, str | None] = {}
 def difference(cls: Any, role: str) -> str | None:
     """How a class of the role "layer" or "self_attention" differs in what it computes, or None.
 
-    torch's random state, default dtype and default device are neither used nor changed.
+    torch's random state, default dtype, default device and fake tensors are neither used nor changed.
     """
     if cls not in _known:
         try:
@@ -44,7 +45,7 @@ def _computes_the_same(cls: Any, role: str) -> bool:
         attention_probs_dropout_prob=0.0,
     )
     config._attn_implementation = "eager"
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.device("cpu"):
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.device("cpu"), unset_fake_temporarily():
         module = cls(config).to(torch.float64).eval()
         for i, parameter in enumerate(module.parameters()):
             parameter.copy_(_numbers(parameter.shape, i))

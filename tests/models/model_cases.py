@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -280,12 +280,18 @@ def run(model: Any, inputs: dict[str, Any], *, backward: bool = False, **kwargs:
         elif isinstance(value, tuple):
             tensors.update({f"{name}[{i}]": t for i, t in enumerate(value) if isinstance(t, Tensor)})
     if backward:
-        objective(output, inputs.get("attention_mask")).backward()
+        objective(output, real_positions(inputs)).backward()
         tensors = {name: t.detach() for name, t in tensors.items()}
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:
                 tensors[f"grad of {name}"] = parameter.grad
     return tensors
+
+
+def real_positions(inputs: dict[str, Any]) -> Tensor | None:
+    """The attention mask as `[..., length]`: of a 4D one, the positions that anyone sees."""
+    mask = inputs.get("attention_mask")
+    return mask if mask is None or mask.dim() < 4 else (mask[:, 0] > -1).any(1)
 
 
 def objective(output: Any, mask: Tensor | None) -> Tensor:
@@ -388,13 +394,20 @@ def assert_promise(
             run(model, batch, backward=backward, **kwargs)
             for model, batch in ((ours, low), (original, low), (exact, high))
         ]
-        draws.append((*results, inputs.get("attention_mask")))
+        draws.append((*results, real_positions(inputs)))
     broken = broken_promises(draws, dtype=dtype, head=head)
     assert not broken, f"{what}\n" + "\n".join(broken)
 
 
-def assert_case(case: Case, ours: Any, original: Any, **kwargs: Any) -> None:
-    """assert_promise on the batches of a case, forward and backward.
+def assert_case(
+    case: Case,
+    ours: Any,
+    original: Any,
+    *,
+    change: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda inputs: inputs,
+    **kwargs: Any,
+) -> None:
+    """assert_promise on the batches of a case, each as `change` makes it, forward and backward.
 
     What fails is tried once more, on more and other batches: a wrong answer is wrong there too, and two unlike draws of
     the same rounding errors are not.
@@ -404,6 +417,7 @@ def assert_case(case: Case, ours: Any, original: Any, **kwargs: Any) -> None:
     exact = exact_copy(original)
 
     def check(batches: list[dict[str, Tensor]]) -> None:
+        batches = [change(inputs) for inputs in batches]
         assert_promise(ours, original, batches, exact=exact, head=case.head, backward=True, what=case, **kwargs)
 
     try:

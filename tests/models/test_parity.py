@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import random
+from typing import Any
 
 import pytest
 import torch
 from model_cases import (
+    DTYPES,
     FAST,
     HEADS,
     MASKS,
+    PREFIX,
     Case,
     all_pairs,
     assert_case,
@@ -19,48 +22,112 @@ from model_cases import (
     batches_for,
     build,
     fast_class,
+    heads_of,
     patched,
 )
+from torch import Tensor
 
 import roberta_kernels as rk
 
+# What a caller may ask for beside the plain call. Attention weights and masks of another shape than [batch, length] are
+# computed by the original code, and the report says so; everything else is fused.
+OPTIONS = (
+    "plain",
+    "hidden_states",
+    "attentions",
+    "inputs_embeds",
+    "position_ids",
+    "4d_mask",
+    "checkpointing",
+    "chunked",
+)
+FALLBACK = ("attentions", "4d_mask")
 FACTORS = {
     "head": tuple(HEADS),
     "mask": MASKS,
-    "family": ("roberta", "xlm_roberta"),
-    "dtype": ("float32", "bfloat16"),
+    "family": tuple(PREFIX),
+    "dtype": tuple(DTYPES),
     "train": (False, True),
     "attention": ("sdpa", "eager"),
     "packed": ("auto", "auto", False),
+    "option": ("plain", "plain", *OPTIONS),
 }
-MATRIX = [Case(seed=index, **row) for index, row in enumerate(all_pairs(FACTORS, seed=20))]
 
 
-def check(case: Case, **options) -> rk.PatchReport:
+def case_of(row: dict[str, Any], seed: int) -> tuple[Case, str]:
+    """A row of the matrix, made one that can be: a head that the family has, attention that gives its weights."""
+    row = dict(row)
+    option = row.pop("option")
+    if row["head"] not in heads_of(row["family"]):
+        row["head"] = heads_of(row["family"])[seed % len(heads_of(row["family"]))]
+    if option == "attentions":
+        row["attention"] = "eager"
+    config = {"chunk_size_feed_forward": 1} if option == "chunked" else {}
+    return Case(seed=seed, config=config, **row), option
+
+
+MATRIX = [case_of(row, index) for index, row in enumerate(all_pairs(FACTORS, seed=20))]
+
+
+def with_option(option: str, inputs: dict[str, Tensor], case: Case, config: Any) -> dict[str, Tensor]:
+    """A batch, changed as the option has it."""
+    ids = inputs["input_ids"]
+    generator = torch.Generator().manual_seed(case.seed + 2)
+    if option == "inputs_embeds":
+        size = getattr(config, "embedding_size", config.hidden_size)
+        inputs["inputs_embeds"] = torch.randn(*ids.shape, size, generator=generator)
+        del inputs["input_ids"]
+    elif option == "position_ids":
+        inputs["position_ids"] = torch.randint(0, 40, ids.shape, generator=generator)
+    elif option == "4d_mask":
+        flat = ids.view(-1, ids.shape[-1])
+        seen = inputs.get("attention_mask", torch.ones_like(ids)).view(flat.shape).bool()[:, None, None, :]
+        seen = seen.expand(-1, 1, ids.shape[-1], -1)
+        if case.head == "causal_lm":
+            seen = seen & torch.ones(ids.shape[-1], ids.shape[-1], dtype=torch.bool).tril()
+        inputs["attention_mask"] = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float16).min)
+    return inputs
+
+
+def check(case: Case, option: str = "plain", **options) -> rk.PatchReport:
     original = build(case)
     ours = patched(original, packed=case.packed, **options)
     report = rk.patch(ours, packed=case.packed, **options)
-    assert_case(case, ours, original)
+    if option == "checkpointing":
+        for model in (ours, original):
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+    asked = {"output_hidden_states": option == "hidden_states", "output_attentions": option == "attentions"}
+    assert_case(
+        case,
+        ours,
+        original,
+        change=lambda inputs: with_option(option, inputs, case, original.config),
+        **{name: True for name, wanted in asked.items() if wanted},
+    )
     return report
 
 
-def name(case: Case) -> str:
-    return "-".join(
-        str(part) for part in (case.head, case.mask, case.family, case.dtype, case.train, case.attention, case.packed)
-    )
+def name(drawn: tuple[Case, str]) -> str:
+    case, option = drawn
+    factors = (case.family, case.head, case.dtype, case.mask, option, case.train, case.attention, case.packed)
+    return "-".join(str(factor) for factor in factors)
 
 
-@pytest.mark.parametrize("case", MATRIX, ids=name)
-def test_outputs_loss_and_every_gradient(case):
-    report = check(case)
-    assert report.fallbacks() == {}
+@pytest.mark.parametrize("drawn", MATRIX, ids=name)
+def test_outputs_loss_and_every_gradient(drawn):
+    case, option = drawn
+    report = check(case, option)
+    assert bool(report.fallbacks()) == (option in FALLBACK), report.fallbacks()
 
 
 @pytest.mark.parametrize("draw", range(20))
 def test_fresh_random_cases(draw):
-    # New ones on every run; a failure prints the case, from which check(case) repeats it.
+    # New ones on every run; a failure prints the case and the option, from which check(case, option) repeats it.
     fresh = random.Random(os.urandom(8))
-    check(Case(seed=fresh.randrange(2**31), **{factor: fresh.choice(values) for factor, values in FACTORS.items()}))
+    row = {factor: fresh.choice(values) for factor, values in FACTORS.items()}
+    case, option = case_of(row, fresh.randrange(2**31))
+    print(case, option)
+    check(case, option)
 
 
 def on_every_backend():

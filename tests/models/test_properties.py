@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import pytest
@@ -11,6 +12,8 @@ from model_cases import Case, build, patched
 pytest.importorskip("hypothesis")
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import roberta_kernels as rk
 
 SMALL = {
     "vocab_size": 30,
@@ -80,3 +83,39 @@ def test_losses_over_positions_are_the_originals(drawn, ignore_padding):
                 m(input_ids=ids, attention_mask=mask, labels=wanted, **kwargs).loss for m in (original, packed)
             )
         torch.testing.assert_close(got, want, rtol=2e-4, atol=2e-5, equal_nan=True)
+
+
+@settings(max_examples=40, deadline=None)
+@given(batches(), st.randoms(use_true_random=False))
+def test_a_sequence_does_not_see_its_batch(drawn, random):
+    # Alone, or among others in any order: the same.
+    ids, mask = drawn
+    mask[:, 0] = 1
+    order = list(range(len(ids)))
+    random.shuffle(order)
+    _, packed, _ = models("no_pooler")
+    with torch.no_grad():
+        together = packed(input_ids=ids, attention_mask=mask).last_hidden_state
+        moved = packed(input_ids=ids[order], attention_mask=mask[order]).last_hidden_state
+        alone = [packed(input_ids=ids[i : i + 1], attention_mask=mask[i : i + 1]).last_hidden_state[0] for i in order]
+    torch.testing.assert_close(moved, together[order], rtol=2e-5, atol=2e-6)
+    torch.testing.assert_close(torch.stack(alone), together[order], rtol=2e-5, atol=2e-6)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.permutations(["", "base", "layer 0", "layer 1", "embeddings"]), st.integers(1, 5), batches())
+def test_the_order_of_patching_does_not_matter(parts, count, drawn):
+    ids, mask = drawn
+    original, packed, _ = models("masked_lm")
+    ours = copy.deepcopy(original)
+    base = ours.base_model
+    modules = {"": ours, "base": base, "embeddings": base.embeddings}
+    modules |= {f"layer {i}": layer for i, layer in enumerate(base.encoder.layer)}
+    for part in dict.fromkeys([*parts[:count], ""]):  # some parts first, and in the end all
+        rk.patch(modules[part])
+    assert [type(module) for module in ours.modules()] == [type(module) for module in packed.modules()]
+    with torch.no_grad():
+        got, want = (model(input_ids=ids, attention_mask=mask).logits for model in (ours, packed))
+    assert torch.equal(got, want)
+    rk.unpatch(ours)
+    assert [type(module) for module in ours.modules()] == [type(module) for module in original.modules()]
