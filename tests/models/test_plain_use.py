@@ -6,13 +6,11 @@ import copy
 
 import pytest
 import torch
-from model_cases import assert_promise, randomise
+from model_cases import SENTENCE, SENTENCES, assert_promise, randomise, saved_model
 from torch.utils.data import Dataset
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    PreTrainedTokenizerFast,
-    RobertaConfig,
     RobertaForMaskedLM,
     RobertaForSequenceClassification,
     pipeline,
@@ -20,61 +18,13 @@ from transformers import (
 
 import roberta_kernels as rk
 
-tokenizers = pytest.importorskip("tokenizers")
-
-SENTENCE = "苹果是水果"
-SENTENCES = (
-    SENTENCE,
-    "An apple is a fruit, and a fruit is not always an apple.",
-    "水果不都是苹果",
-    "Fruit flies like a banana.",
-    "x",
-    "Яблоко, pomme, τό μῆλον",
-)
+pytest.importorskip("tokenizers")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A byte-level BPE tokenizer as RoBERTa's, and a classifier, saved as from_pretrained expects them."""
-    path = tmp_path_factory.mktemp("plain")
-    bpe = tokenizers.ByteLevelBPETokenizer()
-    bpe.train_from_iterator(
-        SENTENCES, vocab_size=270, min_frequency=1, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    )
-    bpe.post_processor = tokenizers.processors.RobertaProcessing(
-        ("</s>", bpe.token_to_id("</s>")), ("<s>", bpe.token_to_id("<s>"))
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe._tokenizer,
-        bos_token="<s>",
-        cls_token="<s>",
-        eos_token="</s>",
-        sep_token="</s>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-        mask_token="<mask>",
-        model_max_length=64,
-    )
-    tokenizer.save_pretrained(path)
-    config = RobertaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        intermediate_size=80,
-        max_position_embeddings=66,
-        type_vocab_size=1,
-        num_labels=3,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    model = RobertaForSequenceClassification(config)
-    randomise(model, 5)
-    model.save_pretrained(path)
-    return path
+    return saved_model(tmp_path_factory.mktemp("plain"))
 
 
 @pytest.fixture(scope="module")
