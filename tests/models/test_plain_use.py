@@ -162,3 +162,88 @@ def test_trainer(folder, tokenizer, tmp_path, checkpointing):
     assert type(again) is RobertaForSequenceClassification
     for (key, got), want in zip(again.state_dict().items(), original.state_dict().values(), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-2, atol=2e-3, msg=key)
+
+
+class Tokens(Dataset):
+    """Rows for a token head, of lengths that differ, with columns that no model takes."""
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, index):
+        draw = torch.Generator().manual_seed(index)
+        length = 3 + index % 7
+        ids = torch.randint(6, 200, (length,), generator=draw).tolist()
+        labels = torch.randint(-1, 3, (length,), generator=draw).tolist()  # one in four is left out of the loss
+        return {
+            "input_ids": ids,
+            "labels": [-100 if label == -1 else label for label in labels],
+            "text": "a column of its own",
+            "length": length,
+        }
+
+
+@pytest.mark.parametrize("order", ["patched", "patched later", "FastRoberta"])
+def test_trainer_counts_items_and_drops_columns(folder, tokenizer, tmp_path, order):
+    # Steps of several batches: the loss is divided by the labels in all of them, which Trainer counts and hands to a
+    # model whose forward takes **kwargs. And it drops the columns that are no parameters of forward.
+    pytest.importorskip("accelerate")
+    from transformers import DataCollatorForTokenClassification, RobertaForTokenClassification, Trainer
+    from transformers import TrainingArguments as Arguments
+
+    original = RobertaForTokenClassification.from_pretrained(folder)
+    randomise(original, 8)
+    if order == "FastRoberta":
+        ours = rk.FastRobertaForTokenClassification(original.config)
+        ours.load_state_dict(original.state_dict())
+    else:
+        ours = copy.deepcopy(original)
+    report = rk.patch(ours) if order != "patched later" else None
+    losses, given = [], []
+    for model in (original, ours):
+        seen = []
+        base = DataCollatorForTokenClassification(tokenizer)
+
+        def collate(rows, base=base, seen=seen):
+            seen.append(sorted(rows[0]))
+            return base(rows)
+
+        arguments = Arguments(
+            output_dir=str(tmp_path),
+            max_steps=3,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=3,
+            learning_rate=1e-3,
+            logging_steps=1,
+            report_to=[],
+            save_strategy="no",
+            use_cpu=True,
+            seed=1,
+            disable_tqdm=True,
+        )
+        trainer = Trainer(model=model, args=arguments, train_dataset=Tokens(), data_collator=collate)
+        assert trainer.model_accepts_loss_kwargs
+        if model is ours and order == "patched later":
+            report = rk.patch(trainer.model)
+        counted = []
+        compute_loss = trainer.compute_loss
+
+        def counting(model, inputs, *args, compute_loss=compute_loss, counted=counted, **kwargs):
+            counted.append(int(kwargs["num_items_in_batch"]))
+            return compute_loss(model, inputs, *args, **kwargs)
+
+        trainer.compute_loss = counting
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        given.append((seen, counted))
+    assert given[0] == given[1]
+    seen, counted = given[1]
+    assert all(columns == ["input_ids", "labels"] for columns in seen)
+    assert len(counted) == 9
+    assert len(set(counted)) == 3, "one count for each step"
+    assert len(losses[0]) == 3
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3)
+    for (name, got), want in zip(ours.state_dict().items(), original.state_dict().values(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-2, atol=2e-3, msg=name)
+    assert report.fallbacks() == {}
+    assert report.padded() == {}
