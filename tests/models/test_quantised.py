@@ -1,4 +1,4 @@
-"""Quantised products: they run their own code, what is around them stays fused, the report says so, and answers hold."""
+"""Quantised products: they run their own code, what is around them stays fused, and the report says so."""
 
 from __future__ import annotations
 
@@ -84,7 +84,9 @@ def assert_reported(report, family="roberta"):
     reasons = report.fallbacks()
     assert reasons
     assert all(OWN in reason for reason in reasons), reasons
-    parts = {"query, key or value"} if family == "xmod" else {"query, key or value", "an output product", "feed-forward"}
+    parts = (
+        {"query, key or value"} if family == "xmod" else {"query, key or value", "an output product", "feed-forward"}
+    )
     assert {part for part in parts if any(part in reason for reason in reasons)} == parts
     assert any("encoder.layer.1" in name for name in report.fallbacks_by_module())
 
