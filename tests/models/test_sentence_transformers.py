@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -208,6 +209,67 @@ def test_sentence_transformer_trainer(folder, tmp_path, loss):
     options = {"gradient_accumulation_steps": 2} if loss == "MultipleNegativesRankingLoss" else {}
     model, dataset = sentence_model(folder), datasets.Dataset.from_dict(rows)
     assert_trained_alike("sentence_transformer", model, dataset, tmp_path, getattr(losses, loss), **options)
+
+
+# --- roberta_kernels' own encode ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "max"])
+@pytest.mark.parametrize("modules", [(), (Normalize(),)], ids=["plain", "normalised"])
+def test_encode_of_a_sentence_transformer(folder, pooling, modules):
+    model = sentence_model(folder, pooling, *modules)
+    exact = copy.deepcopy(model).double()
+    report = rk.encode(model, None, list(SENTENCES))
+    assert report.packed
+    assert_close_to(report.embeddings, model.encode(list(SENTENCES)), exact.encode(list(SENTENCES)))
+    assert not rk.is_patched(model)
+
+
+def test_encode_takes_what_it_is_told_before_what_the_model_does(folder):
+    model = sentence_model(folder, "cls", Normalize())
+    told = rk.encode(model, None, list(SENTENCES), pooling="mean", normalize=False).embeddings
+    np.testing.assert_allclose(told, sentence_model(folder).encode(list(SENTENCES)), rtol=1e-3, atol=1e-5)
+
+
+def test_encode_refuses_what_it_does_not_do(folder):
+    from sentence_transformers.sentence_transformer.modules import Dense
+
+    for model, why in (
+        (sentence_model(folder, "lasttoken"), "pools by lasttoken"),
+        (sentence_model(folder, "mean", Dense(WIDTH, 8)), "has the modules Transformer, Pooling, Dense"),
+    ):
+        with pytest.raises(rk.EncodingError, match=rf"{why}.*model\.encode\(texts\)"):
+            rk.encode(model, None, list(SENTENCES))
+    model = sentence_model(folder)
+    model.default_prompt_name = "query"
+    with pytest.raises(rk.EncodingError, match="a prompt before each text"):
+        rk.encode(model, None, list(SENTENCES))
+    with pytest.raises(TypeError, match="tokenizer"):
+        rk.encode(model[0].auto_model, None, list(SENTENCES))
+    with pytest.raises(TypeError, match="the one inside it"):
+        rk.encode(model[0], None, list(SENTENCES))
+
+
+def test_encode_in_a_shell_takes_the_folder_of_a_sentence_transformer(folder, tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from roberta_kernels.cli import app
+
+    model = sentence_model(folder, "cls", Normalize())
+    model.save_pretrained(str(tmp_path / "model"), create_model_card=False)
+    (tmp_path / "in.txt").write_text("\n".join(SENTENCES), encoding="utf-8")
+    command = ["encode", str(tmp_path / "in.txt"), str(tmp_path / "out.npy"), "--model", str(tmp_path / "model")]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), model.encode(list(SENTENCES)), rtol=1e-3, atol=1e-5)
+    result = CliRunner().invoke(app, [*command, "--pooling", "mean", "--overwrite"])
+    assert result.exit_code == 0, result.output
+    want = sentence_model(folder).encode(list(SENTENCES))
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), want, rtol=1e-3, atol=1e-5)
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    result = CliRunner().invoke(app, [*command, "--overwrite"])
+    assert result.exit_code != 0
+    assert "pip install sentence-transformers" in " ".join(result.output.split())
 
 
 # --- CrossEncoder ---------------------------------------------------------------------------------------------------
