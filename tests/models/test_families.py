@@ -156,7 +156,7 @@ def test_tuples(family):
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-@pytest.mark.parametrize("family", FACTORS["family"])
+@pytest.mark.parametrize("family", OTHERS)
 def test_gradient_checkpointing(family, use_reentrant, monkeypatch):
     case = Case(seed=16, family=family, train=True, config=SMALL)
     original = build(case)
