@@ -190,3 +190,12 @@ def test_an_adapter_is_said_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run(ours, inputs)
+
+
+def test_compiled_in_one_graph():
+    ours, report, original, batches = pair("after", targets=EVERY_PRODUCT)
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        got, want = compiled(**batches[0]).logits, original(**batches[0]).logits
+    torch.testing.assert_close(got, want, rtol=2e-4, atol=2e-5)
+    assert report.fallbacks() == {}, "a graph counts nothing"
