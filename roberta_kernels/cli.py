@@ -100,6 +100,7 @@ class Format(str, Enum):
 
 
 class Pooling(str, Enum):
+    auto = "auto"
     mean = "mean"
     cls = "cls"
     max = "max"
@@ -316,6 +317,35 @@ def _load(path: str, task: Task, dtype: Dtype, unused: tuple[str, ...] = ()) -> 
     return model, notes
 
 
+def _is_sentence_transformer(path: str) -> bool:
+    """Whether a folder or hub name holds a SentenceTransformer, whose modules.json says what follows the encoder."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return (folder / "modules.json").is_file()
+    from transformers.utils import cached_file
+
+    try:
+        return cached_file(path, "modules.json") is not None
+    except (OSError, ValueError):
+        return False
+
+
+def _load_sentence_transformer(path: str, dtype: Dtype) -> Any:
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ModuleNotFoundError:
+        _fail(
+            f"{path} is a SentenceTransformer, with a pooling of its own: pip install sentence-transformers, "
+            "or say which pooling (--pooling mean)"
+        )
+    folder = Path(path).expanduser()
+    try:
+        source = str(folder) if folder.is_dir() else path
+        return SentenceTransformer(source, device="cpu", model_kwargs={"dtype": dtype.value})
+    except Exception as error:
+        _fail(f"cannot load {path}: {type(error).__name__}: {_first_line(error)}")
+
+
 def _tokenizer(path: str, *, required: bool) -> Any:
     """The model's tokenizer, or None where it has none and none is needed."""
     import transformers
@@ -417,9 +447,19 @@ def encode(
     ] = Format.auto,
     field: Annotated[str, typer.Option(help="The JSON field or Parquet column with the text.")] = "text",
     pooling: Annotated[
-        Pooling, typer.Option(metavar="NAME", help=f"Over a text's tokens: {_names(Pooling)}.")
-    ] = Pooling.mean,
-    normalize: Annotated[bool, typer.Option("--normalize", help="Divide each embedding by its length.")] = False,
+        Pooling,
+        typer.Option(
+            metavar="NAME",
+            help=f"Over a text's tokens: {_names(Pooling)}; auto: a SentenceTransformer's own, else mean.",
+        ),
+    ] = Pooling.auto,
+    normalize: Annotated[
+        bool | None,
+        typer.Option(
+            "--normalize/--no-normalize",
+            help="Divide each embedding by its length; by default with --pooling auto as a SentenceTransformer does.",
+        ),
+    ] = None,
     output_dtype: Annotated[
         OutputDtype, typer.Option(metavar="NAME", help=f"Of the embeddings: {_names(OutputDtype)}.")
     ] = OutputDtype.float32,
@@ -456,8 +496,13 @@ def encode(
         encoding.format_of(source, None if format is Format.auto else format.value)
         encoding.check_output(output)
         source.open("rb").close()
-        loaded, notes = _load(model, Task.base, dtype, unused=("pooler.",))
-        tokenizer = _tokenizer(model, required=True)
+        notes: list[str] = []
+        tokenizer = None
+        if pooling is Pooling.auto and _is_sentence_transformer(model):
+            loaded = _load_sentence_transformer(model, dtype)
+        else:
+            loaded, notes = _load(model, Task.base, dtype, unused=("pooler.",))
+            tokenizer = _tokenizer(model, required=True)
         if threads is not None:
             torch.set_num_threads(threads)
         _move(loaded, device)
@@ -468,7 +513,7 @@ def encode(
             tokenizer,
             source,
             output,
-            pooling=pooling.value,
+            pooling=None if pooling is Pooling.auto else pooling.value,
             normalize=normalize,
             dtype=output_dtype.value,
             max_length=max_length,

@@ -36,6 +36,10 @@ _GELU = {
     "GELUTanh": "tanh",
 }
 _OWN_CODE = "a part of the layer has code of its own"
+# Adapters, quantised weights: the modules run as they are, and what is around them stays fused.
+_OWN_PROJECTION = "query, key or value is not a plain nn.Linear (an adapter, a quantised weight), and runs its own code"
+_OWN_PRODUCT = "an output product is not a plain nn.Linear (an adapter, a quantised weight), and runs its own code"
+_OWN_FEED_FORWARD = "a product of the feed-forward is not a plain nn.Linear (an adapter, a quantised weight)"
 FUSABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -206,14 +210,19 @@ def _attention_reason(core: Any) -> str | None:
     return None
 
 
-def _attend(core: Any, hidden_states: Tensor, sequences: Sequences, seed: Tensor | None) -> Tensor:
-    """Projections and attention of a SelfAttention module. hidden_states `[..., H]` -> `[..., heads * head_dim]`."""
+def _attend(fast: Any, core: Any, hidden_states: Tensor, sequences: Sequences, seed: Tensor | None) -> Tensor:
+    """Projections and attention of a SelfAttention module. hidden_states `[..., H]` -> `[..., heads * head_dim]`.
+
+    fast: the module with a fast class that this is a part of.
+    """
     heads, head_dim = core.num_attention_heads, core.attention_head_size
+    projections = (core.query, core.key, core.value)
+    plain = [plain_linear(m) for m in projections]
+    if not all(plain):
+        state_of(fast).fell_back(fast, _OWN_PROJECTION)
     query, key, value = (
-        (F.linear(hidden_states, m.weight, m.bias) if plain_linear(m) else m(hidden_states)).reshape(
-            -1, heads, head_dim
-        )
-        for m in (core.query, core.key, core.value)
+        (F.linear(hidden_states, m.weight, m.bias) if is_plain else m(hidden_states)).reshape(-1, heads, head_dim)
+        for m, is_plain in zip(projections, plain, strict=True)
     )
     dropout_p = attention_dropout(core)
     context = ops.attention(
@@ -254,18 +263,19 @@ class FastSelfAttention(HuggingFaceModule):
             state.fell_back(self, reason)
             return super().forward(hidden_states, attention_mask.original(), past_key_values=past_key_values, **kwargs)
         seed = ops.draw_seeds(1, hidden_states.device)[0] if attention_dropout(self) > 0 else None
-        return _attend(self, hidden_states, attention_mask.sequences, seed), None
+        return _attend(self, self, hidden_states, attention_mask.sequences, seed), None
 
 
 # --- the end of both halves of a layer: dense, dropout, residual, LayerNorm -----------------------------------------
 
 
-def _project_add_norm(output: Any, x: Tensor, residual: Tensor, seed: Tensor | None) -> Tensor:
-    """output is a SelfOutput or Output module; x `[..., K]`, residual `[..., H]`."""
+def _project_add_norm(fast: Any, output: Any, x: Tensor, residual: Tensor, seed: Tensor | None) -> Tensor:
+    """output is a SelfOutput or Output module; x `[..., K]`, residual `[..., H]`. fast: as `_attend`'s."""
     dense, layer_norm = output.dense, output.LayerNorm
     if plain_linear(dense):
         projected, x_bias = F.linear(x, dense.weight), dense.bias
     else:
+        state_of(fast).fell_back(fast, _OWN_PRODUCT)
         projected, x_bias = dense(x), None
     return _add_norm(output, projected, x_bias, residual, layer_norm, seed)
 
@@ -313,7 +323,7 @@ class FastSelfOutput(HuggingFaceModule):
             state_of(self).fell_back(self, reason)
             return super().forward(hidden_states, input_tensor)
         seed = ops.draw_seeds(1, input_tensor.device)[0] if dropout_of(self.dropout) > 0 else None
-        return _project_add_norm(self, hidden_states, input_tensor, seed)
+        return _project_add_norm(self, self, hidden_states, input_tensor, seed)
 
 
 # --- a layer: what it is made of -------------------------------------------------------------------------------------
@@ -453,8 +463,8 @@ class FastLayer(HuggingFaceModule):
         seeds: tuple[Tensor | None, ...] = (None, None)
         if attention_dropout(attention.self) > 0 or dropout_of(attention.output.dropout) > 0:
             seeds = ops.draw_seeds(2, hidden_states.device)
-        context = _attend(attention.self, hidden_states, sequences, seeds[0])
-        return _project_add_norm(attention.output, context, hidden_states, seeds[1])
+        context = _attend(self, attention.self, hidden_states, sequences, seeds[0])
+        return _project_add_norm(self, attention.output, context, hidden_states, seeds[1])
 
     def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
         """The feed-forward half; the name and signature are the original's."""
@@ -466,9 +476,12 @@ class FastLayer(HuggingFaceModule):
         seed = ops.draw_seeds(1, attention_output.device)[0] if dropout_of(output.dropout) > 0 else None
         kind = gelu_kind(intermediate.intermediate_act_fn)
         w_in, w_out = intermediate.dense, output.dense
-        if kind is None or not plain_linear(w_in) or not plain_linear(w_out) or w_in.bias is None:
-            # Another activation, an adapter, a quantised weight: these modules run as they are.
-            return _project_add_norm(output, intermediate(attention_output), attention_output, seed)
+        plain = plain_linear(w_in) and plain_linear(w_out)
+        if not plain:
+            state_of(self).fell_back(self, _OWN_FEED_FORWARD)
+        if kind is None or not plain or w_in.bias is None:
+            # Another activation (which the report said), an adapter, a quantised weight: these modules run as they are.
+            return _project_add_norm(self, output, intermediate(attention_output), attention_output, seed)
         x = attention_output.reshape(-1, attention_output.shape[-1])
         weights: tuple[Tensor, ...] = (w_in.weight, w_in.bias, w_out.weight)
         if torch.is_autocast_enabled(x.device.type):
@@ -476,7 +489,7 @@ class FastLayer(HuggingFaceModule):
             x = x.to(dtype)
             weights = tuple(weight.to(dtype) for weight in weights)
         if any(weight.dtype != x.dtype for weight in weights):
-            return _project_add_norm(output, intermediate(attention_output), attention_output, seed)
+            return _project_add_norm(self, output, intermediate(attention_output), attention_output, seed)
         inner = ops.gelu_ffn(x, weights[0], weights[1], weights[2], approximate=kind)
         return _add_norm(output, inner, w_out.bias, attention_output, output.LayerNorm, seed)
 

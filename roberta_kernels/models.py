@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import types
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -427,6 +428,7 @@ def fast_class(original: Any) -> Any:
         "__module__": __name__,
         "__qualname__": f"Fast{original.__name__}",  # pickle finds the class by this
         "__doc__": original.__doc__,
+        **_own_functions(mixin),
         "_rk_original": original,
         "_rk_parameters": tuple(
             name
@@ -448,7 +450,7 @@ def fast_class(original: Any) -> Any:
             "_rk_output": part_class(original, "Output"),
         }
     bases = (mixin, original)
-    forward = getattr(mixin, "_rk_forward", None)
+    forward = namespace.get("_rk_forward")
     if forward is not None:
         namespace["forward"] = _like(original.forward, forward)
     if role.role in MODEL_ROLES:
@@ -480,7 +482,29 @@ def _like(original: Callable[..., Any], replacement: Callable[..., Any]) -> Call
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         return replacement(self, *args, **kwargs)
 
-    return functools.wraps(original)(method)
+    return functools.wraps(original)(_own_code(method))
+
+
+def _own_functions(mixin: type) -> dict[str, Callable[..., Any]]:
+    """The methods of a mixin, each with a code object of its own."""
+    functions: dict[str, Callable[..., Any]] = {}
+    for base in reversed(mixin.__mro__):
+        functions |= {name: _own_code(value) for name, value in vars(base).items() if inspect.isfunction(value)}
+    return functions
+
+
+def _own_code(function: Any) -> Any:
+    """A copy of the function that shares no code object with it.
+
+    torch.compile keeps what it compiled by code object, and gives up on one that it compiled eight times: classes that
+    share their code would use up each other's share.
+    """
+    code = function.__code__.replace()
+    copied = types.FunctionType(
+        code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return functools.update_wrapper(copied, function)
 
 
 def _initialise(original: Any) -> Callable[..., None]:

@@ -32,6 +32,9 @@ _FUSED = {
     "head": "unchanged (its base model is fused)",
 }
 
+# (package, class) of modules of other libraries that let padded token vectors into the answer.
+_READ_PADDING = {("sentence_transformers", "CNN")}
+
 _NOT_KNOWN = "not the code that is known"
 
 
@@ -137,6 +140,9 @@ def patch(model: nn.Module, *, packed: str | bool = "auto", backend: str = "auto
     try:
         for name, module in model.named_modules():
             cls: Any = type(module)
+            if (cls.__module__.partition(".")[0], cls.__name__) in _READ_PADDING and packed == "auto":
+                state.packed = False
+                report.left.append(Left(name, cls.__name__, "reads padded token vectors, which are therefore computed"))
             original = cls._rk_original if is_fast_class(cls) else cls
             role = role_of(original)
             if role is None:

@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 from roberta_kernels import backends, patching
 from roberta_kernels._version import __version__
 from roberta_kernels.encoding.outputs import Counts, FileOutput, MemoryOutput, check_output
+from roberta_kernels.encoding.sentence_model import as_sentence_model
 from roberta_kernels.encoding.sources import Bad, EncodingError, InputChangedError, Row, Source, format_of, open_source
 
 __all__ = [
@@ -123,8 +124,8 @@ def encode(
     texts: Iterable[str] | Path,
     output: str | os.PathLike[str] | None = None,
     *,
-    pooling: str = "mean",
-    normalize: bool = False,
+    pooling: str | None = None,
+    normalize: bool | None = None,
     dtype: str = "float32",
     max_length: int | None = None,
     batch_tokens: int | None = None,
@@ -139,13 +140,15 @@ def encode(
     """One embedding for each text, in the order of the texts.
 
     Args:
-        model: a Hugging Face encoder, bare or with a head, which is not used. Runs in evaluation mode, where it is.
-        tokenizer: the model's own.
+        model: a Hugging Face encoder, bare or with a head, which is not used; or a SentenceTransformer of an encoder, a
+            pooling and perhaps a normalisation. Runs in evaluation mode, where it is.
+        tokenizer: the model's own. None: a SentenceTransformer's.
         texts: a collection or iterator of strings, or the Path of a file: text (a line each), JSONL or Parquet.
         output: the file to write, .npy or .parquet; None: in memory only. With a file, and texts that can be read again
             (anything but an iterator), an interrupted run is continued by the same call, and ends with the same bytes.
-        pooling: over a text's token vectors, special tokens included: "mean", "cls" (the first) or "max".
-        normalize: divide each embedding by its Euclidean length.
+        pooling: over a text's token vectors, special tokens included: "mean", "cls" (the first) or "max". None:
+            the SentenceTransformer's, else "mean".
+        normalize: divide each embedding by its Euclidean length. None: as the SentenceTransformer does, else not.
         dtype: of the output, "float32" or "float16"; pooling is in float32 whatever the model's dtype.
         max_length: tokens; longer texts are truncated, and counted. None: what the model and its tokenizer can take.
         batch_tokens: the most in a batch: real ones where the model leaves padding out, else with padding. None: 2048
@@ -165,10 +168,18 @@ def encode(
 
     Raises:
         EncodingError (a ValueError): the files, the saved state or the model do not allow it. ValueError: an unknown
-        option. TypeError: not a transformers model, or one string as texts. BackendError. OSError.
+        option. TypeError: not a transformers model, no tokenizer, or one string as texts. BackendError. OSError.
     """
+    sentences = as_sentence_model(model, POOLINGS)
+    if sentences is not None:
+        model, tokenizer = sentences.model, tokenizer or sentences.tokenizer
+        pooling = sentences.pooling if pooling is None else pooling
+        normalize = sentences.normalize if normalize is None else normalize
+    pooling, normalize = pooling or "mean", bool(normalize)
     _check_options(pooling, dtype, max_length, batch_tokens, window)
     base = _encoder(model)
+    if tokenizer is None:
+        raise TypeError("encode needs the model's tokenizer; only a SentenceTransformer brings its own")
     device = next(base.parameters()).device
     path = None if output is None else Path(output)
     if path is not None:
@@ -280,8 +291,8 @@ def _encoder(model: nn.Module) -> Any:
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
-            f"encode needs a transformers model, not {type(model).__name__}; pass the one inside it "
-            "(sentence_transformer[0].auto_model, peft_model.merge_and_unload())"
+            f"encode needs a transformers model or a SentenceTransformer, not {type(model).__name__}; pass the one "
+            "inside it (cross_encoder.model, peft_model.merge_and_unload())"
         )
     if getattr(model.config, "is_encoder_decoder", False):
         raise EncodingError(f"{type(model).__name__} is an encoder and a decoder; pass its encoder")

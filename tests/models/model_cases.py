@@ -451,3 +451,65 @@ def all_pairs(factors: dict[str, Sequence[Any]], seed: int) -> Iterator[dict[str
         best = max(candidates, key=lambda row: len(pairs(row) & open_pairs))
         open_pairs -= pairs(best)
         yield best
+
+
+# --- text -----------------------------------------------------------------------------------------------------------
+
+SENTENCE = "苹果是水果"
+SENTENCES = (
+    SENTENCE,
+    "An apple is a fruit, and a fruit is not always an apple.",
+    "水果不都是苹果",
+    "Fruit flies like a banana.",
+    "x",
+    "Яблоко, pomme, τό μῆλον",
+)
+
+
+def byte_tokenizer() -> Any:
+    """A byte-level BPE tokenizer as RoBERTa's, which knows SENTENCES well and all other texts as bytes."""
+    import tokenizers
+
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    bpe.train_from_iterator(
+        SENTENCES, vocab_size=270, min_frequency=1, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    )
+    bpe.post_processor = tokenizers.processors.RobertaProcessing(
+        ("</s>", bpe.token_to_id("</s>")), ("<s>", bpe.token_to_id("<s>"))
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer,
+        bos_token="<s>",
+        cls_token="<s>",
+        eos_token="</s>",
+        sep_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        mask_token="<mask>",
+        model_max_length=64,
+    )
+
+
+def saved_model(path: Any, cls: type = transformers.RobertaForSequenceClassification, **config: Any) -> Any:
+    """A small RoBERTa with byte_tokenizer's vocabulary, both saved as from_pretrained expects them."""
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(path)
+    values = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "intermediate_size": 80,
+        "max_position_embeddings": 66,
+        "type_vocab_size": 1,
+        "num_labels": 3,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    model = cls(cls.config_class(**(values | config)))
+    randomise(model, 5)
+    model.save_pretrained(path)
+    return path

@@ -73,6 +73,22 @@ def test_hidden_states_by_config():
     assert ours(**batches[0], output_hidden_states=False).hidden_states is None
 
 
+@pytest.mark.parametrize("family", ["roberta", "electra", "ernie", "xmod"])
+@pytest.mark.parametrize("wanted", [2, -1, [0, 2], [1], [-2, 7]], ids=str)
+def test_hidden_states_of_chosen_layers(wanted, family):
+    # transformers 5.23 takes layer numbers, and records those only; before, whatever is true means all.
+    ours, original, batches = ours_original_batches(family=family)
+    with torch.no_grad():
+        got, want = (model(**batches[0], output_hidden_states=wanted) for model in (ours, original))
+    assert len(got.hidden_states) == len(want.hidden_states)
+    assert [t is None for t in got.hidden_states] == [t is None for t in want.hidden_states]
+    real = batches[0]["attention_mask"].bool()
+    for a, b in zip(got.hidden_states, want.hidden_states, strict=True):
+        if b is not None:
+            close(a[real], b[real])
+    close(got.last_hidden_state[real], want.last_hidden_state[real])
+
+
 def test_hidden_states_asked_for_before_patching():
     # transformers leaves its hooks in the modules from then on.
     _, original, batches = ours_original_batches()
@@ -540,6 +556,46 @@ def test_torch_func():
         gradients.append(torch.func.grad(loss)(parameters))
     for name, want in gradients[1].items():
         torch.testing.assert_close(gradients[0][name], want, rtol=1e-3, atol=1e-5, msg=name)
+
+
+# What is mapped over: the batches, the weights of an ensemble, or single samples for a gradient each.
+def mapped(what, model, inputs):
+    weights, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+
+    def first_output(weights, inputs):
+        return next(iter(torch.func.functional_call(model, (weights, buffers), kwargs=inputs).values()))
+
+    if what == "batches":
+        return torch.func.vmap(first_output, in_dims=(None, 0))(
+            weights, {name: torch.stack([tensor, tensor.flip(0)]) for name, tensor in inputs.items()}
+        )
+    if what == "ensemble":
+        ensemble = {name: torch.stack([tensor, tensor * 1.1]) for name, tensor in weights.items()}
+        return torch.func.vmap(first_output, in_dims=(0, None))(ensemble, inputs)
+    each = {name: tensor.unsqueeze(1) for name, tensor in inputs.items()}
+    gradients = torch.func.vmap(torch.func.grad(lambda w, i: first_output(w, i).sum()), in_dims=(None, 0))
+    return torch.cat([tensor.flatten() for tensor in gradients(weights, each).values()])
+
+
+@pytest.mark.parametrize("what", ["batches", "ensemble", "gradients"])
+@pytest.mark.parametrize("head", ["pooler", "token", "span"])
+@pytest.mark.parametrize("family", ["roberta", "bert", "ernie", "xmod"])
+def test_vmap(family, head, what):
+    ours, original, (inputs, *_) = ours_original_batches(head, "none", family=family)
+    report = rk.patch(ours)
+    close(mapped(what, ours, inputs), mapped(what, original, inputs))
+    assert any("inside a torch.func transform" in reason for reason in report.fallbacks())
+
+
+@pytest.mark.parametrize("what", ["batches", "ensemble", "gradients"])
+def test_vmap_with_a_mask(what):
+    ours, original, (inputs, *_) = ours_original_batches("token")
+    if what == "ensemble":
+        close(mapped(what, ours, inputs), mapped(what, original, inputs))
+        return
+    for model in (original, ours):  # transformers itself reads the mask's values, which torch cannot map
+        with pytest.raises(RuntimeError, match="vmap: It looks like you're"):
+            mapped(what, model, inputs)
 
 
 # --- mixed precision and generation ---------------------------------------------------------------------------------

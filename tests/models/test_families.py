@@ -21,6 +21,7 @@ from model_cases import (
     heads_of,
     hf_class,
     patched,
+    run,
 )
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -152,6 +153,28 @@ def test_tuples(family):
         got, want = ours(**inputs, return_dict=False), original(**inputs, return_dict=False)
     assert [type(value) for value in got] == [type(value) for value in want]
     assert type(ours(**inputs)) is type(original(**inputs))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("family", OTHERS)
+def test_gradient_checkpointing(family, use_reentrant, monkeypatch):
+    case = Case(seed=16, family=family, train=True, config=SMALL)
+    original = build(case)
+    ours = patched(original)
+    report = rk.patch(ours)
+    inputs = batch_for(case, original.config)
+    calls, attention = [], rk.ops.attention
+    monkeypatch.setattr(rk.ops, "attention", lambda *args, **kwargs: (calls.append(1), attention(*args, **kwargs))[1])
+    want = run(ours, inputs, backward=True)
+    assert len(calls) == SMALL["num_hidden_layers"]
+    for model in (ours, original):
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    got = run(ours, inputs, backward=True)
+    assert len(calls) == 3 * SMALL["num_hidden_layers"], "each layer runs once more in backward"
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[name], want[name]) for name in want)
+    assert_promise(ours, original, batches_for(case, original.config, 2), backward=True)
+    assert report.fallbacks() == {}
 
 
 @pytest.mark.parametrize("family", ["bert", "electra", "ernie", "xmod"])

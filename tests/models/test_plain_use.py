@@ -6,13 +6,12 @@ import copy
 
 import pytest
 import torch
-from model_cases import assert_promise, randomise
+from model_cases import SENTENCE, SENTENCES, assert_promise, randomise, saved_model
 from torch.utils.data import Dataset
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    PreTrainedTokenizerFast,
-    RobertaConfig,
     RobertaForMaskedLM,
     RobertaForSequenceClassification,
     pipeline,
@@ -20,61 +19,13 @@ from transformers import (
 
 import roberta_kernels as rk
 
-tokenizers = pytest.importorskip("tokenizers")
-
-SENTENCE = "苹果是水果"
-SENTENCES = (
-    SENTENCE,
-    "An apple is a fruit, and a fruit is not always an apple.",
-    "水果不都是苹果",
-    "Fruit flies like a banana.",
-    "x",
-    "Яблоко, pomme, τό μῆλον",
-)
+pytest.importorskip("tokenizers")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A byte-level BPE tokenizer as RoBERTa's, and a classifier, saved as from_pretrained expects them."""
-    path = tmp_path_factory.mktemp("plain")
-    bpe = tokenizers.ByteLevelBPETokenizer()
-    bpe.train_from_iterator(
-        SENTENCES, vocab_size=270, min_frequency=1, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    )
-    bpe.post_processor = tokenizers.processors.RobertaProcessing(
-        ("</s>", bpe.token_to_id("</s>")), ("<s>", bpe.token_to_id("<s>"))
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe._tokenizer,
-        bos_token="<s>",
-        cls_token="<s>",
-        eos_token="</s>",
-        sep_token="</s>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-        mask_token="<mask>",
-        model_max_length=64,
-    )
-    tokenizer.save_pretrained(path)
-    config = RobertaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        intermediate_size=80,
-        max_position_embeddings=66,
-        type_vocab_size=1,
-        num_labels=3,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    model = RobertaForSequenceClassification(config)
-    randomise(model, 5)
-    model.save_pretrained(path)
-    return path
+    return saved_model(tmp_path_factory.mktemp("plain"))
 
 
 @pytest.fixture(scope="module")
@@ -212,3 +163,88 @@ def test_trainer(folder, tokenizer, tmp_path, checkpointing):
     assert type(again) is RobertaForSequenceClassification
     for (key, got), want in zip(again.state_dict().items(), original.state_dict().values(), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-2, atol=2e-3, msg=key)
+
+
+class Tokens(Dataset):
+    """Rows for a token head, of lengths that differ, with columns that no model takes."""
+
+    def __len__(self):
+        return 18
+
+    def __getitem__(self, index):
+        draw = torch.Generator().manual_seed(index)
+        length = 3 + index % 7
+        ids = torch.randint(6, 200, (length,), generator=draw).tolist()
+        labels = torch.randint(-1, 3, (length,), generator=draw).tolist()  # one in four is left out of the loss
+        return {
+            "input_ids": ids,
+            "labels": [-100 if label == -1 else label for label in labels],
+            "text": "a column of its own",
+            "length": length,
+        }
+
+
+@pytest.mark.parametrize("order", ["patched", "patched later", "FastRoberta"])
+def test_trainer_counts_items_and_drops_columns(folder, tokenizer, tmp_path, order):
+    # Steps of several batches: the loss is divided by the labels in all of them, which Trainer counts and hands to a
+    # model whose forward takes **kwargs. And it drops the columns that are no parameters of forward.
+    pytest.importorskip("accelerate")
+    from transformers import DataCollatorForTokenClassification, RobertaForTokenClassification, Trainer
+    from transformers import TrainingArguments as Arguments
+
+    original = RobertaForTokenClassification(AutoConfig.from_pretrained(folder))
+    randomise(original, 8)
+    if order == "FastRoberta":
+        ours = rk.FastRobertaForTokenClassification(original.config)
+        ours.load_state_dict(original.state_dict())
+    else:
+        ours = copy.deepcopy(original)
+    report = rk.patch(ours) if order != "patched later" else None
+    losses, given = [], []
+    for model in (original, ours):
+        seen = []
+        base = DataCollatorForTokenClassification(tokenizer)
+
+        def collate(rows, base=base, seen=seen):
+            seen.append(sorted(rows[0]))
+            return base(rows)
+
+        arguments = Arguments(
+            output_dir=str(tmp_path),
+            max_steps=3,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=3,
+            learning_rate=1e-3,
+            logging_steps=1,
+            report_to=[],
+            save_strategy="no",
+            use_cpu=True,
+            seed=1,
+            disable_tqdm=True,
+        )
+        trainer = Trainer(model=model, args=arguments, train_dataset=Tokens(), data_collator=collate)
+        assert trainer.model_accepts_loss_kwargs
+        if model is ours and order == "patched later":
+            report = rk.patch(trainer.model)
+        counted = []
+        compute_loss = trainer.compute_loss
+
+        def counting(model, inputs, *args, compute_loss=compute_loss, counted=counted, **kwargs):
+            counted.append(int(kwargs["num_items_in_batch"]))
+            return compute_loss(model, inputs, *args, **kwargs)
+
+        trainer.compute_loss = counting
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        given.append((seen, counted))
+    assert given[0] == given[1]
+    seen, counted = given[1]
+    assert all(columns == ["input_ids", "labels"] for columns in seen)
+    assert len(counted) == 9
+    assert len(set(counted)) == 3, "one count for each step"
+    assert len(losses[0]) == 3
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3)
+    for (name, got), want in zip(ours.state_dict().items(), original.state_dict().values(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-2, atol=2e-3, msg=name)
+    assert report.fallbacks() == {}
+    assert report.padded() == {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -96,6 +97,51 @@ def test_a_new_length_is_no_new_graph():
         torch.testing.assert_close(got[1], want[1], rtol=2e-4, atol=2e-5)
         graphs.add(counter.frame_count)
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("head", ["pooler", "token"])
+def test_compiled_models_of_several_classes_in_one_process(head):
+    # torch compiles one code object eight times, then gives up; so no two classes may share theirs. Here: twice.
+    compiled = []
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for family in ("roberta", "xlm_roberta", "bert", "electra"):
+            case = case_of(head, family=family)
+            original = build(case)
+            compiled.append(torch.compile(patched(original), fullgraph=True, backend="eager"))
+            inputs = batch_for(case, original.config)
+            real = inputs["attention_mask"].bool()
+            with torch.no_grad():  # fullgraph: a limit that is hit is an error
+                got, want = compiled[-1](**inputs), original(**inputs)
+            name = "last_hidden_state" if head == "pooler" else "logits"
+            torch.testing.assert_close(got[name][real], want[name][real], rtol=2e-4, atol=2e-5)
+
+
+def test_compiled_layer_by_layer():
+    # As model.compile_repeated_blocks does it: all layers of a model run what was compiled of the first.
+    case = Case(seed=3, mask="full", config=SMALL | {"num_hidden_layers": 3})
+    original = build(case)
+    ours = patched(original)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    for layer in ours.encoder.layer:
+        layer.compile(backend=counter, fullgraph=True)
+    inputs = batch_for(case, original.config)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(**inputs)[0], original(**inputs)[0], rtol=2e-4, atol=2e-5)
+    assert counter.frame_count == 1
+
+
+def test_no_two_classes_share_a_code_object():
+    codes = {}
+    for family in ("roberta", "bert", "xmod"):
+        for head in ("pooler", "token"):
+            for cls in {type(module) for module in patched(build(case_of(head, family=family))).modules()}:
+                if "_rk_original" not in vars(cls):
+                    continue
+                for name, function in vars(cls).items():
+                    # transformers' own wrappers are one code for all layers there are, as in a model not patched.
+                    if inspect.isfunction(function) and "roberta_kernels" in function.__code__.co_filename:
+                        assert codes.setdefault(id(function.__code__), (cls, name)) == (cls, name)
+    assert len(codes) > 20
 
 
 def test_compiled_with_dropout():
