@@ -19,7 +19,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers import activations
 
 from roberta_kernels import backends, ops
-from roberta_kernels.ops.attention import supported_head_dim
+from roberta_kernels.ops.attention import serving_head_dim
 from roberta_kernels.packing import Sequences
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ def functorch_active() -> bool:
 
 def _attention_reason(core: Any) -> str | None:
     """Why the attention of a SelfAttention module cannot be fused, or None."""
-    if not supported_head_dim(core.attention_head_size):
+    if serving_head_dim(core.attention_head_size) is None:
         return f"head_dim {core.attention_head_size} is not served"
     if core.dropout.p >= 1.0:
         return "attention dropout is 1"
@@ -216,6 +216,10 @@ def _attend(core: Any, hidden_states: Tensor, sequences: Sequences, seed: Tensor
         for m in (core.query, core.key, core.value)
     )
     dropout_p = attention_dropout(core)
+    served = serving_head_dim(head_dim)
+    assert served is not None
+    if served != head_dim:
+        query, key, value = (F.pad(t, (0, served - head_dim)) for t in (query, key, value))
     context = ops.attention(
         query,
         key,
@@ -228,7 +232,9 @@ def _attend(core: Any, hidden_states: Tensor, sequences: Sequences, seed: Tensor
         dropout_p=dropout_p,
         seed=seed if dropout_p > 0 else None,
     )
-    return context.view(*hidden_states.shape[:-1], heads * head_dim)
+    if served != head_dim:
+        context = context[..., :head_dim]
+    return context.reshape(*hidden_states.shape[:-1], heads * head_dim)
 
 
 class FastSelfAttention(HuggingFaceModule):
