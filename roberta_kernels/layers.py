@@ -402,8 +402,8 @@ class FastLayer(HuggingFaceModule):
 
     def packed_reason(self, like: Tensor) -> str | None:
         """Why this layer cannot take packed tokens, or None. like: `[*, H]`, a tensor of the hidden states' dtype."""
-        if foreign_hooks(self) or self.chunk_size_feed_forward != 0:
-            return "hooks on a layer, or chunked feed-forward"
+        if foreign_hooks(self):
+            return "hooks on a layer"
         return self.attention_reason(like) or self.feed_forward_reason(like)
 
     def forward(
@@ -443,6 +443,9 @@ class FastLayer(HuggingFaceModule):
             return super().forward(hidden_states, attention_mask.original(), **kwargs)
         hidden_states = self.fused_attention(hidden_states, attention_mask.sequences)
         if self.chunk_size_feed_forward != 0:
+            if hidden_states.dim() == 2:  # packed: as many rows at a time as chunks of the padded batch have
+                rows = self.chunk_size_feed_forward * (attention_mask.sequences.cu_seqlens.shape[0] - 1)
+                return torch.cat([self.feed_forward_chunk(chunk) for chunk in hidden_states.split(rows)])
             from transformers.pytorch_utils import apply_chunking_to_forward
 
             return apply_chunking_to_forward(

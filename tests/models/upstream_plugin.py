@@ -37,11 +37,15 @@ def _feed_forward(layer: Any, hidden_states: Any) -> None:
     counts["feed-forward fused"] += layer.feed_forward_reason(hidden_states) is None
 
 
+def _fell_back(state: Any, module: Any, reason: str) -> None:
+    fallbacks[f"{type(module).__name__}: {reason}"] += 1
+
+
 def pytest_configure(config: Any) -> None:
     _counted(FastLayer, "forward", lambda *_: counts.update(["attention calls"]))
     _counted(FastLayer, "fused_attention", lambda *_: counts.update(["attention fused"]))
     _counted(FastLayer, "feed_forward_chunk", _feed_forward)
-    _counted(PatchState, "fell_back", lambda _, module, reason: fallbacks.update([f"{type(module).__name__}: {reason}"]))
+    _counted(PatchState, "fell_back", _fell_back)
     rk.patch_transformers()
 
 
