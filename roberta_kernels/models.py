@@ -102,6 +102,18 @@ def _by_name(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
     return named | kwargs
 
 
+def _without_padding(output: Any, mask: Tensor | None) -> Any:
+    """The output of a model that ran padded, in a graph, with zeros where a packed pass leaves them."""
+    if mask is None:
+        return output
+    real = mask.to(torch.bool)
+    padding = ~real & real[:, :1].all()  # where a sequence starts with padding, the pass is not a packed one
+    hidden_states = output[0].masked_fill(padding.unsqueeze(-1), 0.0)
+    if isinstance(output, tuple):
+        return (hidden_states, *output[1:])
+    return type(output)(**dict(output) | {"last_hidden_state": hidden_states})
+
+
 class FastModel(HuggingFaceModule):
     """RobertaModel: packed from the embeddings to the last layer where it can be, else padded, else the original."""
 
@@ -132,6 +144,9 @@ class FastModel(HuggingFaceModule):
             state.stayed_padded("a head reads padded rows")
         elif state.packed is not False:
             reason = self._unpackable(request, kwargs)
+            if reason is None and tracing():
+                state.stayed_padded("traced")
+                return _without_padding(super().forward(**kwargs | {"attention_mask": request}), request.attention_mask)
             packed = self._pack(request.attention_mask, kwargs) if reason is None else None
             if packed is not None:
                 return self._packed_forward(packed, kwargs)
@@ -169,8 +184,6 @@ class FastModel(HuggingFaceModule):
 
     def _unpackable(self, request: MaskRequest, kwargs: dict[str, Any]) -> str | None:
         """Why this call stays in the padded layout, or None. Cheap reasons come first."""
-        if tracing():
-            return "traced"
         if self._rk_unpackable is not None:
             return self._rk_unpackable
         for name in self._rk_unknown:
@@ -362,6 +375,8 @@ class FastTokenHead(HuggingFaceModule):
         labels = kwargs.get("labels")
         if labels is None:
             return False
+        if tracing():
+            return True  # for all a graph knows
         if hasattr(self, "_loss_function"):  # the user's own
             return bool((mask == 0).any())
         shift, length = self._rk_shift, mask.shape[1]
@@ -379,7 +394,6 @@ class FastTokenHead(HuggingFaceModule):
         if (
             isinstance(mask, Tensor)
             and mask.dim() == self._rk_mask_dim
-            and not tracing()
             and state_of(self).packed == "auto"
             and self._reads_padding(mask, kwargs)
         ):

@@ -168,6 +168,44 @@ def test_exported_with_a_mask(family):
     assert_runs_like(program.module(), original, case)
 
 
+@pytest.mark.parametrize("head", ["pooler", "token", "span"])
+def test_padded_rows_of_a_graph_are_those_of_a_call(head):
+    case = case_of(head, "holes")
+    original = build(case)
+    ours = patched(original)
+    module = exported(ours, batch_for(case, original.config, length=9)).module()
+    for mask in ("right", "left", "holes"):
+        inputs = batch_for(dataclasses.replace(case, mask=mask), original.config, length=12)
+        example = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            torch.testing.assert_close(module(**example)[0], ours(**example)[0], rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("head", ["masked_lm", "causal_lm"])
+def test_a_compiled_loss_that_reads_padding(head):
+    case = case_of(head, train=True)
+    original = build(case)
+    compiled = torch.compile(patched(original), fullgraph=True, backend="aot_eager")
+    inputs = batch_for(case, original.config)
+    inputs["labels"] = torch.full_like(inputs["input_ids"], 7)
+    torch.testing.assert_close(compiled(**inputs).loss, original(**inputs).loss, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("head", ["pooler", "masked_lm", "choice"])
+def test_exported_by_transformers(head):
+    exporters = pytest.importorskip("transformers.exporters", exc_type=ImportError)
+    case = case_of(head, "holes")
+    original = build(case)
+    ours = patched(original)
+    inputs = batch_for(case, original.config)
+    inputs.pop("labels", None)
+    exported_model = exporters.DynamoExporter().export(ours, dict(inputs), config=exporters.DynamoConfig(dynamic=True))
+    with torch.no_grad():
+        got, want = exported_model.program.module()(**inputs), ours(**inputs)
+    assert got.keys() == want.keys()
+    torch.testing.assert_close(got[0], want[0], rtol=2e-4, atol=2e-5)
+
+
 @slow
 def test_compiled_ahead_of_time(tmp_path):
     case = case_of("single_label")
