@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 CUDA_VENV := .venv-cuda
 CUDA_TORCH ?= 2.14.1
 SOURCES := setup.py roberta_kernels/schemas.def $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*.*)
-PYTHON_FILES := roberta_kernels tests benchmarks csrc setup.py
+PYTHON_FILES := roberta_kernels tests benchmarks csrc setup.py noxfile.py
 CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cpp csrc/cuda/*.cu csrc/cuda/*.h csrc/cuda/*.cuh tests/cuda_emulation/*.h tests/cuda_emulation/*.cuh tests/cuda_emulation/*.cpp)
 PYTEST := $(BIN)/python -m pytest
 WORKERS ?= 2
@@ -16,7 +16,7 @@ WORKERS ?= 2
 NOT_CUDA := --ignore=tests/cuda --ignore=tests/cuda_emulation
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format test-fast test-slow test-cuda-source test-cuda-library cuda-library cuda-emulation bench gpu-suite clean
+.PHONY: help setup demo test lint format test-fast test-slow test-floor test-matrix test-cuda-source test-cuda-library cuda-library cuda-emulation bench gpu-suite clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -65,6 +65,12 @@ $(VENV)/.torchao: constraints.txt $(VENV)/.packages
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target $(VENV)/torchao torchao
 	touch $@
 
+test-floor: setup  ## the quick model tests with the oldest transformers (noxfile.py), in .nox
+	$(BIN)/nox -s floor
+
+test-matrix: setup  ## the model tests with every version in noxfile.py; several GB, and hours
+	$(BIN)/nox -s models
+
 test-cuda-source: setup  ## the CUDA sources: compiled for every architecture, and run on the CPU; needs nvcc, no GPU
 	$(PYTEST) -m cuda_source tests/cuda
 	@if why=$$($(BIN)/python csrc/cuda/cuda_build.py --check); then $(MAKE) --no-print-directory cuda-emulation; else echo "cuda-emulation skipped: $$why"; fi
@@ -102,4 +108,4 @@ gpu-suite: $(if $(filter $(BIN)/python,$(SUITE_PYTHON)),setup)  ## build, test, 
 	$(SUITE_PYTHON) -m benchmarks gpu-suite --out $(OUT)
 
 clean:  ## remove what was built, and .venv
-	rm -rf $(VENV) $(CUDA_VENV) build dist *.egg-info roberta_kernels/*.so roberta_kernels/build_report.json demo-output
+	rm -rf $(VENV) $(CUDA_VENV) .nox build dist *.egg-info roberta_kernels/*.so roberta_kernels/build_report.json demo-output

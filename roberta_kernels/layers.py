@@ -19,7 +19,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers import activations
 
 from roberta_kernels import backends, ops
-from roberta_kernels.ops.attention import supported_head_dim
+from roberta_kernels.ops.attention import serving_head_dim
 from roberta_kernels.packing import Sequences
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ def functorch_active() -> bool:
 
 def _attention_reason(core: Any) -> str | None:
     """Why the attention of a SelfAttention module cannot be fused, or None."""
-    if not supported_head_dim(core.attention_head_size):
+    if serving_head_dim(core.attention_head_size) is None:
         return f"head_dim {core.attention_head_size} is not served"
     if core.dropout.p >= 1.0:
         return "attention dropout is 1"
@@ -225,6 +225,10 @@ def _attend(fast: Any, core: Any, hidden_states: Tensor, sequences: Sequences, s
         for m, is_plain in zip(projections, plain, strict=True)
     )
     dropout_p = attention_dropout(core)
+    served = serving_head_dim(head_dim)
+    assert served is not None
+    if served != head_dim:
+        query, key, value = (F.pad(t, (0, served - head_dim)) for t in (query, key, value))
     context = ops.attention(
         query,
         key,
@@ -237,7 +241,9 @@ def _attend(fast: Any, core: Any, hidden_states: Tensor, sequences: Sequences, s
         dropout_p=dropout_p,
         seed=seed if dropout_p > 0 else None,
     )
-    return context.view(*hidden_states.shape[:-1], heads * head_dim)
+    if served != head_dim:
+        context = context[..., :head_dim]
+    return context.reshape(*hidden_states.shape[:-1], heads * head_dim)
 
 
 class FastSelfAttention(HuggingFaceModule):
@@ -406,8 +412,8 @@ class FastLayer(HuggingFaceModule):
 
     def packed_reason(self, like: Tensor) -> str | None:
         """Why this layer cannot take packed tokens, or None. like: `[*, H]`, a tensor of the hidden states' dtype."""
-        if foreign_hooks(self) or self.chunk_size_feed_forward != 0:
-            return "hooks on a layer, or chunked feed-forward"
+        if foreign_hooks(self):
+            return "hooks on a layer"
         return self.attention_reason(like) or self.feed_forward_reason(like)
 
     def forward(
@@ -447,6 +453,9 @@ class FastLayer(HuggingFaceModule):
             return super().forward(hidden_states, attention_mask.original(), **kwargs)
         hidden_states = self.fused_attention(hidden_states, attention_mask.sequences)
         if self.chunk_size_feed_forward != 0:
+            if hidden_states.dim() == 2:  # packed: as many rows at a time as chunks of the padded batch have
+                rows = self.chunk_size_feed_forward * (attention_mask.sequences.cu_seqlens.shape[0] - 1)
+                return torch.cat([self.feed_forward_chunk(chunk) for chunk in hidden_states.split(rows)])
             from transformers.pytorch_utils import apply_chunking_to_forward
 
             return apply_chunking_to_forward(

@@ -82,6 +82,13 @@ def _requested(mask: Any) -> MaskRequest:
     return mask if type(mask) is MaskRequest else MaskRequest(mask)
 
 
+def _own_forward(module: nn.Module) -> bool:
+    """Whether a forward is bound to the instance. One bound before patching, as accelerate's hooks are, runs the
+    original code, which does not know our masks.
+    """
+    return "forward" in module.__dict__
+
+
 def _by_name(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """All arguments of forward by name."""
     names = model._rk_parameters
@@ -94,6 +101,18 @@ def _by_name(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
         if name in kwargs:
             raise TypeError(f"{type(model).__name__}.forward() got multiple values for argument {name!r}")
     return named | kwargs
+
+
+def _without_padding(output: Any, mask: Tensor | None) -> Any:
+    """The output of a model that ran padded, in a graph, with zeros where a packed pass leaves them."""
+    if mask is None:
+        return output
+    real = mask.to(torch.bool)
+    padding = ~real & real[:, :1].all()  # where a sequence starts with padding, the pass is not a packed one
+    hidden_states = output[0].masked_fill(padding.unsqueeze(-1), 0.0)
+    if isinstance(output, tuple):
+        return (hidden_states, *output[1:])
+    return type(output)(**dict(output) | {"last_hidden_state": hidden_states})
 
 
 class FastModel(HuggingFaceModule):
@@ -126,6 +145,9 @@ class FastModel(HuggingFaceModule):
             state.stayed_padded("a head reads padded rows")
         elif state.packed is not False:
             reason = self._unpackable(request, kwargs)
+            if reason is None and tracing():
+                state.stayed_padded("traced")
+                return _without_padding(super().forward(**kwargs | {"attention_mask": request}), request.attention_mask)
             packed = self._pack(request.attention_mask, kwargs) if reason is None else None
             if packed is not None:
                 return self._packed_forward(packed, kwargs)
@@ -153,7 +175,9 @@ class FastModel(HuggingFaceModule):
     def _known_layers(self) -> bool:
         """Whether the encoder and all its layers are what the fused pass stands in for."""
         encoder = self._modules["encoder"]
-        return type(encoder) is self._rk_encoder and all(isinstance(layer, FastLayer) for layer in encoder.layer)
+        return type(encoder) is self._rk_encoder and all(
+            isinstance(layer, FastLayer) and not _own_forward(layer) for layer in encoder.layer
+        )
 
     def _wants(self, output: str, kwargs: dict[str, Any]) -> Any:
         """What the call asks of this output, as transformers' capture_outputs looks it up: a None given is a no."""
@@ -161,16 +185,17 @@ class FastModel(HuggingFaceModule):
 
     def _unpackable(self, request: MaskRequest, kwargs: dict[str, Any]) -> str | None:
         """Why this call stays in the padded layout, or None. Cheap reasons come first."""
-        if tracing():
-            return "traced"
         if self._rk_unpackable is not None:
             return self._rk_unpackable
         for name in self._rk_unknown:
             if kwargs.get(name) is not None:
                 return f"{name} was given"
-        input_ids = kwargs.get("input_ids")
-        if input_ids is None or input_ids.dim() != 2 or kwargs.get("inputs_embeds") is not None:
-            return "inputs_embeds"
+        input_ids, inputs_embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        if (input_ids is None) == (inputs_embeds is None):
+            return "not one of input_ids and inputs_embeds"
+        given: Any = input_ids if inputs_embeds is None else inputs_embeds
+        if given.dim() != (2 if inputs_embeds is None else 3):
+            return "input_ids is not [batch, length], or inputs_embeds not [batch, length, hidden]"
         if kwargs.get("past_key_values") is not None:
             return "a key/value cache"
         config = self.config
@@ -180,19 +205,19 @@ class FastModel(HuggingFaceModule):
         ):
             return "a key/value cache or cross-attention"
         mask = request.attention_mask
-        if mask is not None and (not isinstance(mask, Tensor) or mask.shape != input_ids.shape):
+        if mask is not None and (not isinstance(mask, Tensor) or mask.shape != given.shape[:2]):
             return "the attention mask is not [batch, length]"
         if wish := self._wants("output_hidden_states", kwargs):
             return f"output_hidden_states={wish}"
         if config._attn_implementation not in _SAME_ATTENTION:
             return f"attention implementation {config._attn_implementation!r}"
-        if input_ids.numel() == 0:
+        if given.numel() == 0:
             return "an empty batch"
         # Without CUDA's state (fake tensors, on a machine without a GPU) there is no capture, and asking is an error.
-        if input_ids.is_cuda and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        if given.is_cuda and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             return "CUDA graph capture"
         embeddings, encoder = self._modules["embeddings"], self._modules["encoder"]
-        reason = self._embeddings_reason(embeddings)
+        reason = self._embeddings_reason(embeddings, inputs_embeds)
         if reason is not None:
             return reason
         if not self._known_layers():
@@ -211,12 +236,12 @@ class FastModel(HuggingFaceModule):
                 return reason
         return None
 
-    def _embeddings_reason(self, embeddings: Any) -> str | None:
+    def _embeddings_reason(self, embeddings: Any, inputs_embeds: Tensor | None) -> str | None:
         """Why what the embeddings give cannot be packed, or None."""
-        if isinstance(embeddings, FastEmbeddings):
+        if isinstance(embeddings, FastEmbeddings) and inputs_embeds is None:
             fusable = not foreign_hooks(embeddings) and embeddings.fused_reason() is None
             return None if fusable else "the embeddings cannot be fused"
-        if type(embeddings) is not self._rk_embeddings:
+        if not isinstance(embeddings, FastEmbeddings) and type(embeddings) is not self._rk_embeddings:
             return "the embeddings have code of their own"
         # Their original code runs: on the padded batch, before packing. The layers take its dtype for granted.
         weight = embeddings.word_embeddings.weight
@@ -224,15 +249,18 @@ class FastModel(HuggingFaceModule):
             p.dtype != weight.dtype for p in embeddings.parameters()
         ):
             return "embeddings of several dtypes"
+        if inputs_embeds is not None and inputs_embeds.dtype != weight.dtype:
+            return "inputs_embeds of another dtype than the embeddings"
         return None
 
     def _pack(self, mask: Tensor | None, kwargs: dict[str, Any]) -> packing.Packing | None:
-        batch, length = kwargs["input_ids"].shape
-        return packing.pack(mask, batch, length, kwargs["input_ids"].device, self.config.is_decoder)
+        given = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        batch, length = given.shape[:2]
+        return packing.pack(mask, batch, length, given.device, self.config.is_decoder)
 
     def _packed_forward(self, packed: packing.Packing, kwargs: dict[str, Any]) -> Any:
         embeddings = self.embeddings
-        if isinstance(embeddings, FastEmbeddings):
+        if isinstance(embeddings, FastEmbeddings) and kwargs.get("inputs_embeds") is None:
             hidden_states = self._packed_embeddings(packed, kwargs)
         else:
             given = {name: kwargs[name] for name in self._rk_embedding_parameters if name in kwargs}
@@ -328,6 +356,7 @@ class FastAttentionModel(FastModel):
             type(layer) is self._rk_layer
             and type(layer.attention) is self._rk_attention
             and isinstance(layer.attention.self, FastSelfAttention)
+            and not any(map(_own_forward, (layer, layer.attention, layer.attention.self)))
             for layer in encoder.layer
         )
 
@@ -347,6 +376,8 @@ class FastTokenHead(HuggingFaceModule):
         labels = kwargs.get("labels")
         if labels is None:
             return False
+        if tracing():
+            return True  # for all a graph knows
         if hasattr(self, "_loss_function"):  # the user's own
             return bool((mask == 0).any())
         shift, length = self._rk_shift, mask.shape[1]
@@ -364,7 +395,6 @@ class FastTokenHead(HuggingFaceModule):
         if (
             isinstance(mask, Tensor)
             and mask.dim() == self._rk_mask_dim
-            and not tracing()
             and state_of(self).packed == "auto"
             and self._reads_padding(mask, kwargs)
         ):
@@ -544,6 +574,11 @@ def mismatch(module: nn.Module) -> str | None:
     if where is None or is_fast_class(cls):
         return None
     return structure_mismatch(module, where) or probe.difference(cls, role.role)
+
+
+def holds_fast_class(cls: type) -> bool:
+    """Whether modules of this class run a fast class: it is one, or was derived from one (fully_shard does that)."""
+    return hasattr(cls, "_rk_original")
 
 
 def make_original(module: nn.Module) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from roberta_kernels import backends
 from roberta_kernels.families import FAMILIES, family_classes, role_of, why_left
 from roberta_kernels.layers import PatchState, gelu_kind, plain_linear
-from roberta_kernels.models import MODEL_ROLES, is_fast_class, make_fast, make_original, mismatch
+from roberta_kernels.models import MODEL_ROLES, holds_fast_class, is_fast_class, make_fast, make_original, mismatch
 
 _FUSED = {
     "embeddings": "embeddings + LayerNorm + dropout",
@@ -216,14 +216,21 @@ def _layer_fused(layer: Any) -> str:
 
 
 def unpatch(model: nn.Module) -> None:
-    """Puts back exactly what was there before patch(). Harmless on a model that is not patched."""
+    """Puts back exactly what was there before patch(). Harmless on a model that is not patched.
+
+    Raises RuntimeError, and changes nothing, where a module's class was derived from a fused one since (fully_shard).
+    """
+    for name, module in model.named_modules():
+        cls = type(module)
+        if holds_fast_class(cls) and not is_fast_class(cls):
+            raise RuntimeError(f"{name or 'the model'} became a {cls.__name__} after patching, and cannot be unpatched")
     for module in model.modules():
         make_original(module)
 
 
 def is_patched(model: nn.Module) -> bool:
     """Whether any part of the model runs on fused code."""
-    return any(is_fast_class(type(module)) for module in model.modules())
+    return any(holds_fast_class(type(module)) for module in model.modules())
 
 
 _wrapped: list[tuple[Any, Callable[..., None]]] = []

@@ -19,6 +19,13 @@ def supported_head_dim(head_dim: int) -> bool:
     return MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM and head_dim % 8 == 0
 
 
+def serving_head_dim(head_dim: int) -> int | None:
+    """The smallest head dim of at least this one that the kernels serve, or None. Zeros in the places between change
+    neither a score nor another column of the output.
+    """
+    return max(MIN_HEAD_DIM, -(-head_dim // 8) * 8) if 0 < head_dim <= MAX_HEAD_DIM else None
+
+
 def attention(
     q: Tensor,
     k: Tensor,

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 
 import pytest
 import torch
 import torch._dynamo.testing
-from model_cases import Case, assert_promise, batch_for, batches_for, build, exact_copy, patched, run
+import torch._inductor
+from model_cases import PREFIX, Case, assert_promise, batch_for, batches_for, build, exact_copy, patched, run
 
 import roberta_kernels as rk
 
 SMALL = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "hidden_act": "gelu"}
+slow = pytest.mark.slow
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -43,16 +46,24 @@ def test_compiled_in_one_graph(head, train):
     assert_promise(compiled, original, batches, exact=exact_copy(original), head=head, backward=train)
 
 
-@pytest.mark.parametrize("family", ["bert", "ernie", "roberta_prelayernorm"])
-def test_other_families_compiled_in_one_graph(family):
-    case = case_of("pooler", family=family)
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=() if f in ("bert", "ernie", "roberta_prelayernorm") else slow) for f in PREFIX]
+)
+def test_every_family_compiled_in_one_graph(family):
+    # One dynamic graph, trained in and evaluated in, for batches of different shapes.
+    case = case_of("pooler", family=family, train=True)
     original = build(case)
-    compiled = torch.compile(patched(original), fullgraph=True, backend="aot_eager")
-    for inputs in batches_for(case, original.config, 2):
-        real = inputs["attention_mask"].bool()
-        with torch.no_grad():
-            got, want = compiled(**inputs)[0], original(**inputs)[0]
-        torch.testing.assert_close(got[real], want[real], rtol=2e-4, atol=2e-5)
+    ours = patched(original)
+    compiled = torch.compile(ours, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled.zero_grad, compiled.named_parameters = ours.zero_grad, ours.named_parameters
+    batches = [batch_for(case, original.config, batch=size, length=length) for size, length in ((4, 9), (3, 14))]
+    for inputs in batches:
+        inputs.pop("token_type_ids", None)
+    exact = exact_copy(original)
+    assert_promise(compiled, original, batches, exact=exact, backward=True)
+    original.eval()
+    ours.eval()
+    assert_promise(compiled, original, batches, exact=exact.eval())
 
 
 @pytest.mark.parametrize("head", ["pooler", "causal_lm"])
@@ -174,24 +185,81 @@ def test_compiled_with_a_backend_of_its_own():
         torch.testing.assert_close(compiled(**inputs)[1], original(**inputs)[1], rtol=2e-4, atol=2e-5)
 
 
-def test_exported_with_a_mask():
-    case = case_of("single_label")
-    original = build(case)
-    ours = patched(original)
-    inputs = batch_for(case, original.config, length=9)
+def exported(ours, inputs):
+    """The model exported with both sizes of its ids and mask free."""
     example = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     size, length = torch.export.Dim("batch", min=2, max=64), torch.export.Dim("length", min=2, max=40)
     shapes = {name: {0: size, 1: length} for name in example}
-    program = torch.export.export(ours, (), example, dynamic_shapes=shapes, strict=False)
-    targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-    assert any("roberta_kernels" in target and "attention" in target for target in targets)
-    module = program.module()
+    return torch.export.export(ours, (), example, dynamic_shapes=shapes, strict=False)
+
+
+def assert_runs_like(module, original, case):
     for mask in ("right", "left", "holes"):
-        for batch, other in ((4, 9), (3, 14)):
-            inputs = batch_for(case_of("single_label", mask), original.config, batch=batch, length=other)
+        for batch, length in ((4, 9), (3, 14)):
+            inputs = batch_for(dataclasses.replace(case, mask=mask), original.config, batch=batch, length=length)
             example = {name: inputs[name] for name in ("input_ids", "attention_mask")}
             with torch.no_grad():
                 torch.testing.assert_close(module(**example).logits, original(**example).logits, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "family", ["roberta", *(pytest.param(f, marks=slow) for f in ("xlm_roberta", "bert", "electra", "ernie", "xmod"))]
+)
+def test_exported_with_a_mask(family):
+    case = case_of("single_label", family=family)
+    original = build(case)
+    program = exported(patched(original), batch_for(case, original.config, length=9))
+    targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert any("roberta_kernels" in target and "attention" in target for target in targets)
+    assert_runs_like(program.module(), original, case)
+
+
+@pytest.mark.parametrize("head", ["pooler", "token", "span"])
+def test_padded_rows_of_a_graph_are_those_of_a_call(head):
+    case = case_of(head, "holes")
+    original = build(case)
+    ours = patched(original)
+    module = exported(ours, batch_for(case, original.config, length=9)).module()
+    for mask in ("right", "left", "holes"):
+        inputs = batch_for(dataclasses.replace(case, mask=mask), original.config, length=12)
+        example = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            torch.testing.assert_close(module(**example)[0], ours(**example)[0], rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("head", ["masked_lm", "causal_lm"])
+def test_a_compiled_loss_that_reads_padding(head):
+    case = case_of(head, train=True)
+    original = build(case)
+    compiled = torch.compile(patched(original), fullgraph=True, backend="aot_eager")
+    inputs = batch_for(case, original.config)
+    inputs["labels"] = torch.full_like(inputs["input_ids"], 7)
+    torch.testing.assert_close(compiled(**inputs).loss, original(**inputs).loss, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("head", ["pooler", "masked_lm", "choice"])
+def test_exported_by_transformers(head):
+    exporters = pytest.importorskip("transformers.exporters", exc_type=ImportError)
+    case = case_of(head, "holes")
+    original = build(case)
+    ours = patched(original)
+    inputs = batch_for(case, original.config)
+    inputs.pop("labels", None)
+    exported_model = exporters.DynamoExporter().export(ours, dict(inputs), config=exporters.DynamoConfig(dynamic=True))
+    with torch.no_grad():
+        got, want = exported_model.program.module()(**inputs), ours(**inputs)
+    assert got.keys() == want.keys()
+    torch.testing.assert_close(got[0], want[0], rtol=2e-4, atol=2e-5)
+
+
+@slow
+def test_compiled_ahead_of_time(tmp_path):
+    case = case_of("single_label")
+    original = build(case)
+    with torch.no_grad():
+        program = exported(patched(original), batch_for(case, original.config, length=9))
+        path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    assert_runs_like(torch._inductor.aoti_load_package(path), original, case)
 
 
 def test_a_traced_model_does_not_keep_the_padding_it_saw():
@@ -225,7 +293,7 @@ def test_compiling_does_not_disturb_what_is_not_compiled():
     assert report.padded() == {}
 
 
-@pytest.mark.slow
+@slow
 def test_compiled_for_real():
     case = case_of("single_label", train=True)
     original = build(case)
