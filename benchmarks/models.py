@@ -100,9 +100,7 @@ def runners(device: str, *, smoke: bool = False) -> dict[str, Runner]:
     found["HF eager"] = Runner(lambda model: model, "transformers, attention in plain torch", attention="eager")
     found["HF sdpa"] = Runner(lambda model: model, "transformers as it comes")
     if not smoke:
-        found["HF sdpa compile"] = Runner(
-            compiled(None), "the same under torch.compile, shapes dynamic", compiled=True
-        )
+        found["HF sdpa compile"] = Runner(compiled(None), "the same under torch.compile, shapes dynamic", compiled=True)
         found["HF sdpa reduce-overhead"] = Runner(
             compiled("reduce-overhead"), "the same with CUDA graphs (mode reduce-overhead)", compiled=True
         )
@@ -213,7 +211,13 @@ def least_bytes(batch: Batch, config: Any, itemsize: float) -> float:
 
 
 def figures(
-    runner: Runner, samples: Samples, batch: Batch, config: Any, roofs: dict[str, Any] | None, direction: str, dtype: str
+    runner: Runner,
+    samples: Samples,
+    batch: Batch,
+    config: Any,
+    roofs: dict[str, Any] | None,
+    direction: str,
+    dtype: str,
 ) -> dict[str, Any]:
     """Of one contender in one case: times, useful work, and how near they come to the roofs."""
     seconds = statistics.median(samples.calls)
@@ -286,13 +290,7 @@ def run_models(
             case = f"model-{dtype_name}-{direction}-{batch.name}"
             if case in done:
                 continue
-            described = {
-                "case": case,
-                "model": (SMOKE_MODEL if smoke else MODEL)["name"],
-                "dtype": dtype_name,
-                "direction": direction,
-                "batch": {"name": batch.name, "lengths": list(batch.lengths)},
-            }
+            case_row = described(case, dtype_name, direction, batch, smoke=smoke)
             inputs = make_inputs(batch, config, device, dtype)
             exact: dict[str, Tensor] = {}
             if exact_model is not None:
@@ -306,14 +304,14 @@ def run_models(
             # Hugging Face's sdpa first: the others' answers are compared with its own.
             for name in sorted(known, key=lambda name: name != "HF sdpa"):
                 runner = known[name]
-                failure = functools.partial(_failure, described, name)
+                failed = functools.partial(failure, case_row, name)
                 if excluded(case, name) or runner.missing or (runner.engine and direction != "forward"):
                     continue
                 if name in broken:
-                    yield failure(broken[name])
+                    yield failed(broken[name])
                     continue
                 if time.time() > deadline - (_COMPILE_SECONDS if runner.compiled else 0.0):
-                    yield failure("no time left")
+                    yield failed("no time left")
                     continue
                 begin(case, name)
                 try:
@@ -328,7 +326,7 @@ def run_models(
                     gap = isinstance(error, (NotImplementedError, BackendError))
                     if runner.compiled or name not in models:  # it would fail again, after as long a time
                         broken[name] = first_line(error)
-                    yield failure(first_line(error), gap=not runner.ours or runner.compiled or gap)
+                    yield failed(first_line(error), gap=not runner.ours or runner.compiled or gap)
                     continue
                 if effort is None:
                     continue
@@ -338,23 +336,20 @@ def run_models(
                     # What is kept with less is held to no promise, only to make sense.
                     wrong, error = _wrong(answers, None if runner.weights else plain, exact)
                     if wrong:
-                        yield failure(f"wrong answers: {wrong}", gap=not runner.ours)
+                        yield failed(f"wrong answers: {wrong}", gap=not runner.ours)
                         if not error < _NONSENSE:
                             continue
-                    within = None if runner.weights else not wrong
+                    within = None if runner.weights or plain is None else not wrong
                     checked[name] = {"error": error, "within_promise": within, **_peak(call, device)}
-                calls[name] = Call(call, functools.partial(_announced, begin, case, name))
+                calls[name] = Call(call, functools.partial(announced, begin, case, name))
             if effort is None:
                 continue
             measured = {}
             for name, samples in measure(calls, clock, effort).items():
-                row = {**described, "contender": name, **checked.get(name, {})}
+                row = {**case_row, "contender": name, **checked.get(name, {})}
                 row |= figures(known[name], samples, batch, config, roofs, direction, dtype_name)
                 measured[name] = row
-            for row in measured.values():
-                if row["ours"]:
-                    row["ratios"] = {n: ratio(row, peer) for n, peer in measured.items() if not peer["ours"]}
-                yield {"model": row}
+            yield from finish(measured)
             yield {"done": case}
         if prepared is None:
             models.clear()
@@ -363,13 +358,33 @@ def run_models(
             torch.cuda.empty_cache()
 
 
+def described(case: str, dtype: str, direction: str, batch: Batch, *, smoke: bool) -> dict[str, Any]:
+    """A case as the JSON names it."""
+    return {
+        "case": case,
+        "model": (SMOKE_MODEL if smoke else MODEL)["name"],
+        "dtype": dtype,
+        "direction": direction,
+        "batch": {"name": batch.name, "lengths": list(batch.lengths)},
+    }
+
+
+def finish(measured: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The rows of a case, by contender, with their ratios to the peers, as events."""
+    for row in measured.values():
+        if row["ours"]:
+            row["ratios"] = {name: ratio(row, peer) for name, peer in measured.items() if not peer["ours"]}
+        yield {"model": row}
+
+
 @contextlib.contextmanager
-def _announced(begin: Callable[[str, str], None], case: str, name: str) -> Iterator[None]:
+def announced(begin: Callable[[str, str], None], case: str, name: str) -> Iterator[None]:
     begin(case, name)
     yield
 
 
-def _failure(described: dict[str, Any], name: str, reason: str, *, gap: bool = True) -> dict[str, Any]:
+def failure(described: dict[str, Any], name: str, reason: str, *, gap: bool = True) -> dict[str, Any]:
+    """An event: a contender that has no figures, or wrong answers. gap: the fault is not ours."""
     return {"failure": {**described, "contender": name, "reason": reason, "broken": not gap}}
 
 

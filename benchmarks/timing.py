@@ -33,6 +33,9 @@ class Effort:
 
 FULL = Effort(turns=7, min_turns=3, turn_seconds=0.02, max_calls=50, rest=0.1, budget=5.0)
 GPU = Effort(turns=9, min_turns=5, turn_seconds=0.004, max_calls=40, rest=0.0, budget=2.0)
+# Whole models on a CPU: the slowest calls take seconds, and four turns of those have to do.
+MODELS = Effort(turns=15, min_turns=4, turn_seconds=0.1, max_calls=20, rest=0.15, budget=60.0)
+SCALING = Effort(turns=7, min_turns=3, turn_seconds=0.05, max_calls=10, rest=0.15, budget=6.0)
 QUICK = Effort(turns=3, min_turns=3, turn_seconds=0.003, max_calls=10, rest=0.01, budget=1.0)
 
 
@@ -117,6 +120,7 @@ class Clock:
 
 
 _LONGEST_NAP = 0.05
+_SHORT = 0.25
 _CYCLES_PER_SECOND = 2e9  # at most: a slower GPU naps longer
 
 
@@ -126,7 +130,9 @@ def measure(calls: dict[str, Call], clock: Clock, effort: Effort) -> dict[str, S
     counts = {}
     for name, call in calls.items():
         with call.active():
-            seconds = min(clock.calls(call.run, 2))
+            seconds = min(clock.calls(call.run, 1))
+            if seconds < _SHORT:  # the first may have had threads to wake
+                seconds = min(seconds, *clock.calls(call.run, 1))
         counts[name] = max(1, min(effort.max_calls, round(effort.turn_seconds / max(seconds, 1e-7))))
     rest = effort.rest if clock.device == "cpu" else 0.0
     order = list(calls)
