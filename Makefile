@@ -16,7 +16,7 @@ WORKERS ?= 2
 NOT_CUDA := --ignore=tests/cuda --ignore=tests/cuda_emulation
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format test-fast test-slow test-cuda-source test-cuda-library cuda-library cuda-emulation bench gpu-suite clean
+.PHONY: help setup demo test lint format test-fast test-slow test-cuda-source test-cuda-library cuda-library cuda-emulation bench bench-models gpu-suite clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -87,6 +87,15 @@ cuda-library: $(CUDA_VENV)/.packages
 
 bench: setup  ## kernel benchmarks: JSON, a table and plots in benchmarks/results/
 	$(BIN)/python -m benchmarks run
+
+# No part of what .venv holds for the tests: 300 MB.
+$(VENV)/.peers: $(VENV)/.built
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[bench-models]'
+	touch $@
+
+MODELS_ARGS ?=
+bench-models: $(VENV)/.peers  ## whole models on a CPU against ONNX Runtime, OpenVINO, ...: some 20 minutes
+	$(BIN)/python -m benchmarks models $(MODELS_ARGS)
 
 OUT ?= bench-output
 # Where the packages are there already (a GPU machine without a network): make gpu-suite SUITE_PYTHON=python3

@@ -62,7 +62,7 @@ def run_corpus(
     begin: Callable[[str, str], None],
 ) -> Iterator[dict[str, Any]]:
     """Yields what run_models yields, for one case. exact_model: in float64."""
-    texts = docstrings()
+    texts = docstrings(SMOKE_TEXTS if smoke else None)
     tokenizer = train_tokenizer(texts, SMOKE_VOCABULARY if smoke else VOCABULARY)
     count = SMOKE_TEXTS if smoke else TEXTS
     texts = texts[:: len(texts) // count][:count]

@@ -202,6 +202,10 @@ class CpuSuite:
         now = time.monotonic()
         self.results["seconds"][name] = round(now - self._since, 1)
         self._since = now
+        # As they stand in the list of contenders, and not as they were begun.
+        cases = list(dict.fromkeys(row["case"] for row in self.results["models"]))
+        order = list(self.known)
+        self.results["models"].sort(key=lambda row: (cases.index(row["case"]), order.index(row["contender"])))
         self.progress.advance(self.task)
         save(self.path, self.results)
 

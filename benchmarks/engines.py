@@ -1,8 +1,8 @@
 """Inference engines that run an exported model: ONNX Runtime and OpenVINO, as peers on a CPU.
 
-`python -m benchmarks.engines FOLDER` writes the model of a run into FOLDER, in a process of its own, as exporting leaves
-a gigabyte behind: `model.onnx`; `fused.onnx`, after ONNX Runtime's transformer optimiser (Attention, SkipLayerNorm and
-BiasGelu nodes); `int8.onnx`, that one with dynamically quantised weights, per channel.
+`python -m benchmarks.engines FOLDER` writes the model of a run into FOLDER, in a process of its own, as exporting
+leaves a gigabyte behind: `model.onnx`; `fused.onnx`, after ONNX Runtime's transformer optimiser (Attention,
+SkipLayerNorm and BiasGelu nodes); `int8.onnx`, that one with dynamically quantised weights, per channel.
 
 Importing this module imports neither torch nor an engine: a process that measures memory has only what it needs.
 """

@@ -11,7 +11,6 @@ import torch
 
 from roberta_kernels import backends
 
-
 _ENGINES = ("onnx", "onnxruntime", "openvino")
 
 

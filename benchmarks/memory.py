@@ -1,8 +1,8 @@
 """The memory of one contender, in a process of its own: `python -m benchmarks.memory ORDER`.
 
-ORDER is a JSON file: "contender", "smoke", "threads", "exported" (the folder of benchmarks.engines), "batches" (pairs of a
-name and lengths, the smallest first) and "out", the file to write: {"base_bytes": resident before there is a model,
-"batches": {name: the most that was resident while it ran}}. An engine's process never imports torch.
+ORDER is a JSON file: "contender", "smoke", "threads", "exported" (the folder of benchmarks.engines), "batches" (pairs
+of a name and lengths, the smallest first) and "out", the file to write: {"base_bytes": resident before there is a
+model, "batches": {name: the most that was resident while it ran}}. An engine's process never imports torch.
 
 Linux only: the high-water mark of /proc/self/status, set back before each batch.
 """

@@ -176,12 +176,13 @@ def details(results: dict[str, Any]) -> str:
 
 
 LEGEND = (
-    'Under "vs" and "reached", how many times as long the other took, turn by turn: median (20th to 80th percentile); above 1 '
-    "ours is faster. **Bold**: ours is slower, or a target is missed. Tokens and GFLOP are of real tokens only, whatever a "
-    "contender computes. Of FMA roof: over the rate of float32 multiply-adds, which int8 products may exceed. Of memory "
-    "roof: the encoder's weights read once, over the copy rate; of 1x4 and 1x16 it is the bound. Error: largest error at real "
-    "positions against float64, over the largest value. Peak: resident in a process of its own that runs only this, and in "
-    "brackets what was resident before there was a model (torch, or the engine)."
+    'Under "vs" and "reached", how many times as long the other took, turn by turn: median (20th to 80th '
+    "percentile); above 1 ours is faster. **Bold**: ours is slower, or a target is missed. Tokens and GFLOP are "
+    "of real tokens only, whatever a contender computes. Of FMA roof: over the rate of float32 multiply-adds, "
+    "which int8 products may exceed. Of memory roof: the encoder's weights read once, over the copy rate; it is "
+    "what bounds a few tokens. Error: largest error at real positions against float64, over the largest value. "
+    "Peak: resident in a process of its own that runs only this, and in brackets what was resident before there "
+    "was a model (torch, or the engine)."
 )
 
 
@@ -223,7 +224,8 @@ def readme(results: dict[str, Any], picture: str) -> str:
         (
             f"`make bench-models` on {machine['cpu']}, {machine['cores']} cores ({machine['isa_kernels']}), "
             f"{results['datetime'][:10]}, commit {commit.get('id', 'unknown')[:12]}: "
-            f"a model of RoBERTa-base size, all contenders in turns in one run, multiply-add roof {roof / 1e9:.0f} GFLOP/s.",
+            "a model of RoBERTa-base size, all contenders in turns in one run, multiply-add roof "
+            f"{roof / 1e9:.0f} GFLOP/s.",
             f"![speed of whole models by workload]({picture})",
             targets(results),
             "How many times as long the other took; bold: missed. Everything else, and how it was measured: "

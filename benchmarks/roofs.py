@@ -6,8 +6,8 @@ copy among the blocks that move at least as many bytes as the case does. On a GP
 larger than the cache, and the roof is that of device memory, of the largest block.
 
 Products: the best `torch.mm` over a few large shapes, for each dtype. On a CPU with a C++ compiler also the rate of
-float32 multiply-adds that the cores reach with all threads and no memory at all (fma.cpp, built for this machine), which
-no product can exceed; without one, the products stand for it.
+float32 multiply-adds that the cores reach with all threads and no memory at all (fma.cpp, built for this machine),
+which no product can exceed; without one, the products stand for it.
 """
 
 from __future__ import annotations
