@@ -44,6 +44,7 @@ SMOKE_MODEL = {
 # Compiling a model may take most of a minute; with less left it is not begun.
 _COMPILE_SECONDS = 30.0
 _NONSENSE = 0.1  # relative to the largest value; below it, a model that breaks the promise is timed, and said to
+_LOSSLESS = 1e-5  # a float32 model whose weights are kept with less cannot be as exact as this
 # Rounding floors of a whole model, as in tests/models: in bfloat16 four of them are 3% already.
 _FLOOR_ULPS = {torch.bfloat16: 4.0, torch.float32: 16.0}
 _PROBED = ("embeddings.word_embeddings.weight", "encoder.layer.0.attention.self.query.weight", "LayerNorm.bias")
@@ -339,6 +340,11 @@ def run_models(
                         yield failed(f"wrong answers: {wrong}", gap=not runner.ours)
                         if not error < _NONSENSE:
                             continue
+                    if runner.ours and runner.weights and error < _LOSSLESS:
+                        yield failed(
+                            f"its answers are float32's: the weights are not kept in {runner.weights}", gap=False
+                        )
+                        continue
                     within = None if runner.weights or plain is None else not wrong
                     checked[name] = {"error": error, "within_promise": within, **_peak(call, device)}
                 calls[name] = Call(call, functools.partial(announced, begin, case, name))
