@@ -266,7 +266,7 @@ class CpuSuite:
             config=model_config(smoke=self.smoke, attention="sdpa"),
             exact_model=original("cpu", torch.float32, smoke=self.smoke, attention="sdpa").double(),
             roofs=self.results["roofs"],
-            effort=self._effort(timing.MODELS),
+            effort=self._effort(timing.CORPUS),
             smoke=self.smoke,
             begin=self._begin,
         ):

@@ -43,6 +43,7 @@ SMOKE_MODEL = {
 }
 # Compiling a model may take most of a minute; with less left it is not begun.
 _COMPILE_SECONDS = 30.0
+SLOW = 2.0  # seconds of a first call, beyond which nobody has to be asked how often it fits into a turn
 _NONSENSE = 0.1  # relative to the largest value; below it, a model that breaks the promise is timed, and said to
 _LOSSLESS = 1e-5  # a float32 model whose weights are kept with less cannot be as exact as this
 # Rounding floors of a whole model, as in tests/models: in bfloat16 four of them are 3% already.
@@ -320,8 +321,10 @@ def run_models(
                         models[name] = make(runner, device, dtype, smoke=smoke)
                     run, model = models[name]
                     call = _call(run, model, inputs, direction)
+                    began = time.perf_counter()
                     answers = _answers(call, model, inputs, direction)
                     clock.synchronize()
+                    slow = time.perf_counter() - began > SLOW and not runner.compiled
                 except Exception as error:
                     check_gpu(device)
                     gap = isinstance(error, (NotImplementedError, BackendError))
@@ -347,7 +350,7 @@ def run_models(
                         continue
                     within = None if runner.weights or plain is None else not wrong
                     checked[name] = {"error": error, "within_promise": within, **_peak(call, device)}
-                calls[name] = Call(call, functools.partial(announced, begin, case, name))
+                calls[name] = Call(call, functools.partial(announced, begin, case, name), slow)
             if effort is None:
                 continue
             measured = {}
