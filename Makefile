@@ -9,14 +9,14 @@ CUDA_VENV := .venv-cuda
 CUDA_TORCH ?= 2.14.1
 SOURCES := setup.py roberta_kernels/schemas.def $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*.*)
 PYTHON_FILES := roberta_kernels tests benchmarks csrc setup.py noxfile.py
-CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cpp csrc/cuda/*.cu csrc/cuda/*.h csrc/cuda/*.cuh tests/cuda_emulation/*.h tests/cuda_emulation/*.cuh tests/cuda_emulation/*.cpp)
+CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cpp csrc/cuda/*.cu csrc/cuda/*.h csrc/cuda/*.cuh tests/cuda_emulation/*.h tests/cuda_emulation/*.cuh tests/cuda_emulation/*.cpp benchmarks/*.cpp)
 PYTEST := $(BIN)/python -m pytest
 WORKERS ?= 2
 # What test-cuda-source and test-cuda-library run.
 NOT_CUDA := --ignore=tests/cuda --ignore=tests/cuda_emulation
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format test-fast test-slow test-floor test-matrix test-cuda-source test-cuda-library cuda-library cuda-emulation bench gpu-suite clean
+.PHONY: help setup demo test lint format test-fast test-slow test-floor test-matrix test-cuda-source test-cuda-library cuda-library cuda-emulation bench bench-models gpu-suite clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -100,6 +100,15 @@ cuda-library: $(CUDA_VENV)/.packages
 
 bench: setup  ## kernel benchmarks: JSON, a table and plots in benchmarks/results/
 	$(BIN)/python -m benchmarks run
+
+# No part of what .venv holds for the tests: 300 MB.
+$(VENV)/.peers: $(VENV)/.built
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[bench-models]'
+	touch $@
+
+MODELS_ARGS ?=
+bench-models: $(VENV)/.peers  ## whole models on a CPU against ONNX Runtime, OpenVINO, ...: some 20 minutes
+	$(BIN)/python -m benchmarks models $(MODELS_ARGS)
 
 OUT ?= bench-output
 # Where the packages are there already (a GPU machine without a network): make gpu-suite SUITE_PYTHON=python3

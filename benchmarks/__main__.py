@@ -1,5 +1,5 @@
-"""`python -m benchmarks run`: measures the kernels and writes JSON, tables and plots. Also `report`, `compare`, the
-`gpu-suite`, and `choose`, which makes the package follow its results.
+"""`python -m benchmarks run` measures the kernels and `models` whole models on a CPU: JSON, tables and plots. Also
+`report`, `compare`, the `gpu-suite`, and `choose`, which makes the package follow its results.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import pytest
 
 HERE = Path(__file__).parent
+DOCUMENT, README = HERE.parent / "docs" / "performance.md", HERE.parent / "README.md"
 REGRESSED, REFUSED = 3, 4
 
 
@@ -84,21 +85,66 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     return int(status)
 
 
+def models(arguments: argparse.Namespace, console: Console) -> int:
+    """Measures whole models, then writes the report; returns the suite's exit status, or that of the comparison."""
+    from benchmarks import machine
+    from benchmarks.cpu_suite import CpuSuite
+
+    old = report.load(arguments.compare) if arguments.compare else None
+    if arguments.smoke:
+        torch.set_num_threads(1)
+    described = machine.machine("cpu")
+    if old is not None:
+        check_same_machine(old["machine_info"], described)
+    folder = (arguments.out or _default_folder(described)).resolve()
+    suite = CpuSuite(folder, console, only=arguments.only, smoke=arguments.smoke)
+    status = suite.run()
+    _write_report(suite.path, console)
+    new = report.load(suite.path)
+    if arguments.write_docs:
+        _fill_documents(new, console)
+    if old is not None:
+        return _compare(old, new, arguments.threshold, console) or status
+    return status
+
+
 def _write_report(results_path: Path, console: Console) -> None:
-    from benchmarks import plots
+    from benchmarks import model_plots, model_report, plots
 
     results = report.load(results_path)
-    folder = results_path.parent
-    images = plots.write(results, folder)
-    (folder / "kernels.md").write_text(report.markdown(results, [image.name for image in images]))
-    for path in (results_path, folder / "kernels.md", *images):
+    folder, whole = results_path.parent, results.get("whole_models")
+    images = (model_plots if whole else plots).write(results, folder)
+    text = (model_report if whole else report).markdown(results, [image.name for image in images])
+    written = results_path.with_suffix(".md")
+    written.write_text(text)
+    for path in (results_path, written, *images):
         console.print(f"wrote {os.path.relpath(path)}", markup=False, highlight=False)
 
 
 def _fill_document(document: Path, results: dict[str, Any]) -> None:
-    from benchmarks import plots
+    from benchmarks import model_plots, model_report, plots
 
-    report.insert(document, results, plots.write(results, document.parent / "images"))
+    folder = document.parent
+    if results.get("whole_models"):
+        images = model_plots.write(results, folder / "images")
+        links = [str(image.relative_to(folder)) for image in images]
+        report.insert(document, "cpu-models", model_report.body(results, links))
+    else:
+        device = results["machine_info"]["device"]
+        images = plots.write(results, folder / "images")
+        report.insert(document, device, report.section(results, images, folder))
+
+
+def _fill_documents(results: dict[str, Any], console: Console) -> None:
+    """docs/performance.md, and the picture and the targets in the README."""
+    from benchmarks import model_report
+
+    if results["quick"]:
+        raise ValueError("a smoke run measures nothing: it is not for the documents")
+    _fill_document(DOCUMENT, results)
+    report.insert(README, "cpu-models", model_report.readme(results, "docs/images/models-cpu-speed.png"))
+    for path in (DOCUMENT, README):
+        console.print(f"filled {os.path.relpath(path)}", markup=False, highlight=False)
 
 
 def _compare(old: dict[str, Any], new: dict[str, Any], threshold: float, console: Console) -> int:
@@ -127,6 +173,25 @@ def main(argv: list[str] | None = None) -> int:
     runs.add_argument("--compare", type=Path, metavar="OLD.json", help="then look for regressions, as compare does")
     options.add_options(runs.add_argument)
 
+    wholes = commands.add_parser(
+        "models",
+        help="whole models on a CPU against transformers, ONNX Runtime and OpenVINO; some twenty minutes on two cores",
+    )
+    wholes.add_argument("--out", type=Path, help="folder to write; default: benchmarks/results/<machine>-<date>")
+    wholes.add_argument("--compare", type=Path, metavar="OLD.json", help="then look for regressions, as compare does")
+    wholes.add_argument(
+        "--write-docs", action="store_true", help="fill docs/performance.md, its pictures, and the README's section"
+    )
+    wholes.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="WHAT",
+        help="only this workload (1x4, ...), part (corpus, training, scaling, memory) or contender (ours, 'HF sdpa', "
+        "...); repeatable; an unknown one names them all",
+    )
+    wholes.add_argument("--smoke", action="store_true", help="a tiny model: proves that it runs, measures nothing")
+
     renders = commands.add_parser("report", help="render a result file again")
     renders.add_argument("results", type=Path)
     renders.add_argument(
@@ -149,7 +214,7 @@ def main(argv: list[str] | None = None) -> int:
 
     chooses = commands.add_parser("choose", help="write the choosing table from committed results of gpu-suite")
     chooses.add_argument("results", type=Path)
-    for command in (runs, compares):
+    for command in (runs, wholes, compares):
         command.add_argument("--threshold", type=float, default=THRESHOLD, help="default: %(default)s")
 
     arguments = parser.parse_args(argv)
@@ -159,6 +224,8 @@ def main(argv: list[str] | None = None) -> int:
         try:
             if arguments.command == "run":
                 return run(arguments, console)
+            if arguments.command == "models":
+                return models(arguments, console)
             if arguments.command == "gpu-suite":
                 return gpu_suite.run(arguments)
             if arguments.command == "choose":

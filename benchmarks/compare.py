@@ -1,4 +1,4 @@
-"""Has a kernel become slower? Compares two result files of the same machine.
+"""Has a kernel, or a whole model, become slower? Compares two result files of the same machine.
 
 A time is put in relation to the peers of its case first: where eager torch and the others also took 1.3 times as long,
 the machine was slower that day and not the kernel. A regression is a backend under test that lost more than `threshold`
@@ -11,7 +11,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.report import rows
+from benchmarks.report import measurements
 
 THRESHOLD = 0.10
 
@@ -55,14 +55,14 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
     check_same_machine(old["machine_info"], new["machine_info"])
     if old["quick"] != new["quick"]:
         raise DifferentMachine("a quick run and a full one do not compare")
-    before = {(row["case"], row["contender"]): row for row in rows(old)}
+    before = {(row["case"], row["contender"]): row for row in measurements(old)}
     drifts: dict[str, list[float]] = {}
-    for row in rows(new):
+    for row in measurements(new):
         past = before.get((row["case"], row["contender"]))
         if past is not None and not row["ours"]:
             drifts.setdefault(row["case"], []).append(row["median_s"] / past["median_s"])
     changes = []
-    for row in rows(new):
+    for row in measurements(new):
         past = before.get((row["case"], row["contender"]))
         if past is None or not row["ours"]:
             continue

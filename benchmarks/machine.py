@@ -11,6 +11,8 @@ import torch
 
 from roberta_kernels import backends
 
+_ENGINES = ("onnx", "onnxruntime", "openvino")
+
 
 def pick_device(wanted: str | None) -> str:
     """The device type to measure on: the wanted one, or CUDA where torch has it. Raises ValueError where it has not."""
@@ -50,7 +52,7 @@ def machine(device: str) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Of everything that computes something here."""
     found = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
-    for package in ("roberta_kernels", "triton", "transformers", "numpy", "pytest-benchmark"):
+    for package in ("roberta_kernels", "triton", "transformers", "numpy", "pytest-benchmark", *_ENGINES):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -1,4 +1,5 @@
-"""Whole models: RoBERTa as Hugging Face has it, eager and compiled, against the same model patched.
+"""Whole models: RoBERTa as Hugging Face has it, eager and compiled, or exported to another engine, against the same
+model patched. What the GPU suite and the CPU suite (cpu_suite.py) have in common.
 
 Weights are random, of one seed for all. Even batches carry no attention mask, as transformers drops one that masks
 nothing; mixed lengths are padded on the right. Forward runs under no_grad; forward + backward takes the gradient of
@@ -13,6 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -22,8 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.roofs import compute_roof, memory_roof
 from benchmarks.runner import Poisoned, check_gpu, first_line, percentile, ratio, relative_error
-from benchmarks.timing import Call, Clock, Effort, measure
+from benchmarks.timing import Call, Clock, Effort, Samples, measure
 from benchmarks.workloads import DIRECTIONS, DTYPES, Batch
 from roberta_kernels import backends, patch, tolerance
 from roberta_kernels.backends import BackendError
@@ -40,7 +43,9 @@ SMOKE_MODEL = {
 }
 # Compiling a model may take most of a minute; with less left it is not begun.
 _COMPILE_SECONDS = 30.0
+SLOW = 2.0  # seconds of a first call, beyond which nobody has to be asked how often it fits into a turn
 _NONSENSE = 0.1  # relative to the largest value; below it, a model that breaks the promise is timed, and said to
+_LOSSLESS = 1e-5  # a float32 model whose weights are kept with less cannot be as exact as this
 # Rounding floors of a whole model, as in tests/models: in bfloat16 four of them are 3% already.
 _FLOOR_ULPS = {torch.bfloat16: 4.0, torch.float32: 16.0}
 _PROBED = ("embeddings.word_embeddings.weight", "encoder.layer.0.attention.self.query.weight", "LayerNorm.bias")
@@ -48,23 +53,34 @@ _PROBED = ("embeddings.word_embeddings.weight", "encoder.layer.0.attention.self.
 
 @dataclass(frozen=True)
 class Runner:
-    """One way to run the model. prepare: what is done to a copy of the original; returns what is called."""
+    """One way to run the model.
 
-    prepare: Callable[[nn.Module], Callable[..., Any]]
+    prepare: what is done to a copy of the original; returns what is called.
+    engine: an engine's, which has no need of that copy: prepare gets None. Forward only.
+    weights: how they are kept, where that is with less than the run's dtype. Such a model does not keep the promise;
+        its error is told.
+    missing: why it cannot run here.
+    """
+
+    prepare: Callable[[Any], Callable[..., Any]]
     note: str
     ours: bool = False
     compiled: bool = False
     attention: str = "sdpa"
     backend: str | None = None
+    engine: bool = False
+    weights: str | None = None
+    missing: str = ""
 
 
-def _patched(model: nn.Module, *, packed: bool | str = "auto", backend: str = "auto") -> nn.Module:
-    if not patch(model, packed=packed, backend=backend):
+def patched(model: nn.Module, **options: Any) -> nn.Module:
+    """The model, patched with these options of patch()."""
+    if not patch(model, **options):
         raise RuntimeError("patch replaced nothing")
     return model
 
 
-def _compiled(mode: str | None) -> Callable[[Any], Any]:
+def compiled(mode: str | None) -> Callable[[Any], Any]:
     return lambda model: torch.compile(model, mode=mode, dynamic=True)
 
 
@@ -74,43 +90,60 @@ def runners(device: str, *, smoke: bool = False) -> dict[str, Runner]:
     names = ("reference",) if smoke else tuple(n for n in ("cuda", "triton") if backends.available_backends()[n])
     for name in names:
         found[f"ours, {name}"] = Runner(
-            lambda model, name=name: _patched(model, backend=name), f"patched, backend {name}", ours=True, backend=name
+            lambda model, name=name: patched(model, backend=name), f"patched, backend {name}", ours=True, backend=name
         )
     found["ours, padded"] = Runner(
-        lambda model: _patched(model, packed=False), "patched, padding computed, the backend of choice", ours=True
+        lambda model: patched(model, packed=False), "patched, padding computed, the backend of choice", ours=True
     )
     if not smoke:
         found["ours, compile"] = Runner(
-            lambda model: _compiled(None)(_patched(model)), "patched, under torch.compile", ours=True, compiled=True
+            lambda model: compiled(None)(patched(model)), "patched, under torch.compile", ours=True, compiled=True
         )
     found["HF eager"] = Runner(lambda model: model, "transformers, attention in plain torch", attention="eager")
     found["HF sdpa"] = Runner(lambda model: model, "transformers as it comes")
     if not smoke:
-        found["HF sdpa compile"] = Runner(
-            _compiled(None), "the same under torch.compile, shapes dynamic", compiled=True
-        )
+        found["HF sdpa compile"] = Runner(compiled(None), "the same under torch.compile, shapes dynamic", compiled=True)
         found["HF sdpa reduce-overhead"] = Runner(
-            _compiled("reduce-overhead"), "the same with CUDA graphs (mode reduce-overhead)", compiled=True
+            compiled("reduce-overhead"), "the same with CUDA graphs (mode reduce-overhead)", compiled=True
         )
     return found
 
 
-def original(device: str, weights: torch.dtype, *, smoke: bool, attention: str) -> nn.Module:
-    """The model of the run: the same whatever the arguments, its weights rounded to a dtype."""
-    from transformers import RobertaConfig, RobertaModel
+def model_config(*, smoke: bool, attention: str) -> Any:
+    """Of the run's model. attention: a name that transformers knows."""
+    from transformers import RobertaConfig
 
     options = {key: value for key, value in (SMOKE_MODEL if smoke else MODEL).items() if key != "name"}
     config = RobertaConfig(
         **options, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, type_vocab_size=1, pad_token_id=1
     )
     config._attn_implementation = attention
+    return config
+
+
+def original(device: str, weights: torch.dtype, *, smoke: bool, attention: str) -> nn.Module:
+    """The model of the run: the same whatever the arguments, its weights rounded to a dtype."""
+    from transformers import RobertaModel
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = RobertaModel(config, add_pooling_layer=False)
+        model = RobertaModel(model_config(smoke=smoke, attention=attention), add_pooling_layer=False)
         for parameter in model.parameters():
             if parameter.dim() == 1:  # biases and norms that are not 0 and 1
                 parameter.data.add_(torch.randn_like(parameter), alpha=0.02)
     return model.to(device, weights).eval()
+
+
+# What is called, and the model whose gradients backward takes (an engine has none).
+Prepared = tuple[Callable[..., Any], nn.Module | None]
+
+
+def make(runner: Runner, device: str, dtype: torch.dtype, *, smoke: bool) -> Prepared:
+    """A contender, ready to be called."""
+    if runner.engine:
+        return runner.prepare(None), None
+    model = original(device, dtype, smoke=smoke, attention=runner.attention)
+    return runner.prepare(model), model
 
 
 @dataclass(frozen=True)
@@ -137,8 +170,8 @@ def make_inputs(batch: Batch, config: Any, device: str, dtype: torch.dtype) -> I
     return Inputs(arguments, real.to(device), grad.to(device, dtype))
 
 
-def _call(run: Callable[..., Any], model: nn.Module, inputs: Inputs, direction: str) -> Callable[[], Any]:
-    parameters = list(model.parameters())
+def _call(run: Callable[..., Any], model: nn.Module | None, inputs: Inputs, direction: str) -> Callable[[], Any]:
+    parameters = [] if model is None else list(model.parameters())
 
     def forward() -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()
@@ -153,11 +186,11 @@ def _call(run: Callable[..., Any], model: nn.Module, inputs: Inputs, direction: 
     return forward if direction == "forward" else forward_backward
 
 
-def _answers(call: Callable[[], Any], model: nn.Module, inputs: Inputs, direction: str) -> dict[str, Tensor]:
+def _answers(call: Callable[[], Any], model: nn.Module | None, inputs: Inputs, direction: str) -> dict[str, Tensor]:
     """Hidden states at real positions, or the gradients of some parameters."""
     if direction == "forward":
         return {"hidden states": call()[inputs.real].clone()}
-    names = [name for name, _ in model.named_parameters()]
+    names = [] if model is None else [name for name, _ in model.named_parameters()]
     found = dict(zip(names, call(), strict=True))
     return {name: g.clone() for name, g in found.items() if name.endswith(_PROBED) and g is not None}
 
@@ -170,14 +203,64 @@ def flops(batch: Batch, config: Any, direction: str) -> int:
     return (3 if direction == "forward_backward" else 1) * config.num_hidden_layers * (products + attention)
 
 
+def least_bytes(batch: Batch, config: Any, itemsize: float) -> float:
+    """What a forward has to read and write at least: the encoder's weights once, at so many bytes each, and for each
+    token a row of three tables and the hidden state, in float32.
+    """
+    hidden, inner = config.hidden_size, config.intermediate_size
+    weights = config.num_hidden_layers * (4 * hidden * hidden + 2 * hidden * inner)
+    return weights * itemsize + batch.tokens * 4 * hidden * 4
+
+
+def figures(
+    runner: Runner,
+    samples: Samples,
+    batch: Batch,
+    config: Any,
+    roofs: dict[str, Any] | None,
+    direction: str,
+    dtype: str,
+) -> dict[str, Any]:
+    """Of one contender in one case: times, useful work, and how near they come to the roofs."""
+    seconds = statistics.median(samples.calls)
+    work = flops(batch, config, direction)
+    found = {
+        "ours": runner.ours,
+        "backend": runner.backend,
+        "note": runner.note,
+        "weights": runner.weights,
+        "median_s": seconds,
+        "p20_s": percentile(samples.calls, 20),
+        "p80_s": percentile(samples.calls, 80),
+        "turn_medians_s": samples.turn_medians,
+        "calls": len(samples.calls),
+        "flops": work,
+        "flops_per_s": work / seconds,
+        "useful_tokens": batch.tokens,
+        "useful_tokens_per_s": batch.tokens / seconds,
+    }
+    if roofs is not None:
+        found["roof_fraction"] = work / compute_roof(roofs, dtype) / seconds
+    if direction == "forward":
+        found["bytes"] = least_bytes(batch, config, DTYPES.get(runner.weights or dtype, torch.int8).itemsize)
+        if roofs is not None:
+            found["memory_fraction"] = found["bytes"] / memory_roof(roofs) / seconds
+    return found
+
+
 def run_models(
     batches: Iterable[Batch],
     *,
     device: str,
     roofs: dict[str, Any] | None,
     effort: Effort | None,
-    deadline: float,
+    deadline: float = math.inf,
     smoke: bool = False,
+    known: dict[str, Runner] | None = None,
+    directions: Iterable[str] = DIRECTIONS,
+    dtype_name: str | None = None,
+    check: bool = True,
+    prepared: dict[str, Prepared] | None = None,
     done: Iterable[str] = (),
     excluded: Callable[[str, str], bool] = lambda case, name: False,
     begin: Callable[[str, str], None] = lambda case, name: None,
@@ -185,128 +268,132 @@ def run_models(
     """Yields {"model": row}, {"failure": ...} and {"done": case}.
 
     effort None: only calls everything once, for what it compiles.
+    known: the contenders; None: those of the GPU suite.
+    check: compare answers with float64.
+    prepared: models that are kept from call to call; None: they go when their direction is done.
+    deadline: of time.time().
 
-    deadline: of time.time(). Raises Poisoned.
+    Raises Poisoned.
     """
     torch._dynamo.config.recompile_limit = 64
-    dtype_name = "float32" if smoke else "bfloat16"
+    dtype_name = dtype_name or ("float32" if smoke else "bfloat16")
     dtype = DTYPES[dtype_name]
+    check = check and effort is not None
     clock = Clock(device, queued=False)
     batches = list(batches)
     # Not eager attention, whose softmax is in float32 whatever comes in.
-    exact_model = original(device, dtype, smoke=smoke, attention="sdpa").double()
-    for direction in DIRECTIONS:
-        models: dict[str, tuple[Callable[..., Any], nn.Module]] = {}
+    exact_model = original(device, dtype, smoke=smoke, attention="sdpa").double() if check else None
+    config = model_config(smoke=smoke, attention="sdpa")
+    known = runners(device, smoke=smoke) if known is None else known
+    for direction in directions:
+        models = {} if prepared is None else prepared
         broken: dict[str, str] = {}
-        known = runners(device, smoke=smoke)
         for batch in batches:
             case = f"model-{dtype_name}-{direction}-{batch.name}"
             if case in done:
                 continue
-            described = {
-                "case": case,
-                "model": (SMOKE_MODEL if smoke else MODEL)["name"],
-                "dtype": dtype_name,
-                "direction": direction,
-                "batch": {"name": batch.name, "lengths": list(batch.lengths)},
-            }
-            inputs = make_inputs(batch, exact_model.config, device, dtype)
+            case_row = described(case, dtype_name, direction, batch, smoke=smoke)
+            inputs = make_inputs(batch, config, device, dtype)
             exact: dict[str, Tensor] = {}
-            if effort is not None:
+            if exact_model is not None:
                 exact_call = _call(exact_model, exact_model, inputs.in_float64(), direction)
                 exact = _answers(exact_call, exact_model, inputs, direction)
                 if device == "cuda":
                     torch.cuda.empty_cache()  # float64 took most of the card
             plain: dict[str, Tensor] | None = None
             calls: dict[str, Call] = {}
-            figures: dict[str, dict[str, Any]] = {}
+            checked: dict[str, dict[str, Any]] = {}
             # Hugging Face's sdpa first: the others' answers are compared with its own.
             for name in sorted(known, key=lambda name: name != "HF sdpa"):
                 runner = known[name]
-
-                failure = functools.partial(_failure, described, name)
-                if excluded(case, name):
+                failed = functools.partial(failure, case_row, name)
+                if excluded(case, name) or runner.missing or (runner.engine and direction != "forward"):
                     continue
                 if name in broken:
-                    yield failure(broken[name])
+                    yield failed(broken[name])
                     continue
                 if time.time() > deadline - (_COMPILE_SECONDS if runner.compiled else 0.0):
-                    yield failure("no time left")
+                    yield failed("no time left")
                     continue
                 begin(case, name)
                 try:
                     if name not in models:
-                        model = original(device, dtype, smoke=smoke, attention=runner.attention)
-                        models[name] = runner.prepare(model), model
+                        models[name] = make(runner, device, dtype, smoke=smoke)
                     run, model = models[name]
                     call = _call(run, model, inputs, direction)
+                    began = time.perf_counter()
                     answers = _answers(call, model, inputs, direction)
                     clock.synchronize()
+                    slow = time.perf_counter() - began > SLOW and not runner.compiled
                 except Exception as error:
                     check_gpu(device)
                     gap = isinstance(error, (NotImplementedError, BackendError))
-                    if runner.compiled:  # it would fail again, after as long a time
+                    if runner.compiled or name not in models:  # it would fail again, after as long a time
                         broken[name] = first_line(error)
-                    yield failure(first_line(error), gap=not runner.ours or runner.compiled or gap)
+                    yield failed(first_line(error), gap=not runner.ours or runner.compiled or gap)
                     continue
                 if effort is None:
                     continue
                 if name == "HF sdpa":
                     plain = answers
-                wrong, error = _wrong(answers, plain, exact)
-                if wrong:
-                    yield failure(f"wrong answers: {wrong}", gap=not runner.ours)
-                    if not error < _NONSENSE:
+                if check:
+                    # What is kept with less is held to no promise, only to make sense.
+                    wrong, error = _wrong(answers, None if runner.weights else plain, exact)
+                    if wrong:
+                        yield failed(f"wrong answers: {wrong}", gap=not runner.ours)
+                        if not error < _NONSENSE:
+                            continue
+                    if runner.ours and runner.weights and error < _LOSSLESS:
+                        yield failed(
+                            f"its answers are float32's: the weights are not kept in {runner.weights}", gap=False
+                        )
                         continue
-                figures[name] = {
-                    "ours": runner.ours,
-                    "backend": runner.backend,
-                    "note": runner.note,
-                    "error": error,
-                    "within_promise": not wrong,
-                    **_peak(call, device),
-                }
-                calls[name] = Call(call, functools.partial(_announced, begin, case, name))
+                    within = None if runner.weights or plain is None else not wrong
+                    checked[name] = {"error": error, "within_promise": within, **_peak(call, device)}
+                calls[name] = Call(call, functools.partial(announced, begin, case, name), slow)
             if effort is None:
                 continue
             measured = {}
             for name, samples in measure(calls, clock, effort).items():
-                seconds = statistics.median(samples.calls)
-                work = flops(batch, exact_model.config, direction)
-                row = {
-                    **described,
-                    "contender": name,
-                    **figures[name],
-                    "median_s": seconds,
-                    "p20_s": percentile(samples.calls, 20),
-                    "p80_s": percentile(samples.calls, 80),
-                    "turn_medians_s": samples.turn_medians,
-                    "flops": work,
-                    "flops_per_s": work / seconds,
-                    "useful_tokens": batch.tokens,
-                    "useful_tokens_per_s": batch.tokens / seconds,
-                }
-                if roofs is not None:
-                    row["roof_fraction"] = work / roofs["matmul"][dtype_name] / seconds
+                row = {**case_row, "contender": name, **checked.get(name, {})}
+                row |= figures(known[name], samples, batch, config, roofs, direction, dtype_name)
                 measured[name] = row
-            for row in measured.values():
-                if row["ours"]:
-                    row["ratios"] = {n: ratio(row, peer) for n, peer in measured.items() if not peer["ours"]}
-                yield {"model": row}
+            yield from finish(measured)
             yield {"done": case}
-        models.clear()
+        if prepared is None:
+            models.clear()
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
 
 
+def described(case: str, dtype: str, direction: str, batch: Batch, *, smoke: bool) -> dict[str, Any]:
+    """A case as the JSON names it."""
+    return {
+        "case": case,
+        "model": (SMOKE_MODEL if smoke else MODEL)["name"],
+        "dtype": dtype,
+        "direction": direction,
+        "batch": {"name": batch.name, "lengths": list(batch.lengths)},
+    }
+
+
+def finish(measured: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The rows of a case, by contender, with their ratios to the peers, as events."""
+    for row in measured.values():
+        if row["ours"]:
+            row["ratios"] = {name: ratio(row, peer) for name, peer in measured.items() if not peer["ours"]}
+        yield {"model": row}
+
+
 @contextlib.contextmanager
-def _announced(begin: Callable[[str, str], None], case: str, name: str) -> Iterator[None]:
+def announced(begin: Callable[[str, str], None], case: str, name: str) -> Iterator[None]:
     begin(case, name)
     yield
 
 
-def _failure(described: dict[str, Any], name: str, reason: str, *, gap: bool = True) -> dict[str, Any]:
+def failure(described: dict[str, Any], name: str, reason: str, *, gap: bool = True) -> dict[str, Any]:
+    """An event: a contender that has no figures, or wrong answers. gap: the fault is not ours."""
     return {"failure": {**described, "contender": name, "reason": reason, "broken": not gap}}
 
 

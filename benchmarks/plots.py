@@ -15,10 +15,10 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from benchmarks.report import TITLES, Row, operations, rows
-from benchmarks.roofs import memory_roof
+from benchmarks.roofs import compute_roof, memory_roof
 
 # One colour for each peer in every figure (Okabe and Ito's palette, told apart by colour-blind readers too).
-_PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442")
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442")
 _MARKERS = {"attention": "o", "add_layer_norm": "s", "gelu_ffn": "D", "embedding_layer_norm": "^"}
 
 
@@ -27,13 +27,13 @@ def write(results: dict[str, Any], folder: Path) -> list[Path]:
     found = rows(results)
     ours = [row for row in found if row["ours"]]
     peers = list(dict.fromkeys(row["contender"] for row in found if not row["ours"]))
-    colours = {peer: _PALETTE[i % len(_PALETTE)] for i, peer in enumerate(peers)}
+    colours = {peer: PALETTE[i % len(PALETTE)] for i, peer in enumerate(peers)}
     written = []
     folder.mkdir(parents=True, exist_ok=True)
     for backend, direction in dict.fromkeys((row["contender"], row["direction"]) for row in ours):
         chosen = [row for row in ours if (row["contender"], row["direction"]) == (backend, direction)]
         path = folder / f"ratios-{backend}-{direction}.png"
-        _ratios(chosen, colours, f"{_machine(results)}: backend {backend}, {TITLES[direction]}", path)
+        _ratios(chosen, colours, f"{machine_name(results)}: backend {backend}, {TITLES[direction]}", path)
         written.append(path)
     return written + write_rooflines(results, folder)
 
@@ -49,7 +49,7 @@ def write_rooflines(results: dict[str, Any], folder: Path) -> list[Path]:
     return written
 
 
-def _machine(results: dict[str, Any]) -> str:
+def machine_name(results: dict[str, Any]) -> str:
     machine = results["machine_info"]
     return machine.get("gpu") or f"{machine['cpu']} ({machine['isa_kernels'] or 'no compiled kernels'})"
 
@@ -125,25 +125,13 @@ def _marks(low: float, high: float) -> list[float]:
 def _roofline(found: list[Row], results: dict[str, Any], dtype: str, path: Path) -> None:
     """Useful operations per second over useful operations per byte; filled: the kernels, hollow: eager torch."""
     roofs = results["roofs"]
-    compute, memory = roofs["matmul"][dtype], memory_roof(roofs)
-    cached = max(block["bytes_per_s"] for block in roofs["copy"])
+    compute = compute_roof(roofs, dtype)
+    what = "torch.mm" if compute == roofs["matmul"][dtype] else "multiply-adds"
     shown = [row for row in found if row["ours"] or row["contender"] == "eager"]
     backends = list(dict.fromkeys(row["contender"] for row in shown if row["ours"]))
-    colours = {backend: _PALETTE[i] for i, backend in enumerate(backends)}
-    intensities = [row["flops"] / row["bytes"] for row in shown]
-    left, right = min(intensities) / 2, max(*intensities, compute / memory) * 2
-
+    colours = {backend: PALETTE[i] for i, backend in enumerate(backends)}
     figure, axis = plt.subplots(figsize=(9, 6), layout="constrained")
-    for bandwidth, style, name in ((memory, "-", "memory"), (cached, "--", "cache")):
-        if name == "cache" and cached < 1.1 * memory:
-            continue
-        ridge = compute / bandwidth
-        label = f"copy, {name}: {bandwidth / 1e9:.3g} GB/s"
-        axis.plot([left, ridge], [left * bandwidth, compute], style, color="black", linewidth=1.3, label=label)
-    label = f"torch.mm: {operations(compute)}"
-    axis.plot(
-        [compute / max(memory, cached), right], [compute, compute], "-.", color="black", linewidth=1.3, label=label
-    )
+    draw_roofs(axis, roofs, compute, [row["flops"] / row["bytes"] for row in shown], what)
     for row in shown:
         colour = colours.get(row["contender"], "#666666")
         axis.plot(
@@ -162,15 +150,33 @@ def _roofline(found: list[Row], results: dict[str, Any], dtype: str, path: Path)
         axis.plot([], [], "o", color=colour, label=f"backend {backend}")
     axis.plot([], [], "o", markerfacecolor="none", markeredgecolor="#666666", label="eager torch")
     axis.plot([], [], "o", color="#333333", markersize=4.5, label="small: with backward")
-    axis.set(xscale="log", yscale="log", xlim=(left, right))
     top = 10 ** math.ceil(math.log10(compute * 1.2))
     axis.set_ylim(min(row["flops_per_s"] for row in shown) / 2, min(top, compute * 4))
+    axis.set_title(f"{machine_name(results)}: {dtype} under the roofs of the same run", fontsize=11)
+    axis.legend(fontsize=8, loc="lower right")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def draw_roofs(axis: Axes, roofs: dict[str, Any], compute: float, intensities: list[float], what: str) -> None:
+    """Logarithmic axes with the machine's roofs on them, wide enough for these operations per byte.
+
+    compute: the roof of arithmetic, `what` of which it is.
+    """
+    memory = memory_roof(roofs)
+    cached = max(block["bytes_per_s"] for block in roofs["copy"])
+    left, right = min(intensities) / 2, max(*intensities, compute / memory) * 2
+    for bandwidth, style, name in ((memory, "-", "memory"), (cached, "--", "cache")):
+        if name == "cache" and cached < 1.1 * memory:
+            continue
+        ridge = compute / bandwidth
+        label = f"copy, {name}: {bandwidth / 1e9:.3g} GB/s"
+        axis.plot([left, ridge], [left * bandwidth, compute], style, color="black", linewidth=1.3, label=label)
+    across = [compute / max(memory, cached), right]
+    axis.plot(across, [compute, compute], "-.", color="black", linewidth=1.3, label=f"{what}: {operations(compute)}")
+    axis.set(xscale="log", yscale="log", xlim=(left, right))
     axis.set_xlabel("useful operations per byte that must move")
     axis.set_ylabel("useful operations per second")
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1e9:g} G"))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.grid(alpha=0.25, which="both", linewidth=0.5)
-    axis.set_title(f"{_machine(results)}: {dtype} under the roofs of the same run", fontsize=11)
-    axis.legend(fontsize=8, loc="lower right")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)

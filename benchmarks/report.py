@@ -26,8 +26,13 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def rows(results: dict[str, Any]) -> list[Row]:
-    """One entry for each contender of each case."""
+    """One entry for each contender of each case, of the kernels."""
     return [row["extra_info"] for row in results["benchmarks"] if "case" in row["extra_info"]]
+
+
+def measurements(results: dict[str, Any]) -> list[Row]:
+    """The same of kernels and whole models."""
+    return rows(results) + results.get("models", [])
 
 
 def seconds(value: float) -> str:
@@ -53,11 +58,11 @@ def operations(flops_per_s: float) -> str:
 
 def noise(results: dict[str, Any]) -> float:
     """The median over all rows of (p80 - p20) / median."""
-    spreads = [(row["p80_s"] - row["p20_s"]) / row["median_s"] for row in rows(results)]
+    spreads = [(row["p80_s"] - row["p20_s"]) / row["median_s"] for row in measurements(results)]
     return statistics.median(spreads) if spreads else 0.0
 
 
-def _table(header: list[str], lines: Iterable[list[str]]) -> str:
+def table(header: list[str], lines: Iterable[list[str]]) -> str:
     out = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     out += ["| " + " | ".join(line) + " |" for line in lines]
     return "\n".join(out)
@@ -79,7 +84,8 @@ def conditions(results: dict[str, Any]) -> str:
         "Versions: " + ", ".join(f"{name} {version}" for name, version in results["versions"].items()) + ".",
         f"Commit {commit.get('id', 'unknown')[:12]}{dirty}, {results['datetime'][:10]}.",
         f"Roofs measured in the same run: copy {memory_roof(roofs) / 1e9:.3g} GB/s from memory, "
-        f"{cached / 1e9:.3g} GB/s at best from cache; largest torch.mm {products}.",
+        f"{cached / 1e9:.3g} GB/s at best from cache; largest torch.mm {products}"
+        + (f"; multiply-adds in registers, float32 {operations(roofs['fma'])}." if roofs.get("fma") else "."),
         f"Noise: three calls of five lie within {noise(results):.0%} (the median over all rows).",
     ]
     if noise(results) > _NOISY:
@@ -89,7 +95,7 @@ def conditions(results: dict[str, Any]) -> str:
     return "\n".join(f"* {line}" for line in lines)
 
 
-def _ratio_cell(row: Row, peer: str, failed: dict[tuple[str, str], str]) -> str:
+def ratio_cell(row: Row, peer: str, failed: dict[tuple[str, str], str]) -> str:
     found = row.get("ratios", {}).get(peer)
     if found is None:
         return "failed" if (row["case"], peer) in failed else ""
@@ -97,7 +103,7 @@ def _ratio_cell(row: Row, peer: str, failed: dict[tuple[str, str], str]) -> str:
     return f"**{text}**" if found["median"] < 1.0 else text
 
 
-def _error(value: float | None) -> str:
+def error_cell(value: float | None) -> str:
     return "" if value is None else f"{value:.0e}"
 
 
@@ -118,12 +124,12 @@ def summary(results: dict[str, Any]) -> str:
                 eager = by_case.get((row["case"], "eager"), {})
                 line = [row["size"]["name"], row["dtype"], row["batch"]["name"], row["contender"]]
                 line += [seconds(row["median_s"]), rate(row), f"{row['roof_fraction']:.0%}"]
-                line += [_ratio_cell(row, peer, failed) for peer in peers]
-                lines.append([*line, _error(row["error"]), _error(eager.get("error"))])
+                line += [ratio_cell(row, peer, failed) for peer in peers]
+                lines.append([*line, error_cell(row["error"]), error_cell(eager.get("error"))])
         if lines:
             header = ["model", "dtype", "batch", "backend", "time", "rate", "of roof"]
             header += [f"vs {peer}" for peer in peers] + ["error", "eager's"]
-            parts.append(f"#### {op}, {TITLES[direction]}\n\n{_table(header, lines)}")
+            parts.append(f"#### {op}, {TITLES[direction]}\n\n{table(header, lines)}")
     return "\n\n".join(parts)
 
 
@@ -137,15 +143,15 @@ def details(results: dict[str, Any]) -> str:
         line = [row["case"], row["contender"]]
         line += [seconds(row["median_s"]), f"{seconds(row['p20_s'])} to {seconds(row['p80_s'])}", str(row["calls"])]
         line += [rate(row), f"{row['roof_fraction']:.0%} ({row['bound']})"]
-        lines.append([*line, tokens, f"{row['useful_tokens_per_s']:.3g}", _error(row["error"])])
+        lines.append([*line, tokens, f"{row['useful_tokens_per_s']:.3g}", error_cell(row["error"])])
     header = ["case", "contender", "median", "p20 to p80", "calls", "useful rate", "of roof"]
     header += ["tokens", "tokens/s", "error"]
-    return _table(header, lines)
+    return table(header, lines)
 
 
 def notes(results: dict[str, Any]) -> str:
     """What each contender is, and what is missing and why."""
-    known = {row["contender"]: row for row in rows(results)}
+    known = {row["contender"]: row for row in measurements(results)}
     lines = [f"* {name}: {row['note']}." for name, row in known.items()]
     by_reason: dict[tuple[str, str], list[str]] = {}
     for failure in results["failures"]:
@@ -185,17 +191,21 @@ def markdown(results: dict[str, Any], images: Iterable[str] = ()) -> str:
     )
 
 
-def insert(document: Path, results: dict[str, Any], images: Iterable[Path]) -> None:
-    """Puts conditions, tables and plots between a document's markers `<!-- results:cpu -->`, `<!-- /results:cpu -->`.
+def section(results: dict[str, Any], images: Iterable[Path], folder: Path) -> str:
+    """Conditions, tables and plots, for a document in folder."""
+    pictures = "\n".join(f"![{image.stem}]({image.relative_to(folder)})" for image in images)
+    return "\n\n".join((conditions(results), LEGEND, summary(results), notes(results), pictures))
+
+
+def insert(document: Path, name: str, text: str) -> None:
+    """Puts text between a document's markers `<!-- results:NAME -->` and `<!-- /results:NAME -->`.
 
     Raises ValueError where the document has no such markers.
     """
-    device = results["machine_info"]["device"]
-    begin, end = f"<!-- results:{device} -->", f"<!-- /results:{device} -->"
-    text = document.read_text()
-    pictures = "\n".join(f"![{image.stem}]({image.relative_to(document.parent)})" for image in images)
-    body = "\n\n".join((begin, conditions(results), LEGEND, summary(results), notes(results), pictures, end))
-    changed, count = re.subn(re.escape(begin) + ".*?" + re.escape(end), lambda _: body, text, flags=re.DOTALL)
+    begin, end = f"<!-- results:{name} -->", f"<!-- /results:{name} -->"
+    body = "\n\n".join((begin, text, end))
+    found = document.read_text()
+    changed, count = re.subn(re.escape(begin) + ".*?" + re.escape(end), lambda _: body, found, flags=re.DOTALL)
     if count != 1:
         raise ValueError(f"{document} needs one pair of the markers {begin} and {end}, and has {count}")
     document.write_text(changed)
@@ -212,7 +222,7 @@ def suite_markdown(results: dict[str, Any], images: Iterable[str] = ()) -> str:
         [name, told["status"], f"{told['seconds']:.0f} s", _cell(told["reason"])]
         for name, told in results["stages"].items()
     ]
-    parts = [title, "## Stages", _table(["stage", "status", "time", ""], stages)]
+    parts = [title, "## Stages", table(["stage", "status", "time", ""], stages)]
     for key, heading in (("tests", "## Tests"), ("sanitizer", "## compute-sanitizer")):
         lines = [
             [
@@ -226,7 +236,7 @@ def suite_markdown(results: dict[str, Any], images: Iterable[str] = ()) -> str:
         ]
         if lines:
             header = ["suite", "passed", "failed", "skipped", "selected", "time", "", "first failures"]
-            parts += [heading, _table(header, lines)]
+            parts += [heading, table(header, lines)]
     if results["models"]:
         parts += ["## Whole models", _model_legend(results), _models(results)]
     if results["roofs"] and results["machine_info"]:
@@ -237,7 +247,7 @@ def suite_markdown(results: dict[str, Any], images: Iterable[str] = ()) -> str:
         keys = ("op", "architecture", "dtype", "size", "backend", "from")
         parts += [
             "## Choosing, as it was",
-            _table(list(keys), [[row[key] for key in keys] for row in results["choices"]]),
+            table(list(keys), [[row[key] for key in keys] for row in results["choices"]]),
         ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -266,8 +276,8 @@ def _models(results: dict[str, Any]) -> str:
             f"{row['useful_tokens_per_s']:.3g}",
             peak,
             f"{row.get('roof_fraction', 0.0):.1%}",
-            _error(row["error"]) + ("" if row["within_promise"] else " **beyond the promise**"),
+            error_cell(row["error"]) + (" **beyond the promise**" if row["within_promise"] is False else ""),
         ]
-        lines.append([*line, *(_ratio_cell(row, peer, {}) for peer in peers)])
+        lines.append([*line, *(ratio_cell(row, peer, {}) for peer in peers)])
     header = ["batch", "direction", "model", "time", "tokens/s", "peak", "of roof", "error"]
-    return _table(header + [f"vs {peer}" for peer in peers], lines)
+    return table(header + [f"vs {peer}" for peer in peers], lines)

@@ -5,13 +5,22 @@ small blocks stay in cache and move faster, and so do the operands of a small ca
 copy among the blocks that move at least as many bytes as the case does. On a GPU the calls take turns on sets of inputs
 larger than the cache, and the roof is that of device memory, of the largest block.
 
-Products: the best `torch.mm` over a few large shapes, for each dtype: on a CPU in float32, that is the rate of fused
-multiply-adds that a tuned library reaches with all threads.
+Products: the best `torch.mm` over a few large shapes, for each dtype. On a CPU with a C++ compiler also the rate of
+float32 multiply-adds that the cores reach with all threads and no memory at all (fma.cpp, built for this machine),
+which no product can exceed; without one, the products stand for it.
 """
 
 from __future__ import annotations
 
+import ctypes
+import os
+import shlex
+import subprocess
+import tempfile
+import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,10 +42,13 @@ def measure_roofs(device: str, dtypes: Iterable[str], clock: Clock, *, quick: bo
     else:
         shapes = [(1024, 1024, 1024), (2048, 2048, 2048), (2048, 1024, 4096)]
     matmul = {name: max(_matmul(device, name, shape, clock) for shape in shapes) for name in dtypes}
+    multiply_add = _multiply_add(torch.get_num_threads(), seconds) if device == "cpu" else None
     return {
         "copy": copy,
         "matmul": matmul,
-        "how": "copy: best b.copy_(a), bytes read + written; matmul: best torch.mm of large random matrices, by dtype",
+        "fma": multiply_add,
+        "how": "copy: best b.copy_(a), bytes read + written; matmul: best torch.mm of large random matrices, by "
+        "dtype; fma: float32 multiply-adds in registers, all threads (null: no C++ compiler, or a GPU)",
     }
 
 
@@ -63,6 +75,42 @@ def _matmul(device: str, dtype: str, shape: tuple[int, int, int], clock: Clock) 
     return 2 * m * k * n / _fastest(clock, lambda: torch.mm(a, b, out=out), 5 if device == "cpu" else 50)
 
 
+def _multiply_add(threads: int, seconds: float) -> float | None:
+    """Operations per second of so many threads at once; None without a compiler that builds fma.cpp."""
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "fma.so"
+        command = [*shlex.split(os.environ.get("CXX", "g++")), "-O3", "-march=native", "-ffp-contract=fast"]
+        command += ["-shared", "-fPIC", str(Path(__file__).with_name("fma.cpp")), "-o", str(library)]
+        try:
+            subprocess.run(command, check=True, capture_output=True, timeout=60)
+            function = ctypes.CDLL(str(library)).multiply_add
+        except (OSError, subprocess.SubprocessError):
+            return None
+    function.argtypes, function.restype = (ctypes.c_longlong, ctypes.c_void_p), ctypes.c_longlong
+    out = ctypes.c_float()  # written by all threads, read by none
+
+    def run(rounds: int) -> int:
+        return function(rounds, ctypes.addressof(out))  # without the interpreter's lock
+
+    rounds = 1_000_000
+    began = time.perf_counter()
+    run(rounds)
+    rounds = max(1, round(rounds * seconds / (time.perf_counter() - began)))
+    best = 0.0
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(5):
+            began = time.perf_counter()
+            done = sum(pool.map(run, [rounds] * threads))
+            best = max(best, done / (time.perf_counter() - began))
+    return best
+
+
+def compute_roof(roofs: dict[str, Any], dtype: str) -> float:
+    """Operations per second that products in this dtype could reach."""
+    measured = roofs["matmul"][dtype]
+    return max(measured, roofs.get("fma") or 0.0) if dtype == "float32" else measured
+
+
 def copy_roof(roofs: dict[str, Any], size: float) -> float:
     """Bytes per second that a case moving `size` bytes could reach."""
     blocks = [block["bytes_per_s"] for block in roofs["copy"] if block["bytes"] >= size]
@@ -77,5 +125,5 @@ def memory_roof(roofs: dict[str, Any]) -> float:
 def roof_seconds(roofs: dict[str, Any], cost: Cost, dtype: str) -> tuple[float, str]:
     """(the least time that a case can take, what bounds it: "memory" or "compute")."""
     memory = cost.bytes / copy_roof(roofs, cost.bytes)
-    compute = cost.flops / roofs["matmul"][dtype] if cost.products else 0.0
+    compute = cost.flops / compute_roof(roofs, dtype) if cost.products else 0.0
     return max((memory, "memory"), (compute, "compute"))

@@ -33,6 +33,10 @@ class Effort:
 
 FULL = Effort(turns=7, min_turns=3, turn_seconds=0.02, max_calls=50, rest=0.1, budget=5.0)
 GPU = Effort(turns=9, min_turns=5, turn_seconds=0.004, max_calls=40, rest=0.0, budget=2.0)
+# Whole models on a CPU: the slowest calls take seconds, and four turns of those have to do.
+MODELS = Effort(turns=15, min_turns=4, turn_seconds=0.1, max_calls=20, rest=0.15, budget=60.0)
+CORPUS = Effort(turns=15, min_turns=3, turn_seconds=0.1, max_calls=20, rest=0.15, budget=60.0)
+SCALING = Effort(turns=7, min_turns=3, turn_seconds=0.05, max_calls=10, rest=0.15, budget=6.0)
 QUICK = Effort(turns=3, min_turns=3, turn_seconds=0.003, max_calls=10, rest=0.01, budget=1.0)
 
 
@@ -53,10 +57,11 @@ class Samples:
 
 @dataclass(frozen=True)
 class Call:
-    """What is timed, and the context that its turns run in."""
+    """What is timed, and the context that its turns run in. slow: known to fill a turn with one call."""
 
     run: Callable[[], Any]
     active: Callable[[], AbstractContextManager[None]]
+    slow: bool = False
 
 
 class Clock:
@@ -117,6 +122,7 @@ class Clock:
 
 
 _LONGEST_NAP = 0.05
+_SHORT = 0.25
 _CYCLES_PER_SECOND = 2e9  # at most: a slower GPU naps longer
 
 
@@ -125,8 +131,13 @@ def measure(calls: dict[str, Call], clock: Clock, effort: Effort) -> dict[str, S
     samples = {name: Samples() for name in calls}
     counts = {}
     for name, call in calls.items():
+        if call.slow:
+            counts[name] = 1
+            continue
         with call.active():
-            seconds = min(clock.calls(call.run, 2))
+            seconds = min(clock.calls(call.run, 1))
+            if seconds < _SHORT:  # the first may have had threads to wake
+                seconds = min(seconds, *clock.calls(call.run, 1))
         counts[name] = max(1, min(effort.max_calls, round(effort.turn_seconds / max(seconds, 1e-7))))
     rest = effort.rest if clock.device == "cpu" else 0.0
     order = list(calls)

@@ -221,3 +221,29 @@ def suite_plan(device: str, *, smoke: bool = False, ops: Sequence[str] = ()) -> 
 # Whole models, those that the targets are about first.
 SUITE_MODEL_BATCHES = [_even(32, 128), _mixed_gpu(), _even(32, 512), _even(8, 128), _even(1, 128), _even(1, 32)]
 SMOKE_MODEL_BATCHES = [_mixed(3, 2, 12), _even(1, 8)]
+
+
+# -- whole models on a CPU --------------------------------------------------------------------------------------------
+
+CPU_MODEL_BATCHES = [_even(1, 4), *_BATCHES]
+
+
+def _padded(count: int, longest: int, padding: float) -> Batch:
+    """So much of the padded batch is padding: one sequence is `longest`, the others share the rest evenly."""
+    tokens = round(count * longest * (1.0 - padding))
+    share, more = divmod(tokens - longest, count - 1)
+    lengths = [share + (i < more) for i in range(count - 1)]
+    return Batch(f"{count}x{longest}, {padding:.0%} padding", (longest, *lengths))
+
+
+def scaling_plan(cores: int, *, smoke: bool = False) -> dict[str, list[tuple[float, Batch]]]:
+    """By what is varied, "tokens", "padding" or "threads": its values, and the batch that is run."""
+    if smoke:
+        batch = SMOKE_MODEL_BATCHES[0]
+        return {"tokens": [(8, _even(1, 8))], "padding": [(0.5, _padded(4, 16, 0.5))], "threads": [(1, batch)]}
+    threads = sorted({*(2**i for i in range(cores.bit_length())), cores})
+    return {
+        "tokens": [(length, _even(1, length)) for length in (4, 8, 16, 32, 64, 128, 256, 512)],
+        "padding": [(padding, _padded(8, 64, padding)) for padding in (0.0, 0.25, 0.5, 0.75)],
+        "threads": [(count, _even(8, 64)) for count in threads if count <= cores],
+    }

@@ -257,3 +257,266 @@ def test_contenders_take_turns(command_line):
     samples = measure(calls, Clock("cpu"), effort)
     assert "".join(took) == "aabbcc" + "abc" + "cba" + "abc" + "cba"  # two calls each to see how long one takes
     assert all(len(s.turns) == 4 for s in samples.values())
+
+
+# -- whole models on a CPU --------------------------------------------------------------------------------------------
+
+
+def _model_row(
+    workload: str, contender: str, seconds: float, *, error: float = 1e-7, weights: str | None = None
+) -> dict:
+    return {
+        "case": f"model-float32-forward-{workload}",
+        "model": "roberta-base",
+        "batch": {"name": workload, "lengths": [8, 4]},
+        "direction": "forward",
+        "contender": contender,
+        "ours": contender.startswith("ours"),
+        "weights": weights,
+        "note": "a note",
+        "median_s": seconds,
+        "p20_s": seconds * 0.99,
+        "p80_s": seconds * 1.01,
+        "turn_medians_s": [seconds] * 4,
+        "calls": 4,
+        "flops": 10**9,
+        "flops_per_s": 1e9 / seconds,
+        "bytes": 10**8,
+        "useful_tokens": 12,
+        "useful_tokens_per_s": 12 / seconds,
+        "roof_fraction": 1e-2 / seconds,
+        "memory_fraction": 1e-3 / seconds,
+        "error": error,
+        "within_promise": None if weights else True,
+    }
+
+
+def _model_results(rows: list[dict]) -> dict:
+    return {
+        "roberta_kernels_schema": 1,
+        "whole_models": True,
+        "quick": False,
+        "datetime": "2026-01-01T00:00:00+00:00",
+        "commit_info": {"id": "0123456789abcdef"},
+        "machine_info": {
+            "device": "cpu",
+            "cpu": "A CPU",
+            "cores": 2,
+            "threads": 2,
+            "isa_kernels": "avx2",
+            "isa_torch": "AVX2",
+        },
+        "versions": {"torch": "2"},
+        "roofs": {"copy": [{"bytes": 1, "bytes_per_s": 1e10}], "matmul": {"float32": 1e11}, "fma": 2e11},
+        "unavailable": {"OpenVINO": "not installed: openvino"},
+        "benchmarks": [],
+        "models": rows,
+        "scaling": [],
+        "memory": [{"contender": "ours", "batch": "1x4", "peak_bytes": 700 << 20, "base_bytes": 300 << 20}],
+        "failures": [],
+    }
+
+
+def test_targets_say_what_was_reached_and_what_was_missed(command_line):
+    from benchmarks.model_report import outcomes, targets
+
+    rows = [
+        *(_model_row("1x4", name, time) for name, time in (("ours", 0.1), ("HF sdpa", 0.3), ("ONNX Runtime", 0.2))),
+        _model_row("1x4", "ONNX Runtime int8", 0.05, error=0.03, weights="int8"),  # no float32 peer
+        _model_row("1x4", "ours int8", 0.06, error=0.02, weights="int8"),
+        _model_row("1x4", "ours int8-dynamic", 0.04, error=0.02, weights="int8"),
+        *(_model_row("8x128", name, time) for name, time in (("ours", 0.012), ("HF sdpa", 0.018))),
+        *(_model_row("4x512", name, time) for name, time in (("ours", 0.5), ("HF sdpa", 0.6))),
+    ]
+    results = _model_results(rows)
+    found = {(o.target.workload, o.target.ours[0]): o for o in outcomes(results)}
+    assert found["1x4", "ours"].other["contender"] == "ONNX Runtime"
+    assert found["1x4", "ours"].missed == ()
+    assert found["1x4", "ours bfloat16"].missed is None
+    assert found["1x4", "ours int8"].row["contender"] == "ours int8-dynamic"
+    assert found["1x4", "ours int8"].missed == ("error",)
+    assert found["8x128", "ours"].missed == ("roof",)
+    assert found["4x512", "ours"].missed == ("time",)
+    assert ("1x16", "ours") not in found
+    lines = targets(results).splitlines()
+    assert "| 1x4 | ours | ONNX Runtime | 1.7 x | 2.00 x (2.00 to 2.00) | reached |" in lines
+    assert "| 1x4 | ours bfloat16 | ours | 1.5 x | not measured |  |" in lines
+    assert "| 4x512 | ours | HF sdpa | 1.3 x | **1.20 x (1.20 to 1.20)** | **missed** |" in lines
+    assert any("1.50 x (1.50 to 1.50), **83% of the roof** | **missed**" in line for line in lines)
+    assert any("1.25 x (1.25 to 1.25), **error 0.67 of it** | **missed**" in line for line in lines)
+
+
+def test_report_of_models_says_what_is_missing_and_goes_into_documents(tmp_path, command_line):
+    rows = [_model_row("1x4", "ours", 0.1), _model_row("1x4", "HF sdpa", 0.3)]
+    rows[0]["ratios"] = {"HF sdpa": {"median": 3.0, "p20": 2.9, "p80": 3.1}}
+    path = tmp_path / "models.json"
+    path.write_text(json.dumps(_model_results(rows)))
+    assert command_line(["report", str(path)]) == 0
+    report = (tmp_path / "models.md").read_text()
+    assert "OpenVINO was not measured: not installed: openvino" in report
+    assert "| 1x4 (12 real tokens of 16) | 100 | 300 |" in report
+    assert "| 1x4 | ours | 3.00 (2.90 to 3.10) |" in report
+    assert "| 10% | 1% | 1e-07 | 700 (300) |" in report
+    document = tmp_path / "page.md"
+    document.write_text("before\n<!-- results:cpu-models -->\nold\n<!-- /results:cpu-models -->\nafter\n")
+    assert command_line(["report", str(path), "--into", str(document)]) == 0
+    assert "(images/models-cpu-speed.png)" in document.read_text()
+    assert (tmp_path / "images" / "models-cpu-speed.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_compare_knows_whole_models(compare):
+    rows = [_model_row("1x4", "ours", 0.1), _model_row("1x4", "HF sdpa", 0.3)]
+    old = _model_results(rows)
+    new = copy.deepcopy(old)
+    for figure in ("median_s", "p20_s", "p80_s"):
+        new["models"][0][figure] *= 1.5
+    status, told = compare(old, new)
+    assert status == 3
+    assert "SLOWER model-float32-forward-1x4 ours" in told
+    assert compare(new, old)[0] == 0
+
+
+def test_what_cannot_be_had_is_named_and_never_stood_in_for(command_line, monkeypatch):
+    import importlib.util
+
+    from benchmarks import cpu_suite
+    from benchmarks.engines import ENGINES
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert all("not installed" in engine.missing() for engine in ENGINES.values())
+    monkeypatch.setattr(cpu_suite, "patch", lambda model, *, packed="auto", backend="auto": None)
+    found = cpu_suite.contenders(None, 1, smoke=True)
+    for name in cpu_suite.QUANTIZED:
+        assert found[f"ours {name}"].missing == "patch() has no option quantization"
+
+    def refuses(model, *, quantization):
+        raise ValueError(f"no {quantization} here")
+
+    monkeypatch.setattr(cpu_suite, "patch", refuses)
+    found = cpu_suite.contenders(None, 1, smoke=True)
+    assert found["ours int8-dynamic"].missing == "no int8-dynamic here"
+    assert not found["ours"].missing
+
+
+def test_only_takes_known_names(command_line, tmp_path, capfd):
+    threads = torch.get_num_threads()
+    try:
+        assert command_line(["models", "--smoke", "--only", "2x2", "--out", str(tmp_path)]) == 2
+    finally:
+        torch.set_num_threads(threads)
+    told = " ".join(capfd.readouterr().err.split())
+    assert "does not know 2x2" in told
+    assert "corpus" in told
+
+
+def test_smoke_results_are_not_for_the_documents(command_line):
+    from rich.console import Console
+
+    from benchmarks import __main__ as command
+
+    before = command.DOCUMENT.read_text(), command.README.read_text()
+    with pytest.raises(ValueError, match="not for the documents"):
+        command._fill_documents({"quick": True}, Console())
+    assert (command.DOCUMENT.read_text(), command.README.read_text()) == before
+    for text in before:
+        assert text.count("<!-- results:cpu-models -->") == text.count("<!-- /results:cpu-models -->") == 1
+
+
+def test_peers_of_the_corpus_answer_in_the_order_of_the_texts(command_line):
+    from types import SimpleNamespace
+
+    from benchmarks.corpus import sorted_by_length
+    from roberta_kernels.demo.corpus import train_tokenizer
+
+    texts = [" ".join(["word"] * (1 + 7 * i % 50)) for i in range(70)]
+    tokenizer = train_tokenizer(texts, 300)
+    shapes = []
+
+    def run(input_ids, attention_mask):
+        shapes.append(tuple(input_ids.shape))
+        assert torch.equal(attention_mask.bool(), input_ids != tokenizer.pad_token_id)
+        return SimpleNamespace(last_hidden_state=input_ids[..., None].double())
+
+    found = sorted_by_length(run, tokenizer, texts, 40)
+    ids = tokenizer(texts, truncation=True, max_length=40)["input_ids"]
+    assert found[:, 0].tolist() == pytest.approx([sum(row) / len(row) for row in ids])
+    assert sum(shape[0] for shape in shapes) == len(texts)
+    assert all(count * longest <= 512 for count, longest in shapes)
+    assert [shape[1] for shape in shapes] == sorted(shape[1] for shape in shapes)
+    assert len(shapes) <= 2 + sum(count * longest for count, longest in shapes) // 400
+
+
+def test_scaling_varies_one_thing_at_a_time(command_line):
+    from benchmarks.workloads import scaling_plan
+
+    plan = scaling_plan(6)
+    assert [x for x, _ in plan["threads"]] == [1, 2, 4, 6]
+    assert [x for x, _ in scaling_plan(1)["threads"]] == [1]
+    for padding, batch in plan["padding"]:
+        assert batch.padded_tokens == 512
+        assert batch.tokens == round(512 * (1 - padding))
+    assert all(batch.tokens == x for x, batch in plan["tokens"])
+
+
+def test_multiply_add_roof_is_above_no_product(command_line, monkeypatch):
+    from benchmarks import roofs
+
+    assert roofs.compute_roof({"matmul": {"float32": 2.0}, "fma": 3.0}, "float32") == 3.0
+    assert roofs.compute_roof({"matmul": {"float32": 2.0}, "fma": None}, "float32") == 2.0
+    assert roofs.compute_roof({"matmul": {"float32": 2.0, "bfloat16": 9.0}, "fma": 3.0}, "bfloat16") == 9.0
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert roofs._multiply_add(1, 0.001) is None
+
+
+def _models(folder: Path, *arguments: str) -> dict:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    command = [sys.executable, "-m", "benchmarks", "models", "--smoke", "--out", str(folder), *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr + done.stdout
+    return json.loads((folder / "models.json").read_text())
+
+
+def test_models_are_checked_timed_and_related(tmp_path):
+    results = _models(tmp_path, "--only", "1x8", "--only", "ours", "--only", "HF sdpa")
+    assert results["quick"]
+    assert not results["failures"]
+    assert results["commit_info"]["id"]
+    rows = {row["contender"]: row for row in results["models"]}
+    assert list(rows) == ["ours", "HF sdpa"]
+    for row in rows.values():
+        assert row["within_promise"]
+        assert 0 < row["error"] < 1e-5
+        assert row["p20_s"] <= row["median_s"] <= row["p80_s"]
+        assert row["roof_fraction"] > 0
+        assert row["memory_fraction"] > 0
+    assert set(rows["ours"]["ratios"]) == {"HF sdpa"}
+    assert (tmp_path / "models-cpu-speed.png").is_file()
+    assert "| 1x8 | ours |" in (tmp_path / "models.md").read_text()
+
+
+@pytest.mark.slow
+def test_every_peer_that_is_installed_is_measured(tmp_path, command_line):
+    from benchmarks.engines import ENGINES
+
+    results = _models(tmp_path)
+    absent = {name: engine.missing() for name, engine in ENGINES.items() if engine.missing()}
+    assert {name: results["unavailable"][name] for name in absent} == absent
+    assert not results["failures"]
+    errors = {(row["contender"], row["batch"]["name"]): row["error"] for row in results["models"]}
+    here = ["ours", "HF eager", "HF sdpa", *(name for name in ENGINES if name not in absent)]
+    for name in here:
+        for batch in ("mixed3", "1x8"):
+            assert errors[name, batch] < (1e-1 if ENGINES.get(name) and ENGINES[name].weights else 1e-5)
+    compared = [name for name in ("ours", "HF sdpa", "ONNX Runtime") if name not in absent]
+    assert all(errors[name, "corpus"] < 1e-5 for name in compared)
+    assert {(row["series"], row["contender"]) for row in results["scaling"]} == {
+        (series, name) for series in ("tokens", "padding", "threads") for name in compared
+    }
+    if sys.platform == "linux":
+        memory = {row["contender"]: row for row in results["memory"]}
+        assert set(here) <= set(memory)
+        assert all(row["peak_bytes"] >= row["base_bytes"] > 0 for row in memory.values())
+    images = {path.name for path in tmp_path.glob("*.png")}
+    assert images == {"models-cpu-speed.png", "models-cpu-roofline.png", "models-cpu-scaling.png"}
+    if absent:
+        pytest.skip("; ".join(f"{name} is {why}" for name, why in absent.items()))

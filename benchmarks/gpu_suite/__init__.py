@@ -26,7 +26,6 @@ import datetime
 import importlib.util
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -38,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_suite.jobs import ROOT, Job, Running, run_jobs
+from benchmarks.results_file import commit, save
 
 STAGES = ("build", "roofs", "tests", "sanitizer", "kernels", "models")
 # Seconds that a stage may take at most.
@@ -131,13 +131,7 @@ class Suite:
         return now + min(budget, max(left, 0.1 * budget))
 
     def _write(self) -> None:
-        path = self.out / "results.json"
-        beside = path.with_suffix(".tmp")
-        text = json.dumps(self.results, indent=1)
-        # Lists of numbers on one line: they are most of the file.
-        text = re.sub(r"\[([-+.\deE,\s]+)\]", lambda found: f"[{' '.join(found[1].split())}]", text)
-        beside.write_text(text + "\n")
-        beside.replace(path)
+        save(self.out / "results.json", self.results)
 
     def _python(self, name: str, *arguments: str, **environment: str) -> Job:
         return Job(name, [sys.executable, *arguments], self.work / f"{name}.log", environment)
@@ -532,25 +526,6 @@ def outcomes(job: Job) -> dict[str, Any]:
     if job.status not in (0, 1, 5) and begun is not None and begun not in ended:
         failed.append(f"{begun}: did not end (status {job.status})")
     return {**counts, "seconds": round(job.seconds, 1), "out_of_time": job.late, "failures": failed[:20]}
-
-
-def commit() -> dict[str, Any]:
-    """The commit of the tree, from git or from RK_SUITE_COMMIT where the tree came without its history."""
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=30)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    given = os.environ.get("RK_SUITE_COMMIT")
-    if given:
-        return {"id": given, "dirty": False}
-    found = git("rev-parse", "HEAD")
-    if found is None:
-        return {"id": "unknown", "dirty": True}
-    return {"id": found, "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,234 @@
+"""The whole models of a CPU as Markdown: what was promised and what was reached, then everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import Row, conditions, error_cell, notes, ratio_cell, seconds, table
+from benchmarks.roofs import compute_roof
+from benchmarks.runner import ratio
+
+_WORKLOADS = ("1x4", "1x16", "1x128", "8x128", "4x512", "mixed32")
+_INT8 = ("ours int8", "ours int8-dynamic")
+PEER = "the best float32 peer"
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a workload is to reach.
+
+    ours: contenders, of which the fastest counts. times: how many times as long the other has to take. other: None: the
+    fastest peer in float32. roof: the fraction of the multiply-add roof. error: the most, over the other's.
+    """
+
+    workload: str
+    ours: tuple[str, ...]
+    times: float
+    other: str | None = None
+    roof: float | None = None
+    error: float | None = None
+
+
+TARGETS = (
+    Target("1x4", ("ours",), 1.7),
+    Target("1x4", ("ours bfloat16",), 1.5, other="ours"),
+    Target("1x16", ("ours",), 1.7),
+    Target("1x128", ("ours",), 1.3),
+    Target("8x128", ("ours",), 1.3, roof=0.85),
+    Target("4x512", ("ours",), 1.3),
+    Target("mixed32", ("ours",), 2.2),
+    Target("corpus", ("ours",), 1.3),
+    *(Target(name, _INT8, 1.0, other="ONNX Runtime int8", error=0.5) for name in _WORKLOADS),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A target beside what was measured. missed: what was, in words; None: it was not measured."""
+
+    target: Target
+    row: Row | None
+    other: Row | None
+    ratio: dict[str, float] | None
+    missed: tuple[str, ...] | None
+
+
+def outcomes(results: dict[str, Any]) -> list[Outcome]:
+    """One for each target whose workload was measured at all."""
+    forward = [row for row in results["models"] if row["direction"] == "forward"]
+    by_name: dict[str, dict[str, Row]] = {}
+    for row in forward:
+        by_name.setdefault(row["batch"]["name"], {})[row["contender"]] = row
+    found = []
+    for target in TARGETS:
+        rows = by_name.get(target.workload)
+        if rows is None:
+            continue
+        ours = min((rows[n] for n in target.ours if n in rows), key=_time, default=None)
+        if target.other is None:
+            other = min((r for r in rows.values() if not r["ours"] and not r["weights"]), key=_time, default=None)
+        else:
+            other = rows.get(target.other)
+        if ours is None or other is None:
+            found.append(Outcome(target, ours, other, None, None))
+            continue
+        times = ratio(ours, other)
+        missed = []
+        if times["median"] < target.times:
+            missed.append("time")
+        if target.roof is not None and ours["roof_fraction"] < target.roof:
+            missed.append("roof")
+        if target.error is not None and ours["error"] > target.error * other["error"]:
+            missed.append("error")
+        found.append(Outcome(target, ours, other, times, tuple(missed)))
+    return found
+
+
+def _time(row: Row) -> float:
+    return row["median_s"]
+
+
+def _bold(text: str, wanted: bool) -> str:
+    return f"**{text}**" if wanted else text
+
+
+def targets(results: dict[str, Any]) -> str:
+    """The table of targets; what was missed is bold."""
+    lines = []
+    for found in outcomes(results):
+        aim = f"{found.target.times:g} x"
+        if found.target.roof is not None:
+            aim += f", {found.target.roof:.0%} of the roof"
+        if found.target.error is not None:
+            aim += f", error below {found.target.error:g} of it"
+        line = [found.target.workload, " or ".join(found.target.ours), found.target.other or PEER, aim]
+        if found.row is None or found.other is None or found.ratio is None or found.missed is None:
+            lines.append([*line, "not measured", ""])
+            continue
+        reached = found.ratio
+        cell = _bold(
+            f"{reached['median']:.2f} x ({reached['p20']:.2f} to {reached['p80']:.2f})", "time" in found.missed
+        )
+        if found.target.roof is not None:
+            cell += ", " + _bold(f"{found.row['roof_fraction']:.0%} of the roof", "roof" in found.missed)
+        if found.target.error is not None:
+            share = found.row["error"] / found.other["error"]
+            cell += ", " + _bold(f"error {share:.2f} of it", "error" in found.missed)
+        line[1], line[2] = found.row["contender"], found.other["contender"]
+        lines.append([*line, cell, _bold("missed", True) if found.missed else "reached"])
+    return table(["workload", "measured", "against", "target", "reached", ""], lines)
+
+
+def times(results: dict[str, Any], direction: str = "forward") -> str:
+    """Milliseconds: a line for each workload, a column for each contender."""
+    found = [row for row in results["models"] if row["direction"] == direction]
+    names = list(dict.fromkeys(row["contender"] for row in found))
+    lines = []
+    for workload in dict.fromkeys(row["batch"]["name"] for row in found):
+        rows = {row["contender"]: row for row in found if row["batch"]["name"] == workload}
+        cells = [f"{rows[name]['median_s'] * 1e3:.4g}" if name in rows else "" for name in names]
+        lines.append([_workload(next(iter(rows.values()))), *cells])
+    return table(["ms", *names], lines)
+
+
+def _workload(row: Row) -> str:
+    lengths = row["batch"]["lengths"]
+    padded = len(lengths) * max(lengths)
+    if sum(lengths) == padded:
+        return row["batch"]["name"]
+    return f"{row['batch']['name']} ({sum(lengths)} real tokens" + (
+        f", {len(lengths)} texts)" if row["batch"]["name"] == "corpus" else f" of {padded})"
+    )
+
+
+def ratios(results: dict[str, Any], direction: str = "forward") -> str:
+    """How many times as long each peer took as each of ours."""
+    found = [row for row in results["models"] if row["direction"] == direction]
+    peers = list(dict.fromkeys(row["contender"] for row in found if not row["ours"]))
+    failed = {(row["case"], row["contender"]): row["reason"] for row in results["failures"]}
+    lines = [
+        [row["batch"]["name"], row["contender"], *(ratio_cell(row, peer, failed) for peer in peers)]
+        for row in found
+        if row["ours"]
+    ]
+    return table(["workload", "model", *(f"vs {peer}" for peer in peers)], lines)
+
+
+def details(results: dict[str, Any]) -> str:
+    """Every measurement: time and spread, useful rate, roofs, error, memory."""
+    memory = {(row["contender"], row["batch"]): row for row in results["memory"]}
+    lines = []
+    for row in results["models"]:
+        workload = row["batch"]["name"] + (", with backward" if row["direction"] != "forward" else "")
+        line = [workload, row["contender"], seconds(row["median_s"])]
+        line += [f"{seconds(row['p20_s'])} to {seconds(row['p80_s'])}", str(row["calls"])]
+        line += [f"{row['useful_tokens_per_s']:.4g}", f"{row['flops_per_s'] / 1e9:.1f}", f"{row['roof_fraction']:.0%}"]
+        line += [f"{row['memory_fraction']:.0%}" if "memory_fraction" in row else ""]
+        line += [error_cell(row["error"]) + (" **beyond the promise**" if row["within_promise"] is False else "")]
+        peak = memory.get((row["contender"], row["batch"]["name"])) if row["direction"] == "forward" else None
+        line += [f"{peak['peak_bytes'] / 2**20:.0f} ({peak['base_bytes'] / 2**20:.0f})" if peak else ""]
+        lines.append(line)
+    header = ["workload", "model", "median", "p20 to p80", "calls", "tokens/s", "GFLOP/s", "of FMA roof"]
+    return table([*header, "of memory roof", "error", "peak MiB (before the model)"], lines)
+
+
+LEGEND = (
+    'Under "vs" and "reached", how many times as long the other took, turn by turn: median (20th to 80th '
+    "percentile); above 1 ours is faster. **Bold**: ours is slower, or a target is missed. Tokens and GFLOP are "
+    "of real tokens only, whatever a contender computes. Of FMA roof: over the rate of float32 multiply-adds, "
+    "which int8 products may exceed. Of memory roof: the encoder's weights read once, over the copy rate; it is "
+    "what bounds a few tokens. Error: largest error at real positions against float64, over the largest value. "
+    "Peak: resident in a process of its own that runs only this, and in brackets what was resident before there "
+    "was a model (torch, or the engine)."
+)
+
+
+def unavailable(results: dict[str, Any]) -> str:
+    return "\n".join(f"* {name} was not measured: {why}" for name, why in results["unavailable"].items())
+
+
+def body(results: dict[str, Any], images: Iterable[str]) -> str:
+    """Everything but a title; images: as links."""
+    size = {row["model"] for row in results["models"]}
+    parts = [conditions(results)]
+    if size:
+        parts.append(
+            f"A model of the size of {', '.join(sorted(size))}, random weights, float32 unless the name says otherwise."
+        )
+    parts.append(LEGEND)
+    if outcomes(results):
+        parts += ["#### Targets", targets(results)]
+    if results["models"]:
+        parts += ["#### Times", times(results), "#### Against each peer", ratios(results)]
+        if any(row["direction"] != "forward" for row in results["models"]):
+            backward = "forward_backward"
+            parts += ["#### Forward + backward", times(results, backward), ratios(results, backward)]
+        parts += ["#### Every measurement", details(results)]
+    parts += [notes(results), unavailable(results), "\n".join(f"![{Path(i).stem}]({i})" for i in images)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def markdown(results: dict[str, Any], images: Iterable[str] = ()) -> str:
+    """The report of a run."""
+    return f"# Whole models on a CPU\n\n{body(results, images)}\n"
+
+
+def readme(results: dict[str, Any], picture: str) -> str:
+    """What the README shows."""
+    machine, commit = results["machine_info"], results["commit_info"]
+    roof = compute_roof(results["roofs"], "float32")
+    return "\n\n".join(
+        (
+            f"`make bench-models` on {machine['cpu']}, {machine['cores']} cores ({machine['isa_kernels']}), "
+            f"{results['datetime'][:10]}, commit {commit.get('id', 'unknown')[:12]}: "
+            "a model of RoBERTa-base size, all contenders in turns in one run, multiply-add roof "
+            f"{roof / 1e9:.0f} GFLOP/s.",
+            f"![speed of whole models by workload]({picture})",
+            targets(results),
+            "How many times as long the other took; bold: missed. Everything else, and how it was measured: "
+            "`docs/performance.md`.",
+        )
+    )
