@@ -285,6 +285,11 @@ def _select_by_size(tensor: Tensor, op: str, size: int) -> Kernels:
     return _choose(tensor.device.type, tensor.dtype)
 
 
+def cpu_serves(tensor: Tensor) -> bool:
+    """Whether the compiled CPU kernels serve every op on such tensors."""
+    return all(select(tensor, op, 0).name == "cpu" for op in choosing.OPS)
+
+
 @dataclass(frozen=True)
 class Serving:
     """Which backends serve some tensors: str() is for a reader, "triton", or "attention: cuda; others: triton"."""

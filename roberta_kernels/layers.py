@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.module import _has_any_global_hook
 from transformers import activations
 
-from roberta_kernels import backends, ops
+from roberta_kernels import backends, ops, packed_weights
+from roberta_kernels.hooks import foreign_hooks, input_grads_hook
 from roberta_kernels.ops.attention import serving_head_dim
+from roberta_kernels.packed_weights import Around, Call, LayerParts, Plan
 from roberta_kernels.packing import Sequences
 
 if TYPE_CHECKING:
@@ -47,13 +48,18 @@ FUSABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 class PatchState:
     """What patch() was asked for, and what happened since: shared by the modules of one patched model.
 
-    packed: "auto", True or False. backend: a backend name or "auto". fallbacks: (name of the module, its class, reason)
+    packed: "auto", True or False. backend: a backend name or "auto". prepack, quantization, offload: whether inference
+    on a CPU runs from packed weights, how these are rounded (None: not), and whether the originals leave memory.
+    fallbacks: (name of the module, its class, reason)
     -> calls in which it ran the original code. padded: reason -> calls in which a model ran fused, but on all rows of
     the padded batch. warned: what was warned about.
     """
 
     packed: str | bool = "auto"
     backend: str = "auto"
+    prepack: bool = True
+    quantization: str | None = None
+    offload: bool = False
     fallbacks: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     warned: set[str] = field(default_factory=set)
     padded: Counter[str] = field(default_factory=Counter)
@@ -85,36 +91,6 @@ def state_of(module: Any) -> PatchState:
 
 
 # --- which modules can be fused -------------------------------------------------------------------------------------
-
-
-def foreign_hooks(module: Any) -> bool:
-    """Whether something would notice that this module's own call is skipped: a hook, or a forward bound to the
-    instance.
-
-    Two of transformers' own do not count. Those that record hidden states and attentions: models.py handles these
-    outputs itself. That of enable_input_require_grads, which gradient checkpointing sets: `embed` does what it does.
-    """
-    if (
-        _has_any_global_hook()
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or module._forward_pre_hooks
-        or "forward" in module.__dict__
-    ):
-        return True
-    if not module._forward_hooks:
-        return False
-    return not all(_own_hook(hook) for hook in module._forward_hooks.values())
-
-
-def _own_hook(hook: Any) -> bool:
-    return getattr(hook, "__module__", None) == "transformers.utils.output_capturing" or _input_grads_hook(hook)
-
-
-def _input_grads_hook(hook: Any) -> bool:
-    """PreTrainedModel.enable_input_require_grads' hook on the word embeddings: what they give shall require grad."""
-    name = getattr(hook, "__qualname__", "")
-    return name.endswith("enable_input_require_grads.<locals>.make_inputs_require_grads")
 
 
 def _plain(tensor: Any) -> bool:
@@ -190,6 +166,61 @@ def tracing() -> bool:
 
 def functorch_active() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
+
+
+# --- inference from packed weights ------------------------------------------------------------------------------------
+
+_TRAINING = "training mode"
+_GRADIENTS = "gradients are needed"
+_NOT_FLOAT32 = "not all of its parameters are plain float32 tensors on the CPU"
+
+
+def _call_reason(state: PatchState, like: Tensor) -> str | None:
+    """Why no layer can run from packed weights in such a call, or None. like: of the hidden states' device, dtype and
+    need of gradients.
+    """
+    if not state.prepack:
+        return "prepack=False"
+    if tracing():
+        return "a graph is being traced"
+    if not like.is_cpu or like.dtype != torch.float32 or type(like) not in (Tensor, nn.Parameter):
+        return "hidden states are not float32 on the CPU"
+    if torch.is_grad_enabled() and like.requires_grad:
+        return _GRADIENTS
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast"
+    if functorch_active():
+        return "inside a torch.func transform"
+    if not backends.cpu_serves(like):
+        return "another backend than the CPU kernels serves"
+    return packed_weights.unavailable()
+
+
+def inference_plan(owner: Any, state: PatchState, like: Tensor) -> tuple[Plan | None, str | None]:
+    """The plan of one op call through a layer, or through all layers of a model; or None, and why not.
+
+    owner: the layer or model, whose `plan_layers` is asked when a plan is to be made. like: as `_call_reason`'s.
+    """
+    reason = _call_reason(state, like)
+    if reason is not None:
+        return None, reason
+    kind, isa = packed_weights.KINDS[state.quantization], backends.cpu_isa()
+    mine = packed_weights.prepared(owner)
+    plan = mine.plan
+    if plan is None or not plan.holds(kind, isa):
+        plan = mine.plan = None  # it holds packed weights that may be made again
+        reason, layers, around = owner.plan_layers()
+        for layer in layers:
+            reason = reason or layer.packed_weights_reason(like)
+        if reason is not None:
+            return None, reason
+        parts = [layer.parts() for layer in layers]
+        if len({part.call for part in parts}) != 1:
+            return None, "the layers differ in heads, scale, eps or GELU"
+        plan = packed_weights.make_plan(owner, layers, parts, around, kind=kind, isa=isa, offload=state.offload)
+    if torch.is_grad_enabled() and plan.requires_grad():
+        return None, _GRADIENTS
+    return plan, None
 
 
 # --- attention ------------------------------------------------------------------------------------------------------
@@ -416,6 +447,87 @@ class FastLayer(HuggingFaceModule):
             return "hooks on a layer"
         return self.attention_reason(like) or self.feed_forward_reason(like)
 
+    def packed_weights_reason(self, like: Tensor) -> str | None:
+        """Why this layer cannot run from packed weights, whatever the call, or None. like: as packed_reason's."""
+        if self.training:
+            return _TRAINING
+        reason = self.attention_reason(like) or self.feed_forward_reason(like)
+        if reason is not None:
+            return reason
+        attention, intermediate, output = self.attention, self.intermediate, self.output
+        core = attention.self
+        linears = (core.query, core.key, core.value, attention.output.dense, intermediate.dense, output.dense)
+        if not all(map(plain_linear, linears)):
+            return "a product is not a plain nn.Linear (an adapter, a quantised weight)"
+        if any(linear.bias is None for linear in linears):
+            return "a product has no bias"
+        norms = (attention.output.LayerNorm, output.LayerNorm)
+        tensors = [tensor for module in (*linears, *norms) for tensor in (module.weight, module.bias)]
+        if not all(
+            type(t) is nn.Parameter and t.is_cpu and t.dtype == torch.float32 and not t.is_inference() for t in tensors
+        ):
+            return _NOT_FLOAT32
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            return _GRADIENTS
+        if core.attention_head_size not in packed_weights.HEAD_DIMS:
+            return f"head_dim {core.attention_head_size}"
+        if gelu_kind(intermediate.intermediate_act_fn) is None:
+            return f"activation {type(intermediate.intermediate_act_fn).__name__}"
+        if norms[0].eps != norms[1].eps:
+            return "its LayerNorms differ in eps"
+        if self.chunk_size_feed_forward != 0:
+            return "a feed-forward in chunks"
+        if any(module.training for module in self.modules()):
+            return _TRAINING
+        return None
+
+    def plan_layers(self) -> tuple[str | None, tuple[Any, ...], Around]:
+        """Of inference_plan: this layer, whose own call is not skipped."""
+        return None, (self,), packed_weights.NOTHING
+
+    def parts(self) -> LayerParts:
+        """What a call from packed weights reads and skips; of a layer that packed_weights_reason finds no fault with."""
+        modules: list[nn.Module] = []
+        places: list[tuple[dict[str, Any], str]] = []
+        for path, (_, attributes) in _STRUCTURE.items():
+            parent = self.get_submodule(path)
+            own = parent.__dict__
+            places += [(own, name) for name in ("_modules", *attributes) if name in own]
+            for name, module in parent._modules.items():
+                if name == "crossattention":
+                    continue
+                modules.append(module)
+                places.append((parent._modules, name))
+                leaf = module.__dict__
+                places += [
+                    (leaf, "_parameters"),
+                    *((module._parameters, parameter) for parameter in module._parameters),
+                ]
+                places += [(leaf, "eps")] if "eps" in leaf else []
+        core, first, second = self.attention.self, self.attention.output, self.output
+        inner = self.intermediate.dense
+        return LayerParts(
+            modules=modules,
+            places=places,
+            weights=[m.weight for m in (core.query, core.key, core.value, first.dense, inner, second.dense)],
+            vectors=[
+                *(core.query.bias, core.key.bias, core.value.bias),
+                *(first.dense.bias, first.LayerNorm.weight, first.LayerNorm.bias),
+                *(inner.bias, second.dense.bias, second.LayerNorm.weight, second.LayerNorm.bias),
+            ],
+            call=Call(
+                heads=core.num_attention_heads,
+                scale=float(core.scaling),
+                eps=first.LayerNorm.eps,
+                tanh=gelu_kind(self.intermediate.intermediate_act_fn) == "tanh",
+            ),
+        )
+
+    def train(self, mode: bool = True) -> Any:
+        if mode:
+            packed_weights.drop(self)
+        return super().train(mode)
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -437,7 +549,15 @@ class FastLayer(HuggingFaceModule):
                     past_key_values,
                     **kwargs,
                 )
-        if type(attention_mask) is not FusedMask:
+        fused = type(attention_mask) is FusedMask
+        reason: str | None = "the original attention runs"
+        if fused and state.prepack:
+            plan, reason = inference_plan(self, state, hidden_states)
+            if plan is not None:
+                return plan.run(hidden_states, attention_mask.sequences)
+        if state.quantization is not None:
+            state.fell_back(self, f"float32 weights: {reason}")
+        if not fused:
             # Called with a Hugging Face mask: the model chose the original attention.
             return super().forward(
                 hidden_states,
@@ -623,7 +743,7 @@ class FastEmbeddings(HuggingFaceModule):
             word._forward_hooks
             and torch.is_grad_enabled()
             and not hidden_states.requires_grad
-            and any(_input_grads_hook(hook) for hook in word._forward_hooks.values())
+            and any(input_grads_hook(hook) for hook in word._forward_hooks.values())
         ):
             hidden_states.requires_grad_(True)  # frozen tables: reentrant checkpointing needs an input with a gradient
         return hidden_states

@@ -22,8 +22,9 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPoolingAndCrossAttentions,
 )
 
-from roberta_kernels import attention_interface, backends, packing, probe
+from roberta_kernels import attention_interface, backends, packed_weights, packing, probe
 from roberta_kernels.families import FAMILIES, family_class, part_class, role_of
+from roberta_kernels.hooks import foreign_hooks
 from roberta_kernels.layers import (
     FastAbsoluteEmbeddings,
     FastEmbeddings,
@@ -33,12 +34,13 @@ from roberta_kernels.layers import (
     FusedMask,
     HuggingFaceModule,
     PatchState,
-    foreign_hooks,
+    inference_plan,
     plain_linear,
     state_of,
     structure_mismatch,
     tracing,
 )
+from roberta_kernels.packed_weights import NOTHING, Around, Plan
 
 # Attention implementations that are the same mathematics as ours. Any other is somebody's own, and is left alone.
 _SAME_ATTENTION = (
@@ -126,6 +128,11 @@ class FastModel(HuggingFaceModule):
     _rk_pooled: bool  # whether the output has a place for a pooler's
     _rk_unpackable: str | None = None  # why no model of this family can be packed
 
+    def train(self, mode: bool = True) -> Any:
+        if mode:
+            packed_weights.drop(self)
+        return super().train(mode)
+
     def _rk_forward(self, *args: Any, **kwargs: Any) -> Any:
         if args:
             kwargs = _by_name(self, args, kwargs)
@@ -144,13 +151,15 @@ class FastModel(HuggingFaceModule):
         elif not request.packed:
             state.stayed_padded("a head reads padded rows")
         elif state.packed is not False:
-            reason = self._unpackable(request, kwargs)
+            reason, plan = self._unpackable(request, kwargs), None
+            if reason is None:
+                reason, plan = self._layers_reason(state)
             if reason is None and tracing():
                 state.stayed_padded("traced")
                 return _without_padding(super().forward(**kwargs | {"attention_mask": request}), request.attention_mask)
             packed = self._pack(request.attention_mask, kwargs) if reason is None else None
             if packed is not None:
-                return self._packed_forward(packed, kwargs)
+                return self._packed_forward(packed, kwargs, plan)
             state.stayed_padded(reason or "a sequence does not start with a real token")
         kwargs["attention_mask"] = request
         return super().forward(**kwargs)
@@ -216,25 +225,51 @@ class FastModel(HuggingFaceModule):
         # Without CUDA's state (fake tensors, on a machine without a GPU) there is no capture, and asking is an error.
         if given.is_cuda and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             return "CUDA graph capture"
-        embeddings, encoder = self._modules["embeddings"], self._modules["encoder"]
+        embeddings = self._modules["embeddings"]
         reason = self._embeddings_reason(embeddings, inputs_embeds)
         if reason is not None:
             return reason
-        if not self._known_layers():
-            return "an encoder or layer with code of its own"
-        if foreign_hooks(encoder):
-            return "hooks on the encoder"
-        weight = embeddings.word_embeddings.weight
         project = self._modules.get("embeddings_project")  # ELECTRA's, between tables and layers of different widths
-        if project is not None:
-            if foreign_hooks(project) or not plain_linear(project) or project.weight.dtype != weight.dtype:
-                return "embeddings_project is not a plain nn.Linear"
-            weight = project.weight.t()
-        for layer in encoder.layer:
-            reason = layer.packed_reason(weight)
-            if reason is not None:
-                return reason
+        if project is not None and (
+            foreign_hooks(project)
+            or not plain_linear(project)
+            or project.weight.dtype != embeddings.word_embeddings.weight.dtype
+        ):
+            return "embeddings_project is not a plain nn.Linear"
         return None
+
+    def _layers_reason(self, state: PatchState) -> tuple[str | None, Plan | None]:
+        """Why the layers cannot take packed tokens, or None; and the plan of one call through all of them, where there
+        is one."""
+        modules = self._modules
+        project = modules.get("embeddings_project")
+        like = modules["embeddings"].word_embeddings.weight if project is None else project.weight.t()
+        plan, _ = inference_plan(self, state, like)
+        if plan is not None:
+            return None, plan
+        reason, layers, _ = self.plan_layers()
+        for layer in layers:
+            reason = reason or layer.packed_reason(like)
+        return reason, None
+
+    def plan_layers(self) -> tuple[str | None, tuple[Any, ...], Around]:
+        """Why the layers cannot be called one after another, or None; the layers; what such a call skips beside
+        them."""
+        modules = self._modules
+        encoder = modules["encoder"]
+        if not self._known_layers():
+            return "an encoder or layer with code of its own", (), NOTHING
+        layers = encoder._modules["layer"]
+        if foreign_hooks(encoder):
+            return "hooks on the encoder", (), NOTHING
+        if any(map(foreign_hooks, layers)):
+            return "hooks on a layer", (), NOTHING
+        places = [
+            (modules, "encoder"),
+            (encoder._modules, "layer"),
+            *((layers._modules, key) for key in layers._modules),
+        ]
+        return None, tuple(layers), Around([encoder, *layers], places, layers._modules)
 
     def _embeddings_reason(self, embeddings: Any, inputs_embeds: Tensor | None) -> str | None:
         """Why what the embeddings give cannot be packed, or None."""
@@ -258,7 +293,7 @@ class FastModel(HuggingFaceModule):
         batch, length = given.shape[:2]
         return packing.pack(mask, batch, length, given.device, self.config.is_decoder)
 
-    def _packed_forward(self, packed: packing.Packing, kwargs: dict[str, Any]) -> Any:
+    def _packed_forward(self, packed: packing.Packing, kwargs: dict[str, Any], plan: Plan | None) -> Any:
         embeddings = self.embeddings
         if isinstance(embeddings, FastEmbeddings) and kwargs.get("inputs_embeds") is None:
             hidden_states = self._packed_embeddings(packed, kwargs)
@@ -268,9 +303,12 @@ class FastModel(HuggingFaceModule):
         project = self._modules.get("embeddings_project")
         if project is not None:
             hidden_states = project(hidden_states)
-        mask = FusedMask(packed.sequences)
-        for layer in self.encoder.layer:
-            hidden_states = layer(hidden_states, mask)
+        if plan is not None and not hidden_states.requires_grad:
+            hidden_states = plan.run(hidden_states, packed.sequences)
+        else:
+            mask = FusedMask(packed.sequences)
+            for layer in self.encoder.layer:
+                hidden_states = layer(hidden_states, mask)
         sequence_output = packed.unpack(hidden_states)
         output: Any
         if self._rk_pooled:
@@ -588,6 +626,7 @@ def make_original(module: nn.Module) -> None:
         module.__class__ = cls._rk_original
     module.__dict__.pop("_rk_state", None)
     module.__dict__.pop("_rk_name", None)
+    packed_weights.forget(module)
 
 
 def is_fast_class(cls: type) -> bool:

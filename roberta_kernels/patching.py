@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
-from roberta_kernels import backends
+from roberta_kernels import backends, packed_weights
+from roberta_kernels.backends import BackendError
 from roberta_kernels.families import FAMILIES, family_classes, role_of, why_left
-from roberta_kernels.layers import PatchState, gelu_kind, plain_linear
+from roberta_kernels.layers import FastLayer, PatchState, gelu_kind, plain_linear
 from roberta_kernels.models import MODEL_ROLES, holds_fast_class, is_fast_class, make_fast, make_original, mismatch
 
 _FUSED = {
@@ -35,6 +37,7 @@ _FUSED = {
 # (package, class) of modules of other libraries that let padded token vectors into the answer.
 _READ_PADDING = {("sentence_transformers", "CNN")}
 
+_NO_LAYER = "it holds no layer that can run from packed weights"
 _NOT_KNOWN = "not the code that is known"
 
 
@@ -84,12 +87,19 @@ class PatchReport:
         """Whether anything was replaced."""
         return bool(self.replaced)
 
+    @property
+    def quantization(self) -> str | None:
+        """What the layers' weights are rounded to for inference on a CPU; None: not at all."""
+        return self.state.quantization
+
     def __rich__(self) -> Any:
         from rich.table import Table
 
         title = (
             f"roberta_kernels: {len(self.replaced)} modules replaced, {len(self.left)} left; backend: {self.backend}"
         )
+        if self.quantization is not None:
+            title += f"; inference on the CPU with {self.quantization} weights"
         table = Table(title=title, title_justify="left")
         for column in ("modules", "class", "what runs there now"):
             table.add_column(column, overflow="fold")
@@ -111,7 +121,15 @@ class PatchReport:
         return text.getvalue().rstrip()
 
 
-def patch(model: nn.Module, *, packed: str | bool = "auto", backend: str = "auto") -> PatchReport:
+def patch(
+    model: nn.Module,
+    *,
+    packed: str | bool = "auto",
+    backend: str = "auto",
+    prepack: bool = True,
+    quantization: str | None = None,
+    offload: bool | None = None,
+) -> PatchReport:
     """Makes every RoBERTa-family encoder inside `model` run on the fused kernels, in place.
 
     Args:
@@ -119,6 +137,15 @@ def patch(model: nn.Module, *, packed: str | bool = "auto", backend: str = "auto
         packed: "auto": padding is left out of the computation wherever the answer cannot depend on it. False: never.
             True: also where a token or span head reads padded rows, which then come from zeros.
         backend: "auto", or the backend that shall serve this model.
+        prepack: whether inference on a CPU keeps a copy of the layers' weights in the order in which the kernels read
+            them, made in the first call. It is faster, and takes as much memory again as these weights do.
+        quantization: None; or what that copy is rounded to, of a float32 model on a CPU: "bfloat16" (products
+            accumulate in float32), "int8" (weights only), "int8-dynamic" (weights, and activations as they come). The
+            answers are then no longer those of the original (`verify` measures them). Parameters, state dict and
+            saved files stay float32; a call that cannot use the copy, as in training, runs the float32 weights, and
+            the report's fallbacks say so.
+        offload: True: weights that were copied leave memory for an unlinked file in the temporary directory (TMPDIR),
+            mapped in their place; they read, train and save as before. None: where `quantization` is set.
 
     Returns:
         What was replaced, what was left, and why. A model with nothing to replace is left untouched; so is any model
@@ -129,12 +156,16 @@ def patch(model: nn.Module, *, packed: str | bool = "auto", backend: str = "auto
     harmless: the options of the last call hold. Rows at padded positions come back as zeros.
 
     Raises:
-        ValueError: an unknown value of `packed`. BackendError: an unknown or unavailable backend.
+        ValueError: an unknown value of an option, options that contradict each other, or `quantization` for a model
+        that is not float32 on a CPU. BackendError: an unknown or unavailable backend, or `quantization` without the
+        compiled CPU kernels.
     """
-    _check_options(packed, backend)
+    _check_options(packed, backend, prepack, quantization, offload)
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch needs a torch.nn.Module, not {type(model).__name__}")
-    state = PatchState(packed=packed, backend=backend)
+    if offload is None:
+        offload = quantization is not None
+    state = PatchState(packed=packed, backend=backend, prepack=prepack, quantization=quantization, offload=offload)
     report = PatchReport(backend=backend, state=state)
     before: list[tuple[nn.Module, type, PatchState | None]] = []
     try:
@@ -159,6 +190,8 @@ def patch(model: nn.Module, *, packed: str | bool = "auto", backend: str = "auto
             fused = _FUSED[role.role]
             if role.role == "layer":
                 fused = _layer_fused(module)
+                if quantization is not None:
+                    _check_float32(name, module, quantization)
             report.replaced.append(Replaced(name, original.__name__, fused))
     except BaseException:
         for module, cls, old_state in before:
@@ -170,6 +203,10 @@ def patch(model: nn.Module, *, packed: str | bool = "auto", backend: str = "auto
         raise
     for replaced, (module, *_) in zip(report.replaced, before, strict=True):
         module.__dict__["_rk_name"] = replaced.name
+        packed_weights.forget(module)  # of an earlier patch, with other options
+    if quantization is not None and not any(isinstance(module, FastLayer) for module, *_ in before):
+        report.left.append(Left("", type(model).__name__, f"not quantised: {_NO_LAYER}"))
+        warnings.warn(f"roberta_kernels: {type(model).__name__} is not quantised: {_NO_LAYER}", stacklevel=2)
     strange = [left for left in report.left if left.reason.startswith(_NOT_KNOWN)]
     if strange:
         warnings.warn(
@@ -183,11 +220,40 @@ def patch(model: nn.Module, *, packed: str | bool = "auto", backend: str = "auto
     return report
 
 
-def _check_options(packed: Any, backend: str) -> None:
+def _check_options(packed: Any, backend: str, prepack: Any, quantization: Any, offload: Any) -> None:
     if packed != "auto" and not isinstance(packed, bool):
         raise ValueError(f'packed is {packed!r}, and must be "auto", True or False')
     with backends.backend(backend):
         pass  # raises for a backend that is unknown or not available
+    if not isinstance(prepack, bool):
+        raise ValueError(f"prepack is {prepack!r}, and must be True or False")
+    if quantization not in packed_weights.KINDS:
+        raise ValueError(
+            f"quantization is {quantization!r}, and must be None or one of {', '.join(packed_weights.QUANTIZATIONS)}"
+        )
+    if offload is not None and not isinstance(offload, bool):
+        raise ValueError(f"offload is {offload!r}, and must be None, True or False")
+    if not prepack and (quantization is not None or offload):
+        raise ValueError("quantization and offload concern packed weights, and prepack=False wants none")
+    if quantization is None:
+        return
+    if backend not in ("auto", "cpu"):
+        raise ValueError(f"quantization={quantization!r} runs on the cpu backend, and backend is {backend!r}")
+    reason = packed_weights.unavailable()
+    if reason is not None:
+        raise BackendError(f"quantization={quantization!r} needs the compiled CPU kernels: {reason}")
+
+
+def _check_float32(name: str, layer: nn.Module, quantization: str) -> None:
+    for parameter in layer.parameters():
+        # One on the meta device is yet to be loaded.
+        if parameter.is_floating_point() and (
+            parameter.dtype != torch.float32 or parameter.device.type not in ("cpu", "meta")
+        ):
+            raise ValueError(
+                f"quantization={quantization!r} needs a float32 model on a CPU, and {name or 'the model'} is "
+                f"{str(parameter.dtype).removeprefix('torch.')} on {parameter.device}"
+            )
 
 
 def _why_left(cls: type) -> str | None:
@@ -234,21 +300,32 @@ def is_patched(model: nn.Module) -> bool:
 
 
 _wrapped: list[tuple[Any, Callable[..., None]]] = []
-_options: tuple[str | bool, str] = ("auto", "auto")  # packed and backend of the last patch_transformers
+_options: dict[str, Any] = {}  # of the last patch_transformers
 
 
 def patch_transformers(
-    *, packed: str | bool = "auto", backend: str = "auto"
+    *,
+    packed: str | bool = "auto",
+    backend: str = "auto",
+    prepack: bool = True,
+    quantization: str | None = None,
+    offload: bool | None = None,
 ) -> contextlib.AbstractContextManager[None]:
-    """Patches every model of a known family that is created from now on, by whatever route.
+    """Patches every model of a known family that is created from now on, by whatever route; options are patch's.
 
     As a context manager, `with patch_transformers(): ...`, only those created inside the block; the options of an outer
     block hold again after an inner one.
     """
     global _options
-    _check_options(packed, backend)
+    _check_options(packed, backend, prepack, quantization, offload)
     before = _options if _wrapped else None
-    _options = (packed, backend)
+    _options = {
+        "packed": packed,
+        "backend": backend,
+        "prepack": prepack,
+        "quantization": quantization,
+        "offload": offload,
+    }
     if not _wrapped:
         cls: Any
         for cls in family_classes(*MODEL_ROLES):
@@ -262,8 +339,7 @@ def _patching_init(cls: type, original: Callable[..., None]) -> Callable[..., No
     def init(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         if type(self) is cls:
-            packed, backend = _options
-            patch(self, packed=packed, backend=backend)
+            patch(self, **_options)
 
     return init
 
@@ -276,7 +352,7 @@ def unpatch_transformers() -> None:
 
 
 @contextlib.contextmanager
-def _back_on_exit(before: tuple[str | bool, str] | None) -> Iterator[None]:
+def _back_on_exit(before: dict[str, Any] | None) -> Iterator[None]:
     global _options
     try:
         yield

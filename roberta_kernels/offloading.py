@@ -1,0 +1,57 @@
+"""Weights moved out of memory, into unlinked temporary files that are mapped in their place.
+
+A weight that is only read when it is saved, trained or copied need not be resident. Mapped privately it is a tensor as
+before: what reads it reads the file, and what writes to it gets pages of memory of its own (copy on write).
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+import weakref
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+class Offloaded:
+    """The weights of a module that are in files."""
+
+    def __init__(self) -> None:
+        self._moved: dict[int, tuple[weakref.ref[nn.Parameter], int]] = {}  # id -> the weight, its address
+
+    def move(self, weights: Iterable[nn.Parameter]) -> None:
+        """Moves weights into files in the temporary directory (tempfile's). Where it has no room, they stay, with a
+        warning.
+        """
+        for weight in weights:
+            storage = weight.untyped_storage()
+            if storage.nbytes() != weight.numel() * weight.element_size() or not weight.is_contiguous():
+                continue  # a part of something larger: moving it would part it from the rest
+            try:
+                mapped = _mapped_copy(weight.detach())
+            except (OSError, RuntimeError) as error:
+                warnings.warn(
+                    f"roberta_kernels: weights stay in memory: no room for them in {tempfile.gettempdir()} ({error})",
+                    stacklevel=2,
+                )
+                return
+            weight.data = mapped
+            self._moved[id(weight)] = weakref.ref(weight), weight.data_ptr()
+
+    def bring_back(self) -> None:
+        """Brings into memory what is still mapped."""
+        for reference, pointer in self._moved.values():
+            weight = reference()
+            if weight is not None and weight.data_ptr() == pointer:
+                weight.data = weight.detach().clone()
+        self._moved.clear()
+
+
+def _mapped_copy(tensor: Tensor) -> Tensor:
+    with tempfile.NamedTemporaryFile(prefix="roberta_kernels-") as file:
+        file.write(tensor.numpy().data)
+        file.flush()
+        mapped = torch.from_file(file.name, shared=False, size=tensor.numel(), dtype=tensor.dtype, device="cpu")
+    return mapped.view(tensor.shape)
