@@ -48,11 +48,12 @@ X86_ISAS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"],
     "avx512_bf16": [
-        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16"),
+        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
+        *("-mavx512bf16", "-mavx512vnni"),
         *("-mfma", "-mprefer-vector-width=512"),
     ],
 }
-CPU_OPS = ["attention", "add_layer_norm", "gelu_ffn", "embedding_layer_norm"]
+CPU_OPS = ["attention", "add_layer_norm", "gelu_ffn", "embedding_layer_norm", "packed_encoder"]
 CXX_FLAGS = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
 # Error messages name source files by their place in the project.
 CXX_FLAGS.append(f"-ffile-prefix-map={ROOT}/=")

@@ -15,6 +15,14 @@ STABLE_TORCH_LIBRARY(roberta_kernels_cpu, m) {
     m.def("get_isa() -> int");
     m.def("set_isa(int isa) -> int");
     m.def("isa_available(int isa) -> bool");
+    // The inference path, which has no gradients: roberta_kernels/packed_weights.py says what its arguments
+    // are.
+    m.def("pack_weight(Tensor weight, str kind) -> Tensor");
+    m.def(
+        "packed_encoder(Tensor x, Tensor[] layers, Tensor cu_seqlens, SymInt max_seqlen, Tensor? key_mask, "
+        "bool "
+        "causal, int heads, float scale, float eps, bool tanh) -> Tensor");
+    m.def("sample_weights(Tensor[] weights) -> int");
 #endif
 #define RK_SCHEMA(schema) m.def(schema);
 #include "roberta_kernels/schemas.def"

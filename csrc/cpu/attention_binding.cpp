@@ -19,28 +19,6 @@ HeadsView heads_view(const Checks& checks, const Tensor& t, const char* name, in
     return {t.const_data_ptr(), strides[0], strides[1]};
 }
 
-// Every offset that the kernels use comes from cu_seqlens, so its values are checked here, on the host.
-Tensor check_cu_seqlens(const Checks& checks, const Tensor& cu_seqlens, const char* name, int64_t tokens,
-                        int64_t max_seqlen, const char* max_name) {
-    const char* op = checks.op();
-    checks.same(cu_seqlens, name, ScalarType::Int);
-    STD_TORCH_CHECK(cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1, op, ": ", name,
-                    " must have shape [B + 1]");
-    Tensor contiguous = as_contiguous(cu_seqlens);
-    const auto* cu = static_cast<const int32_t*>(contiguous.const_data_ptr());
-    const int64_t batch = contiguous.size(0) - 1;
-    STD_TORCH_CHECK(cu[0] == 0, op, ": ", name, " must start at 0, not ", cu[0]);
-    for (int64_t b = 0; b < batch; ++b) {
-        STD_TORCH_CHECK(cu[b + 1] >= cu[b], op, ": ", name, " must not decrease: ", name, "[", b,
-                        "] = ", cu[b], " and ", name, "[", b + 1, "] = ", cu[b + 1]);
-        STD_TORCH_CHECK(cu[b + 1] - cu[b] <= max_seqlen, op, ": sequence ", b, " of ", name, " has length ",
-                        cu[b + 1] - cu[b], ", more than ", max_name, " = ", max_seqlen);
-    }
-    STD_TORCH_CHECK(cu[batch] == tokens, op, ": ", name, " must end at the number of tokens, ", tokens,
-                    ", not ", cu[batch]);
-    return contiguous;
-}
-
 // The arguments that forward and backward share, checked; `owned` keeps contiguous copies alive.
 struct Checked {
     Checks checks;

@@ -8,6 +8,7 @@ namespace rk::cpu {
 
 // Ordered from the plainest to the best: the highest that the processor has and the build holds is active,
 // unless the environment variable ROBERTA_KERNELS_CPU_ISA or the op set_isa names another.
+// avx512_bf16 stands for AVX512-VNNI too: no processor has the one without the other.
 enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
 constexpr const char* kIsaNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};
 constexpr int kIsaCount = 4;

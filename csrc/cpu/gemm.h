@@ -22,6 +22,9 @@
 //     real
 // Each element of C is summed in an order that depends on M, N and K alone, never on the number of threads.
 //
+// A weight of an inference path is packed beforehand, once and for all calls (packed_weight.h): its panels
+// take the place of those that a task packs.
+//
 // bfloat16 with AVX512-BF16: two neighbours along K make one 32-bit word, multiplied by vdpbf16ps; elsewhere
 // packing converts to float32. So a packed operand is always made of 32-bit words, kPerWord elements along K
 // each.
@@ -55,6 +58,12 @@ template <class T>
 constexpr int kPerWord = 1;
 #endif
 
+struct Whole;  // whole numbers; see the micro-kernel
+template <class T>
+constexpr bool is_whole = false;
+template <>
+constexpr bool is_whole<Whole> = true;
+
 template <class T>
 struct Matrix {
     const T* data;
@@ -85,9 +94,9 @@ struct Scratch {
     }
     ~Scratch() { free(data); }
 };
-enum class Use { column_block, left_operand, activation, sums };
+enum class Use { column_block, left_operand, activation, sums, encoder };
 inline Scratch& thread_scratch(Use use) {
-    static thread_local Scratch scratch[4];
+    static thread_local Scratch scratch[5];
     return scratch[int(use)];
 }
 
@@ -230,18 +239,76 @@ inline void pack_b_panel(const Matrix<T>& bt, int64_t column, int64_t k, int64_t
 
 // ---- micro-kernel ----
 
+// A left operand of whole numbers, 0 to 255 (packed_weight.h): the numbers of a word are multiplied with
+// those of a word of B, from -127 to 127, and added to a sum of 32 bits. No step saturates.
+struct Whole {};
+#if defined(RK_CPU_ISA_AVX512_BF16)
+constexpr int kWholePerWord = 4;  // bytes: vpdpbusd, which every processor with AVX512-BF16 has
+#else
+constexpr int kWholePerWord = 2;  // 16 bits each: pmaddwd
+#endif
+// A word of B as a packed weight keeps it: half the bytes, or all of them.
+struct WholeWord {
+    int8_t numbers[kWholePerWord];
+};
+
+RK_INLINE vf32 load(const int8_t* p) {
+#if defined(RK_AVX512)
+    return (vf32)_mm512_cvtepi32_ps(
+        _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(RK_AVX2)
+    return (vf32)_mm256_cvtepi32_ps(
+        _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+    vf32 x;
+    for (int i = 0; i < kLanes; ++i) x[i] = float(p[i]);
+    return x;
+#endif
+}
+RK_INLINE vf32 load(const WholeWord* p) {
+#if defined(RK_CPU_ISA_AVX512_BF16)
+    return load(reinterpret_cast<const float*>(p));
+#elif defined(RK_AVX512)
+    return (vf32)_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(RK_AVX2)
+    return (vf32)_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+    vu32 x;
+    for (int i = 0; i < kLanes; ++i)
+        x[i] = uint32_t(uint16_t(p[i].numbers[0])) | uint32_t(uint16_t(p[i].numbers[1])) << 16;
+    return as_float(x);
+#endif
+}
+
 template <class T>
 RK_INLINE vf32 multiply_add(vf32 a, vf32 b, vf32 c) {
+    if constexpr (is_whole<T>) {
+#if defined(RK_CPU_ISA_AVX512_BF16)
+        return (vf32)_mm512_dpbusd_epi32((__m512i)c, (__m512i)a, (__m512i)b);
+#elif defined(RK_AVX512)
+        return (vf32)_mm512_add_epi32((__m512i)c, _mm512_madd_epi16((__m512i)a, (__m512i)b));
+#elif defined(RK_AVX2)
+        return (vf32)_mm256_add_epi32((__m256i)c, _mm256_madd_epi16((__m256i)a, (__m256i)b));
+#else
+        const vi32 x = (vi32)a, y = (vi32)b;
+        return (vf32)((vi32)c + (x << 16 >> 16) * (y << 16 >> 16) + (x >> 16) * (y >> 16));
+#endif
+    }
 #if defined(RK_CPU_ISA_AVX512_BF16)
     if constexpr (kPerWord<T> == 2)
         return (vf32)_mm512_dpbf16_ps((__m512)c, (__m512bh)bit_cast<vi32>(a), (__m512bh)bit_cast<vi32>(b));
 #endif
     return fma(a, b, c);
 }
+template <class T>
+RK_INLINE vf32 add_sums(vf32 a, vf32 b) {
+    if constexpr (is_whole<T>) return (vf32)((vi32)a + (vi32)b);
+    return a + b;
+}
 
-// tile[i][j] (+)= sum over k of a[k][i] b[k][j]
-template <class T, int kHeight>
-__attribute__((noinline)) void multiply_tile(int64_t k_words, const float* a, const float* b, float* tile,
+// tile[i][j] (+)= sum over k of a[k][i] b[k][j]. b: words, or what load() makes words of.
+template <class T, int kHeight, class Stored>
+__attribute__((noinline)) void multiply_tile(int64_t k_words, const float* a, const Stored* b, float* tile,
                                              bool add) {
     vf32 c[kHeight][kVectors];
 #pragma GCC unroll 16
@@ -264,28 +331,45 @@ __attribute__((noinline)) void multiply_tile(int64_t k_words, const float* a, co
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) {
             float* to = tile + i * kColumns + v * kLanes;
-            store(to, add ? load(to) + c[i][v] : c[i][v]);
+            store(to, add ? add_sums<T>(load(to), c[i][v]) : c[i][v]);
         }
 }
 
-template <class T, int kHeight = kRows>
-RK_INLINE void multiply_tile_of(int height, int64_t k_words, const float* a, const float* b, float* tile,
+template <class T, class Stored, int kHeight = kRows>
+RK_INLINE void multiply_tile_of(int height, int64_t k_words, const float* a, const Stored* b, float* tile,
                                 bool add) {
     if (height == kHeight) return multiply_tile<T, kHeight>(k_words, a, b, tile, add);
-    if constexpr (kHeight > 1) multiply_tile_of<T, kHeight - 1>(height, k_words, a, b, tile, add);
+    if constexpr (kHeight > 1) multiply_tile_of<T, Stored, kHeight - 1>(height, k_words, a, b, tile, add);
 }
 
 // ---- products ----
 
-// C = A B for a packed A; bt is B transposed, [N, K].
-template <class T, class Epilogue>
-inline void multiply_packed(const RowPanels& panels, const float* packed_a, const Matrix<T>& bt,
+// Where the panels of B come from: `columns` columns of C; with kCopies, copy() writes the words of a panel
+// from word k on into memory of the task; without, at() tells where they are.
+
+// B packed by the task that needs it; bt is B transposed, [N, K].
+template <class T>
+struct PackedHere {
+    using Stored = float;
+    static constexpr bool kCopies = true;
+    Matrix<T> bt;
+    int64_t columns;
+    RK_INLINE explicit PackedHere(const Matrix<T>& bt_) : bt(bt_), columns(bt_.rows) {}
+    RK_INLINE void copy(int64_t panel, int64_t k, int64_t k_words, float* out) const {
+        pack_b_panel(bt, panel * kColumns, k * kPerWord<T>, k_words, out);
+    }
+};
+
+// C = A B for a packed A. T: what the words of both are made of.
+template <class T, class Panels, class Epilogue>
+inline void multiply_panels(const RowPanels& panels, const float* packed_a, const Panels& b_panels,
                             const Epilogue& epilogue) {
-    if (bt.rows == 0) return;
+    if (b_panels.columns == 0) return;
+    using Stored = typename Panels::Stored;
     const int64_t k_words = panels.k_words;
     const int64_t k_blocks = max64(1, ceil_div(k_words, kDepth));
     const int64_t depth = ceil_div(ceil_div(k_words, k_blocks), kChunk) * kChunk;  // words along K of a block
-    const int64_t columns = ceil_div(bt.rows, kColumns);                           // in panels
+    const int64_t columns = ceil_div(b_panels.columns, kColumns);                  // in panels
     // Column panels to a block: as the cache allows, but enough blocks for every thread to have several.
     const int64_t threads = num_threads();
     const int64_t fitting = kBlockWords / (kColumns * max64(kChunk, min64(depth, k_words)));
@@ -293,12 +377,12 @@ inline void multiply_packed(const RowPanels& panels, const float* packed_a, cons
     const int64_t blocks = ceil_div(columns, block);
     const int64_t row_blocks = max64(1, min64(panels.count, ceil_div(2 * threads, blocks)));
     const int64_t tiles = k_blocks == 1 ? 1 : ceil_div(panels.count, row_blocks) * block;
+    const int64_t copied = Panels::kCopies ? block * kColumns * min64(depth, k_words) : 0;
     int64_t next = 0;
     parallel_for(0, min64(threads, blocks * row_blocks), 1, [&](int64_t, int64_t) {
         constexpr int64_t kTile = kRows * kColumns;
-        float* const packed_b =
-            thread_scratch(Use::column_block).words(block * kColumns * min64(depth, k_words) + tiles * kTile);
-        float* const c = packed_b + block * kColumns * min64(depth, k_words);
+        float* const packed_b = thread_scratch(Use::column_block).words(copied + tiles * kTile);
+        float* const c = packed_b + copied;
         for (;;) {
             const int64_t task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
             if (task >= blocks * row_blocks) break;
@@ -308,14 +392,18 @@ inline void multiply_packed(const RowPanels& panels, const float* packed_a, cons
             const int64_t bottom = panels.count * (row_block + 1) / row_blocks;
             for (int64_t k_block = 0; k_block < k_blocks; ++k_block) {
                 const int64_t k_first = k_block * depth, k_here = max64(0, min64(depth, k_words - k_first));
-                for (int64_t j = first; j < last; ++j)
-                    pack_b_panel(bt, j * kColumns, k_first * kPerWord<T>, k_here,
-                                 packed_b + (j - first) * kColumns * k_here);
+                if constexpr (Panels::kCopies)
+                    for (int64_t j = first; j < last; ++j)
+                        b_panels.copy(j, k_first, k_here, packed_b + (j - first) * kColumns * k_here);
                 for (int64_t i = top; i < bottom; ++i) {
                     const int height = panels.height(i);
                     const float* a = packed_a + panels.offset(i) + k_first * height;
                     for (int64_t j = first; j < last; ++j) {
-                        const float* b = packed_b + (j - first) * kColumns * k_here;
+                        const Stored* b;
+                        if constexpr (Panels::kCopies)
+                            b = packed_b + (j - first) * kColumns * k_here;
+                        else
+                            b = b_panels.at(j, k_first);
                         float* tile = c + (k_blocks == 1 ? 0 : (i - top) * block + (j - first)) * kTile;
                         if (k_words == 0)
                             for (int64_t x = 0; x < kTile; ++x) tile[x] = 0.0f;
@@ -324,13 +412,20 @@ inline void multiply_packed(const RowPanels& panels, const float* packed_a, cons
                                                 b + k * kColumns, tile, k_block > 0 || k > 0);
                         if (k_block == k_blocks - 1)
                             epilogue(panels.first(i), j * kColumns, height,
-                                     int(min64(kColumns, bt.rows - j * kColumns)),
+                                     int(min64(kColumns, b_panels.columns - j * kColumns)),
                                      static_cast<const float*>(tile));
                     }
                 }
             }
         }
     });
+}
+
+// C = A B for a packed A; bt is B transposed, [N, K].
+template <class T, class Epilogue>
+inline void multiply_packed(const RowPanels& panels, const float* packed_a, const Matrix<T>& bt,
+                            const Epilogue& epilogue) {
+    multiply_panels<T>(panels, packed_a, PackedHere<T>(bt), epilogue);
 }
 
 // Rows of an A with k_words words a row that are packed together.
