@@ -172,7 +172,7 @@ def functorch_active() -> bool:
 
 _TRAINING = "training mode"
 _GRADIENTS = "gradients are needed"
-_NOT_FLOAT32 = "not all of its parameters are plain float32 tensors on the CPU"
+_NOT_FLOAT32 = "not all of its parameters are plain, contiguous float32 tensors on the CPU"
 
 
 def _call_reason(state: PatchState, like: Tensor) -> str | None:
@@ -194,6 +194,16 @@ def _call_reason(state: PatchState, like: Tensor) -> str | None:
     if not backends.cpu_serves(like):
         return "another backend than the CPU kernels serves"
     return packed_weights.unavailable()
+
+
+def _plain_float32(tensor: Any) -> bool:
+    return (
+        type(tensor) is nn.Parameter
+        and tensor.is_cpu
+        and tensor.dtype == torch.float32
+        and tensor.is_contiguous()
+        and not tensor.is_inference()  # whose edits are not counted
+    )
 
 
 def inference_plan(owner: Any, state: PatchState, like: Tensor) -> tuple[Plan | None, str | None]:
@@ -463,9 +473,7 @@ class FastLayer(HuggingFaceModule):
             return "a product has no bias"
         norms = (attention.output.LayerNorm, output.LayerNorm)
         tensors = [tensor for module in (*linears, *norms) for tensor in (module.weight, module.bias)]
-        if not all(
-            type(t) is nn.Parameter and t.is_cpu and t.dtype == torch.float32 and not t.is_inference() for t in tensors
-        ):
+        if not all(map(_plain_float32, tensors)):
             return _NOT_FLOAT32
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             return _GRADIENTS
@@ -486,7 +494,7 @@ class FastLayer(HuggingFaceModule):
         return None, (self,), packed_weights.NOTHING
 
     def parts(self) -> LayerParts:
-        """What a call from packed weights reads and skips; of a layer that packed_weights_reason finds no fault with."""
+        """What a call from packed weights reads and skips, where packed_weights_reason is None."""
         modules: list[nn.Module] = []
         places: list[tuple[dict[str, Any], str]] = []
         for path, (_, attributes) in _STRUCTURE.items():

@@ -21,6 +21,10 @@ class Offloaded:
     def __init__(self) -> None:
         self._moved: dict[int, tuple[weakref.ref[nn.Parameter], int]] = {}  # id -> the weight, its address
 
+    def __contains__(self, weight: nn.Parameter) -> bool:
+        moved = self._moved.get(id(weight))
+        return moved is not None and moved[0]() is weight and moved[1] == weight.data_ptr()
+
     def move(self, weights: Iterable[nn.Parameter]) -> None:
         """Moves weights into files in the temporary directory (tempfile's). Where it has no room, they stay, with a
         warning.
@@ -42,9 +46,9 @@ class Offloaded:
 
     def bring_back(self) -> None:
         """Brings into memory what is still mapped."""
-        for reference, pointer in self._moved.values():
+        for reference, _ in self._moved.values():
             weight = reference()
-            if weight is not None and weight.data_ptr() == pointer:
+            if weight is not None and weight in self:
                 weight.data = weight.detach().clone()
         self._moved.clear()
 

@@ -81,9 +81,24 @@ class Around:
 NOTHING = Around()
 
 
-def _sample(weights: list[nn.Parameter]) -> int:
-    """Of the weights' values: edits through `.data` change nothing else."""
-    return torch.ops.roberta_kernels_cpu.sample_weights.default(weights)
+_WINDOW = 1024  # elements, a page
+
+
+def _samples(weights: Sequence[nn.Parameter], offloaded: offloading.Offloaded) -> list[Tensor]:
+    """What to look at of weights: where they are out of memory, a few pages only, as reading brings the others back."""
+    samples: list[Tensor] = []
+    for weight in weights:
+        if weight in offloaded:
+            flat = weight.detach().view(-1)
+            samples += [flat[at : at + _WINDOW] for at in (0, len(flat) // 2, max(0, len(flat) - _WINDOW))]
+        else:
+            samples.append(weight)
+    return samples
+
+
+def _hash(samples: list[Tensor]) -> int:
+    """Of some elements: what shows edits through `.data`, which change nothing else."""
+    return torch.ops.roberta_kernels_cpu.sample_weights.default(samples)
 
 
 class PackedWeights:
@@ -95,13 +110,13 @@ class PackedWeights:
         self.tensors: list[Tensor] = [pack(torch.cat([query, key, value]), kind)]
         self.tensors += [pack(weight.contiguous(), kind) for weight in others]
         self._weights, self._kind, self._isa = weights, kind, isa
-        self.stamp()
 
-    def stamp(self) -> None:
-        """Takes the weights as they are now for those that were packed."""
+    def stamp(self, offloaded: offloading.Offloaded) -> None:
+        """Takes the weights as they are now for those that were packed. offloaded: those that are out of memory."""
         self._pointers = [weight.data_ptr() for weight in self._weights]
         self._versions = [weight._version for weight in self._weights]
-        self._sampled = _sample(self._weights)
+        self.samples = _samples(self._weights, offloaded)
+        self._hash = _hash(self.samples)
 
     def current(self, weights: list[nn.Parameter], kind: str, isa: str) -> bool:
         """Whether these weights are the packed ones, unchanged."""
@@ -111,7 +126,8 @@ class PackedWeights:
             and all(map(is_, weights, self._weights))
             and [weight.data_ptr() for weight in weights] == self._pointers
             and [weight._version for weight in weights] == self._versions
-            and _sample(weights) == self._sampled
+            and all([weight.is_contiguous() for weight in weights])
+            and _hash(self.samples) == self._hash
         )
 
 
@@ -139,7 +155,8 @@ class Plan:
         self._pointers = [parameter.data_ptr() for parameter in self._parameters]
         self._dtypes = [parameter.dtype for parameter in self._parameters]
         self._versions = [weight._version for weight in self._weights]
-        self._sampled = _sample(self._weights)
+        self._samples = [sample for copies in packed for sample in copies.samples]
+        self._hash = _hash(self._samples)
         self._tensors: list[Tensor] = []
         for part, copies in zip(parts, packed, strict=True):
             (qkv, attention_out, w_in, w_out), vectors = copies.tensors, part.vectors
@@ -163,14 +180,15 @@ class Plan:
                 return False
         try:
             found = [mapping[key] for mapping, key in self._places]
-        except KeyError:  # a parameter that became something else (pruning, a parametrisation)
+        except KeyError:  # a parameter became something else (pruning, a parametrisation)
             return False
         return (
             all(map(is_, found, self._found))
             and [parameter.data_ptr() for parameter in self._parameters] == self._pointers
             and [parameter.dtype for parameter in self._parameters] == self._dtypes
             and [weight._version for weight in self._weights] == self._versions
-            and _sample(self._weights) == self._sampled
+            and all([weight.is_contiguous() for weight in self._weights])
+            and _hash(self._samples) == self._hash
         )
 
     def requires_grad(self) -> bool:
@@ -257,7 +275,7 @@ def make_plan(
                 weights = PackedWeights(part.weights, kind, isa)
                 if offload:
                     mine.offloaded.move(part.weights)
-                    weights.stamp()
+                weights.stamp(mine.offloaded)
                 mine.weights = weights
             packed.append(weights)
         plan = prepared(owner).plan = Plan(parts, packed, kind, isa, around)

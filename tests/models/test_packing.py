@@ -153,15 +153,21 @@ def test_a_batch_without_padding_is_not_packed(mask):
     assert not {name for name in ops.names if name.startswith(("aten::index_", "aten::nonzero"))}
 
 
-def test_a_padded_batch_is_packed_once():
-    model, inputs = model_and_batch("right")
+@pytest.mark.parametrize("prepack", [True, False])
+def test_a_padded_batch_is_packed_once(prepack):
+    model, inputs = model_and_batch("right", prepack=prepack)
     inputs.pop("token_type_ids", None)
+    hidden(model, inputs)  # which packs the weights
     with Ops() as ops:
         hidden(model, inputs)
     assert ops.names.count("aten::index_copy") + ops.names.count("aten::index_copy_") == 1
     # What the package runs is its own: the fused ops, and the plain products.
     fused = [name for name in ops.names if name.startswith("roberta_kernels_")]
-    assert len(fused) == 1 + 4 * SMALL["num_hidden_layers"]
+    if prepack and rk.available_backends()["cpu"]:
+        names = ("embedding_layer_norm_forward", "get_isa", "packed_encoder", "sample_weights")
+        assert sorted(fused) == [f"roberta_kernels_cpu::{name}" for name in names]
+    else:
+        assert len(fused) == 1 + 4 * SMALL["num_hidden_layers"]
     assert not {name for name in ops.names if "native_layer_norm" in name or name.endswith("gelu")} & {
         name for name in ops.names if name.startswith("aten::") and rk.available_backends()["cpu"]
     }
