@@ -35,3 +35,8 @@ def input_grads_hook(hook: Any) -> bool:
     """PreTrainedModel.enable_input_require_grads' hook on the word embeddings: what they give shall require grad."""
     name = getattr(hook, "__qualname__", "")
     return name.endswith("enable_input_require_grads.<locals>.make_inputs_require_grads")
+
+
+def compiled(module: Any) -> bool:
+    """Whether module.compile() gave its call a compiled code."""
+    return module.__dict__.get("_compiled_call_impl") is not None

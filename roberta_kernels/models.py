@@ -24,7 +24,7 @@ from transformers.modeling_outputs import (
 
 from roberta_kernels import attention_interface, backends, packed_weights, packing, probe
 from roberta_kernels.families import FAMILIES, family_class, part_class, role_of
-from roberta_kernels.hooks import foreign_hooks
+from roberta_kernels.hooks import compiled, foreign_hooks
 from roberta_kernels.layers import (
     FastAbsoluteEmbeddings,
     FastEmbeddings,
@@ -247,23 +247,26 @@ class FastModel(HuggingFaceModule):
         plan, _ = inference_plan(self, state, like)
         if plan is not None:
             return None, plan
-        reason, layers, _ = self.plan_layers()
-        for layer in layers:
-            reason = reason or layer.packed_reason(like)
-        return reason, None
+        if not self._known_layers():
+            return "an encoder or layer with code of its own", None
+        encoder = modules["encoder"]
+        if foreign_hooks(encoder):
+            return "hooks on the encoder", None
+        for layer in encoder.layer:
+            reason = layer.packed_reason(like)
+            if reason is not None:
+                return reason, None
+        return None, None
 
     def plan_layers(self) -> tuple[str | None, tuple[Any, ...], Around]:
-        """Why the layers cannot be called one after another, or None; the layers; what such a call skips beside
-        them."""
+        """Of inference_plan: why its layers cannot run as one call, or None; the layers; what the call skips beside."""
         modules = self._modules
         encoder = modules["encoder"]
         if not self._known_layers():
             return "an encoder or layer with code of its own", (), NOTHING
         layers = encoder._modules["layer"]
-        if foreign_hooks(encoder):
-            return "hooks on the encoder", (), NOTHING
-        if any(map(foreign_hooks, layers)):
-            return "hooks on a layer", (), NOTHING
+        if any(map(foreign_hooks, (encoder, *layers))) or any(map(compiled, layers)):
+            return "hooks on the encoder or a layer, or a layer compiled by itself", (), NOTHING
         places = [
             (modules, "encoder"),
             (encoder._modules, "layer"),

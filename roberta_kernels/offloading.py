@@ -53,9 +53,15 @@ class Offloaded:
         self._moved.clear()
 
 
+# Bytes of one write. The page cache keeps a file in pieces as it was written, and reading an element maps its piece.
+_PIECE = 1 << 16
+
+
 def _mapped_copy(tensor: Tensor) -> Tensor:
-    with tempfile.NamedTemporaryFile(prefix="roberta_kernels-") as file:
-        file.write(tensor.numpy().data)
-        file.flush()
+    content = tensor.numpy().data.cast("B")
+    with tempfile.NamedTemporaryFile(prefix="roberta_kernels-", buffering=0) as file:
+        for start in range(0, len(content), _PIECE):
+            if file.write(content[start : start + _PIECE]) != len(content[start : start + _PIECE]):
+                raise OSError("a file in the temporary directory could not be written whole")
         mapped = torch.from_file(file.name, shared=False, size=tensor.numel(), dtype=tensor.dtype, device="cpu")
     return mapped.view(tensor.shape)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from roberta_kernels import backends, offloading
-from roberta_kernels.hooks import foreign_hooks
+from roberta_kernels.hooks import compiled, foreign_hooks
 from roberta_kernels.packing import Sequences
 
 # patch's `quantization` -> the kind that pack_weight knows.
@@ -126,7 +126,7 @@ class PackedWeights:
             and all(map(is_, weights, self._weights))
             and [weight.data_ptr() for weight in weights] == self._pointers
             and [weight._version for weight in weights] == self._versions
-            and all([weight.is_contiguous() for weight in weights])
+            and all(weight.is_contiguous() for weight in weights)
             and _hash(self.samples) == self._hash
         )
 
@@ -148,7 +148,7 @@ class Plan:
         self._types = list(map(type, self._modules))
         self._attributes = [module.__dict__ for module in self._modules]
         self._places = [*around.places, *(place for part in parts for place in part.places)]
-        self._layers, self._layer_count = around.layers, len(around.layers)
+        self._around, self._layer_count = around, len(around.layers)
         self._found = [mapping[key] for mapping, key in self._places]
         self._weights = [weight for part in parts for weight in part.weights]
         self._parameters = self._weights + [vector for part in parts for vector in part.vectors]
@@ -166,7 +166,9 @@ class Plan:
         """Whether the same call may be made again: nothing replaced, hooked, bound, moved, trained or edited since."""
         if self.kind != kind or self.isa != isa or _has_any_global_hook():
             return False
-        if len(self._layers) != self._layer_count or list(map(type, self._modules)) != self._types:
+        if len(self._around.layers) != self._layer_count or any(map(compiled, self._around.modules)):
+            return False
+        if list(map(type, self._modules)) != self._types:
             return False
         for own, module in zip(self._attributes, self._modules, strict=True):
             if (
@@ -187,7 +189,7 @@ class Plan:
             and [parameter.data_ptr() for parameter in self._parameters] == self._pointers
             and [parameter.dtype for parameter in self._parameters] == self._dtypes
             and [weight._version for weight in self._weights] == self._versions
-            and all([weight.is_contiguous() for weight in self._weights])
+            and all(weight.is_contiguous() for weight in self._weights)
             and _hash(self._samples) == self._hash
         )
 

@@ -19,6 +19,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import roberta_kernels as rk
 from roberta_kernels.tolerance import Comparison, compare
@@ -431,6 +432,18 @@ def patched(model: Any, **options: Any) -> Any:
     copied = copy.deepcopy(model)
     rk.patch(copied, **options)
     return copied
+
+
+class Ops(TorchDispatchMode):
+    """Names of the ops that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
 
 
 def all_pairs(factors: dict[str, Sequence[Any]], seed: int) -> Iterator[dict[str, Any]]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from model_cases import Case, batch_for, build, patched
-from torch.utils._python_dispatch import TorchDispatchMode
+from model_cases import Case, Ops, batch_for, build, patched
 
 import roberta_kernels as rk
 
@@ -131,18 +130,6 @@ def test_sequences_of_one_token():
             model(input_ids=ids, attention_mask=mask).last_hidden_state[:, 0] for model in (patched(original), original)
         )
     close(got, want)
-
-
-class Ops(TorchDispatchMode):
-    """Names of the ops that run."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func.name())
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("mask", ["none", "full"])
