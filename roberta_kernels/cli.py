@@ -92,6 +92,13 @@ class Backend(str, Enum):
     reference = "reference"
 
 
+class Quantization(str, Enum):
+    none = "none"
+    bfloat16 = "bfloat16"
+    int8 = "int8"
+    int8_dynamic = "int8-dynamic"
+
+
 class Format(str, Enum):
     auto = "auto"
     text = "text"
@@ -116,6 +123,7 @@ def _names(choices: type[Enum]) -> str:
 
 
 _BACKEND_HELP = f"The kernels to run: {_names(Backend)}; auto: those that serve here."
+_QUANTIZATION_HELP = f"Round the encoder's weights, of a float32 model on a CPU, to: {_names(Quantization)}."
 _TASK_HELP = f"Load it for this task: {_names(Task)}; auto: what its configuration names."
 
 
@@ -209,6 +217,7 @@ def verify(
         Dtype, typer.Option(metavar="NAME", help=f"The dtype to run it in: {_names(Dtype)}; auto: that of its files.")
     ] = Dtype.auto,
     backend: Annotated[Backend, typer.Option(metavar="NAME", help=_BACKEND_HELP)] = Backend.auto,
+    quantization: Annotated[Quantization, typer.Option(metavar="NAME", help=_QUANTIZATION_HELP)] = Quantization.none,
     task: Annotated[Task, typer.Option(metavar="NAME", help=_TASK_HELP)] = Task.auto,
     sentence: Annotated[list[str] | None, typer.Option(help="Run on this text; may be repeated.")] = None,
     text: Annotated[Path | None, typer.Option(metavar="FILE", help="Run on the lines of this file.")] = None,
@@ -232,7 +241,9 @@ def verify(
     from roberta_kernels.verification import verify as run
 
     try:
-        report = run(loaded, batch, backend=backend.value, gradients=gradients)
+        report = run(
+            loaded, batch, backend=backend.value, quantization=_quantization(quantization), gradients=gradients
+        )
     except (VerificationError, backends.BackendError) as error:
         _fail(str(error))
     if as_json:
@@ -243,6 +254,10 @@ def verify(
         out.print(report)
     if not report.holds:
         raise typer.Exit(BROKEN)
+
+
+def _quantization(choice: Quantization) -> str | None:
+    return None if choice is Quantization.none else choice.value
 
 
 def _sentences(sentence: list[str] | None, text: Path | None) -> list[str] | None:
@@ -476,6 +491,7 @@ def encode(
         int | None, typer.Option(min=1, help="Texts sorted by length together; bounds the memory. By default 8192.")
     ] = None,
     backend: Annotated[Backend, typer.Option(metavar="NAME", help=_BACKEND_HELP)] = Backend.auto,
+    quantization: Annotated[Quantization, typer.Option(metavar="NAME", help=_QUANTIZATION_HELP)] = Quantization.none,
     original: Annotated[bool, typer.Option("--original", help="Run the model's own code, not the kernels.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto: the GPU when there is one.")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default what torch takes.")] = None,
@@ -523,13 +539,14 @@ def encode(
             field=field,
             patch=not original,
             backend=backend.value,
+            quantization=_quantization(quantization),
             overwrite=overwrite,
             progress=err.is_terminal,
         )
     except KeyboardInterrupt:
         err.print(Text("interrupted; the same command continues it", "yellow"))
         raise typer.Exit(INTERRUPTED) from None
-    except (encoding.EncodingError, backends.BackendError) as error:
+    except (ValueError, backends.BackendError) as error:
         _fail(str(error))
     except OSError as error:
         _fail(f"{error.filename or output}: {error.strerror or error}")

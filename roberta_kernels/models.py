@@ -129,9 +129,10 @@ class FastModel(HuggingFaceModule):
     _rk_unpackable: str | None = None  # why no model of this family can be packed
 
     def train(self, mode: bool = True) -> Any:
-        if mode:
-            packed_weights.drop(self)
-        return super().train(mode)
+        super().train(mode)
+        if mode and packed_weights.drop(self):
+            packed_weights.trim()
+        return self
 
     def _rk_forward(self, *args: Any, **kwargs: Any) -> Any:
         if args:

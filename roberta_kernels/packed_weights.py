@@ -11,6 +11,7 @@ whatever may happen to them between two calls: `Plan.holds` is that check, in fl
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import threading
 from collections.abc import Sequence
@@ -235,11 +236,19 @@ def prepared(module: nn.Module) -> Prepared:
     return module.__dict__.setdefault(_PREPARED, Prepared())
 
 
-def drop(module: nn.Module) -> None:
-    """Frees packed weights. Weights that were moved out of memory stay there."""
+def drop(module: nn.Module) -> bool:
+    """Frees packed weights, and says whether there were any. Weights that were moved out of memory stay there."""
     mine = module.__dict__.get(_PREPARED)
-    if mine is not None:
-        mine.weights = mine.plan = None
+    if mine is None or (mine.weights is None and mine.plan is None):
+        return False
+    mine.weights = mine.plan = None
+    return True
+
+
+def trim() -> None:
+    """Hands memory that was freed back to the system: glibc keeps what lies below something that is still in use."""
+    if (release := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        release(0)
 
 
 def forget(module: nn.Module) -> None:
@@ -268,7 +277,7 @@ def make_plan(
     parts: of each layer. offload: move each weight out of memory once it is packed.
     """
     with _making, torch.inference_mode(False), torch.no_grad():
-        packed = []
+        packed, fresh = [], False
         for layer, part in zip(layers, parts, strict=True):
             mine = prepared(layer)
             weights = mine.weights
@@ -278,8 +287,10 @@ def make_plan(
                 if offload:
                     mine.offloaded.move(part.weights)
                 weights.stamp(mine.offloaded)
-                mine.weights = weights
+                mine.weights, fresh = weights, True
             packed.append(weights)
+        if fresh:
+            trim()
         plan = prepared(owner).plan = Plan(parts, packed, kind, isa, around)
     return plan
 

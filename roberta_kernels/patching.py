@@ -292,6 +292,7 @@ def unpatch(model: nn.Module) -> None:
             raise RuntimeError(f"{name or 'the model'} became a {cls.__name__} after patching, and cannot be unpatched")
     for module in model.modules():
         make_original(module)
+    packed_weights.trim()
 
 
 def is_patched(model: nn.Module) -> bool:

@@ -9,6 +9,9 @@ The original's own error is the yardstick, and where it is one draw of luck (a l
 gradient, all of whose elements share the rounding of one loss) it is at times small by chance. Where the plain rule
 fails on such a tensor, the original is therefore measured again with its weights moved by at most one rounding,
 several times, and its largest error counts: `SMALL` and `REDRAWS`.
+
+Quantised weights give other answers by intention. They are not held to the promise: their errors are measured, beside
+those of the float32 weights, which are held to it, and which every call falls back to that cannot use the others.
 """
 
 from __future__ import annotations
@@ -46,11 +49,17 @@ class VerificationError(ValueError):
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor: which call of the patched model made it, and its errors."""
+    """One tensor: which call of the patched model made it, and its errors.
+
+    quantised: it was made with quantised weights, whose errors are measured and not judged. relative: then its root
+    mean square error in units of the root mean square of its exact values.
+    """
 
     call: str
     comparison: tolerance.Comparison
     redrawn: bool = False
+    quantised: bool = False
+    relative: float = 0.0
 
     @property
     def name(self) -> str:
@@ -58,7 +67,8 @@ class Entry:
 
     @property
     def holds(self) -> bool:
-        return self.comparison.holds
+        """True of what is not judged."""
+        return self.quantised or self.comparison.holds
 
     @property
     def share(self) -> float:
@@ -80,9 +90,11 @@ class VerificationReport:
     entries: tuple[Entry, ...]
     patch_report: PatchReport
     notes: tuple[str, ...] = field(default=())
+    quantization: str | None = None
 
     @property
     def holds(self) -> bool:
+        """Whether the promise holds. With a quantization this speaks of the float32 weights only."""
         return all(entry.holds for entry in self.entries)
 
     @property
@@ -91,7 +103,7 @@ class VerificationReport:
 
     @property
     def worst(self) -> Entry:
-        return max(self.entries, key=lambda entry: entry.share)
+        return max((entry for entry in self.entries if not entry.quantised), key=lambda entry: entry.share)
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but the patch report's types, for json.dump."""
@@ -101,6 +113,7 @@ class VerificationReport:
             "device": self.device,
             "backend": self.backend,
             "batch": self.batch,
+            "quantization": self.quantization,
             "holds": self.holds,
             "replaced": len(self.patch_report.replaced),
             "left": [{"name": item.name, "reason": item.reason} for item in self.patch_report.left],
@@ -108,13 +121,29 @@ class VerificationReport:
             "entries": [
                 {"call": e.call, "holds": e.holds, "redrawn": e.redrawn, **dataclasses.asdict(e.comparison)}
                 for e in self.entries
+                if not e.quantised
+            ],
+            "quantised_entries": [
+                {"call": e.call, "relative_error": e.relative, **dataclasses.asdict(e.comparison)}
+                for e in self.entries
+                if e.quantised
             ],
         }
 
+    def _quantised_summary(self) -> str:
+        called = [e for e in self.entries if e.quantised and e.call == self.quantization]
+        worst = max(called, key=lambda entry: entry.relative)
+        c = worst.comparison
+        return (
+            f"The {self.quantization} weights are not held to it, and give other answers: {worst.name} is off by up to "
+            f"{c.max_error:.1e} (original {c.max_error_original:.1e}), {worst.relative:.2%} of its values in the mean."
+        )
+
     def _summary(self) -> str:
         if self.holds:
+            weights = "" if self.quantization is None else " with the float32 weights"
             return (
-                f"The promise holds: every error is within its allowance (closest: {self.worst.name}, "
+                f"The promise holds{weights}: every error is within its allowance (closest: {self.worst.name}, "
                 f"{self.worst.share:.0%} of it)."
             )
         names = ", ".join(dict.fromkeys(entry.name for entry in self.broken[:4]))
@@ -130,6 +159,10 @@ class VerificationReport:
         table.add_column("verdict")
         for name, entry in self._rows():
             c = entry.comparison
+            if entry.quantised:
+                errors = (f"{c.max_error:.2e}", f"{c.max_error_original:.2e}", "-", "-")
+                table.add_row(Text(name), entry.call, *errors, Text(f"off by {entry.relative:.2%}", "yellow"))
+                continue
             rms = "0%" if c.rms_error == 0 else f"{c.rms_error / c.rms_allowed:.0%}" if c.rms_allowed > 0 else "-"
             table.add_row(
                 Text(name),
@@ -150,6 +183,8 @@ class VerificationReport:
             lines.append(Text(f"* the original's largest error over {REDRAWS + 1} runs, weights one rounding apart"))
         lines += [Text(note) for note in self.notes]
         lines.append(Text(self._summary(), "green" if self.holds else "bold red"))
+        if self.quantization is not None:
+            lines.append(Text(self._quantised_summary(), "yellow"))
         return Group(*lines)
 
     def _patched(self) -> list[Text]:
@@ -194,6 +229,8 @@ def verify(
     *,
     packed: bool | str = "auto",
     backend: str = "auto",
+    prepack: bool = True,
+    quantization: str | None = None,
     gradients: bool = False,
 ) -> VerificationReport:
     """Runs original and patched side by side against a float64 original, layer by layer, in eval mode.
@@ -202,16 +239,20 @@ def verify(
         model: any model that `patch` accepts, patched or not. It is copied; it and the random state stay as they are.
         batch: keyword arguments of a call, e.g. what a tokenizer returns. By default random token ids in sequences of
             mixed lengths, padded on the right, with labels where the task is known.
-        packed, backend: as for `patch`.
+        packed, backend, prepack: as for `patch`.
+        quantization: as for `patch`; None: what the model is patched with, if it is. The errors of quantised weights
+            are reported beside the others, and not held to the promise.
         gradients: compares the gradient of every parameter too: of the loss, or, where the model returns none, of a
             fixed random projection of what it returns.
 
     Raises:
-        VerificationError: patch finds nothing to replace, or a batch cannot be made for this model.
+        VerificationError: patch finds nothing to replace, or a batch cannot be made for this model, or it cannot be
+            quantised.
         BackendError: the backend asked for cannot serve this model.
     """
     notes: list[str] = []
     inner, path = _transformers_model(model)
+    quantization = quantization or _quantization_of(inner)
     if path:
         notes.append(f"verified is {path}, the transformers model inside {type(model).__name__}")
     parameter = next((p for p in inner.parameters() if p.is_floating_point()), None)
@@ -233,13 +274,16 @@ def verify(
             notes.append(f"gradients are those of {scale:.0f} times the loss: float16 training scales it too")
         original = _run(work, arguments, scale)
 
-        report = patch(work, packed=packed, backend=backend)
+        report = patch(work, packed=packed, backend=backend, prepack=prepack)
         if not report.replaced:
             left = report.left[0].reason if report.left else "it has no RoBERTa-like encoder"
             raise VerificationError(f"patch finds nothing to replace in {type(inner).__name__}: {left}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what patch warns about is in the notes
             ours = _run(work, arguments, scale, lambda: notes.extend(_detours(report)))
+        rounded = {}
+        if quantization is not None:
+            rounded = _run_quantised(work, arguments, notes, packed=packed, backend=backend, quantization=quantization)
         unpatch(work)
         _float64_attention(work.double())
         exact = _run(work, _to_float64(arguments), scale)
@@ -253,6 +297,12 @@ def verify(
         ]
         if any(not entry.holds and _one_draw(entry, exact) for entry in entries):
             entries = _redraw(inner, arguments, scale, entries, ours, exact)
+        for key, tensor in rounded.items():
+            call = str(quantization) + (", layerwise" if key[0] == LAYERWISE else "")
+            comparison = tolerance.compare(tensor, original[key], exact[key], name=key[1])
+            size = float(exact[key].double().square().mean().sqrt()) if exact[key].numel() else 0.0
+            relative = comparison.rms_error / size if size > 0 else 0.0
+            entries.append(Entry(call, comparison, quantised=True, relative=relative))
     return VerificationReport(
         model=type(inner).__name__,
         dtype=str(parameter.dtype).removeprefix("torch."),
@@ -262,7 +312,30 @@ def verify(
         entries=tuple(entries),
         patch_report=report,
         notes=tuple(notes),
+        quantization=quantization,
     )
+
+
+def _quantization_of(model: nn.Module) -> str | None:
+    """What a patched model's weights are rounded to."""
+    states = (module.__dict__.get("_rk_state") for module in model.modules())
+    return next((state.quantization for state in states if state is not None), None)
+
+
+def _run_quantised(
+    model: nn.Module, arguments: dict[str, Any], notes: list[str], **options: Any
+) -> dict[tuple[str, str], Tensor]:
+    """_run with quantised weights; what did not use them goes to the notes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            report = patch(model, offload=False, **options)
+        except ValueError as error:
+            raise VerificationError(str(error)) from None
+        ours = _run(model, arguments, None)
+    notes += [f"{reason} ({calls} calls)" for reason, calls in report.fallbacks().items() if "float32" in reason]
+    notes += [item.reason for item in report.left if "not quantised" in item.reason]
+    return ours
 
 
 def _one_draw(entry: Entry, exact: dict[tuple[str, str], Tensor]) -> bool:

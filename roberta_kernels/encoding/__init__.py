@@ -65,6 +65,7 @@ class EncodeReport:
     truncated: texts that were longer than the model takes. packed: whether padding was left out of the computation.
     detours: why not, and what else ran on original code. resumed: rows that an earlier run had done. seconds: those of
     earlier runs included. embeddings: `[texts, width]`, in memory, memory-mapped for .npy, None for .parquet.
+    quantization: what the layers' weights were rounded to.
     """
 
     texts: int
@@ -81,6 +82,7 @@ class EncodeReport:
     output: Path | None = None
     errors: Path | None = None
     embeddings: np.ndarray | None = field(default=None, repr=False)
+    quantization: str | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -102,6 +104,8 @@ class EncodeReport:
         table.add_row("padding", f"{computed}; {self.padding_avoided:,} avoided")
         for reason in self.detours:
             table.add_row("", f"not packed, or not fused: {reason}")
+        if self.quantization is not None:
+            table.add_row("weights", f"rounded to {self.quantization}")
         table.add_row("truncated", f"{self.truncated:,}")
         table.add_row("bad rows", f"{self.bad:,}" + (f": all in {self.errors}" if self.errors else ""))
         for row, reason in self.bad_rows[:5]:
@@ -134,6 +138,7 @@ def encode(
     field: str = "text",
     patch: bool = True,
     backend: str = "auto",
+    quantization: str | None = None,
     overwrite: bool = False,
     progress: bool = False,
 ) -> EncodeReport:
@@ -159,6 +164,7 @@ def encode(
         patch: run on the fused kernels, and unpatch afterwards; a model that is patched already stays as it is. False:
             run the model as it comes.
         backend: the kernels that shall serve, for this call.
+        quantization: patch's, of a float32 model on a CPU; only where this call patches.
         overwrite: replace an output that exists, and start again where a run was interrupted.
         progress: show a bar on stderr.
 
@@ -178,6 +184,8 @@ def encode(
     pooling, normalize = pooling or "mean", bool(normalize)
     _check_options(pooling, dtype, max_length, batch_tokens, window)
     base = _encoder(model)
+    if quantization is not None and (not patch or patching.is_patched(model)):
+        raise ValueError("quantization is an option of patching, and this call does not patch the model")
     if tokenizer is None:
         raise TypeError("encode needs the model's tokenizer; only a SentenceTransformer brings its own")
     device = next(base.parameters()).device
@@ -192,8 +200,9 @@ def encode(
         raise EncodingError(f"max_length is {max_length}, and the model takes {longest}")
     tokens = _Tokens(tokenizer, max_length or longest, base.config)
     budget = batch_tokens or BATCH_TOKENS.get(device.type, BATCH_TOKENS["cuda"])
-    with _running(model, patch, backend) as unknown:
+    with _running(model, patch, backend, quantization) as unknown:
         width, packed, detours = _probe(base, tokens.pad, unknown)
+        state = _patch_state(base)
         kind = np.dtype(dtype)
         target: FileOutput | MemoryOutput
         if path is None:
@@ -268,6 +277,7 @@ def encode(
         output=path,
         errors=errors,
         embeddings=embeddings,
+        quantization=None if state is None else state.quantization,
     )
 
 
@@ -311,7 +321,7 @@ def longest_input(model: Any, tokenizer: Any = None) -> int:
 
 
 @contextlib.contextmanager
-def _running(model: nn.Module, patch: bool, backend: str) -> Iterator[list[str]]:
+def _running(model: nn.Module, patch: bool, backend: str, quantization: str | None) -> Iterator[list[str]]:
     """The model in evaluation mode and patched where wished; afterwards all is as before. Gives why it runs on its
     original code, if it does."""
     modes = [(module, module.training) for module in model.modules()]
@@ -319,7 +329,7 @@ def _running(model: nn.Module, patch: bool, backend: str) -> Iterator[list[str]]
     with backends.backend(backend) if backend != "auto" else contextlib.nullcontext(), torch.no_grad():
         reasons = [] if patching.is_patched(model) else ["patch=False"]
         if patched_here:
-            report = patching.patch(model)
+            report = patching.patch(model, quantization=quantization)
             reasons = [] if report else sorted({left.reason for left in report.left})
         try:
             model.eval()
@@ -352,9 +362,8 @@ def _kernels(base: Any) -> str:
     state = _patch_state(base)
     if state is None:
         return "original"
-    if state.backend != "auto":
-        return state.backend
-    return str(backends.serving(next(base.parameters())))
+    serving = str(backends.serving(next(base.parameters()))) if state.backend == "auto" else state.backend
+    return serving if state.quantization is None else f"{serving}, {state.quantization} weights"
 
 
 def _hidden(base: Any, rows: list[np.ndarray], pad: int) -> tuple[Tensor, Tensor]:
