@@ -10,7 +10,7 @@ import transformers
 from typer.testing import CliRunner
 
 import roberta_kernels as rk
-from roberta_kernels import cli, ops
+from roberta_kernels import cli, ops, packed_weights
 from roberta_kernels.demo import corpus
 
 RUN = CliRunner()
@@ -108,11 +108,21 @@ def test_weights_that_are_not_in_the_files_are_named(tmp_path, tokenizer):
 
 
 def test_verify_exits_1_on_a_broken_layer(folder, monkeypatch):
-    right = ops.gelu_ffn
-    monkeypatch.setattr(ops, "gelu_ffn", lambda *args, **kwargs: right(*args, **kwargs) * 1.001)
+    right = ops.embedding_layer_norm
+    monkeypatch.setattr(ops, "embedding_layer_norm", lambda *args, **kwargs: right(*args, **kwargs) * 1.001)
     result = invoke("verify", folder)
     assert result.exit_code == 1
     assert "BROKEN" in result.output
+
+
+@pytest.mark.skipif(packed_weights.unavailable() is not None, reason="no compiled CPU kernels")
+def test_verify_quantised(folder):
+    result = invoke("verify", folder, "--quantization", "int8")
+    assert result.exit_code == 0, result.output
+    assert "The int8 weights are not held to it" in result.output
+    assert "float32 model on a CPU" in one_line_error(
+        invoke("verify", folder, "--quantization", "int8", "--dtype", "bfloat16")
+    )
 
 
 def test_damaged_folders_are_bad_input(folder, tmp_path):

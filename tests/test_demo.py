@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from roberta_kernels import cli, demo, ops, tolerance
+from roberta_kernels import cli, demo, ops, packed_weights, tolerance
 from roberta_kernels.demo import corpus, pictures, throughput, training
 
 
@@ -113,8 +113,10 @@ def test_quick_demo_from_end_to_end(tmp_path):
 
 
 def test_a_wrong_kernel_breaks_the_demo(tmp_path, monkeypatch, texts, tokenizer):
-    right = ops.add_layer_norm
-    monkeypatch.setattr(ops, "add_layer_norm", lambda *args, **kwargs: right(*args, **kwargs) * 1.01)
+    # What training runs, and inference on a CPU.
+    for holder, name in ((ops, "add_layer_norm"), (packed_weights.Plan, "run")):
+        right = getattr(holder, name)
+        monkeypatch.setattr(holder, name, lambda *args, right=right, **kwargs: right(*args, **kwargs) * 1.01)
     console = Console(quiet=True)
     scale = demo._QUICK
     model = demo._random_encoder(len(tokenizer), scale, seed=0)

@@ -21,7 +21,7 @@ import transformers
 from typer.testing import CliRunner
 
 import roberta_kernels as rk
-from roberta_kernels import cli, encoding, tolerance
+from roberta_kernels import cli, encoding, packed_weights, tolerance
 from roberta_kernels.demo import corpus
 from roberta_kernels.encoding import outputs, sources
 
@@ -761,6 +761,39 @@ def test_the_command(model, tokenizer, folder, file, tmp_path):
     report = json.loads(result.stdout)
     assert (report["texts"], report["bad"], report["packed"]) == (len(TEXTS), 2, False)
     assert np.load(tmp_path / "out.npy").dtype == np.float16
+
+
+@pytest.mark.skipif(packed_weights.unavailable() is not None, reason="no compiled CPU kernels")
+def test_quantised(model, tokenizer, folder, file, tmp_path):
+    plain = rk.encode(model, tokenizer, file)
+    report = rk.encode(model, tokenizer, file, quantization="int8")
+    assert report.quantization == "int8"
+    assert report.packed
+    assert "rounded to int8" in str(report)
+    assert not rk.is_patched(model)
+    good = ~np.isnan(plain.embeddings).any(1)
+    errors = np.abs(report.embeddings - plain.embeddings)[good]
+    assert 1e-5 < errors.max() < 0.3
+
+    command = (file, tmp_path / "out.npy", "--model", folder, "--quantization", "int8")
+    assert invoke(*command).exit_code == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), report.embeddings)
+    with pytest.raises(ValueError, match="does not patch"):
+        rk.encode(model, tokenizer, file, quantization="int8", patch=False)
+    result = invoke(file, tmp_path / "b.npy", "--model", folder, "--quantization", "int8", "--dtype", "bfloat16")
+    assert result.exit_code == 2
+    assert "float32 model on a CPU" in result.stderr
+
+
+@pytest.mark.skipif(packed_weights.unavailable() is not None, reason="no compiled CPU kernels")
+def test_a_run_is_not_continued_with_other_weights(folder, file, tmp_path, monkeypatch):
+    command = (file, tmp_path / "out.npy", "--model", folder, "--batch-tokens", 64, "--window", 8)
+    with monkeypatch.context() as patched:
+        Stop(patched, 3)
+        invoke(*command)
+    result = invoke(*command, "--quantization", "int8")
+    assert result.exit_code == 2
+    assert "kernels" in result.stderr
 
 
 def test_the_command_interrupted_goes_on(folder, file, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 
 import roberta_kernels as rk
-from roberta_kernels import ops, verification
+from roberta_kernels import ops, packed_weights, verification
 from roberta_kernels.families import FAMILIES
 from roberta_kernels.verification import GRADIENT, LAYERWISE, ORDINARY, VerificationError, verify
 
@@ -42,8 +42,14 @@ def tiny(task: str = "Model", family: str = "Roberta", **options) -> nn.Module:
 
 def perturb(monkeypatch, op: str, scale: float) -> None:
     """The fused op, wrong by a factor of 1 + scale."""
-    right = getattr(ops, op)
-    monkeypatch.setattr(ops, op, lambda *args, **kwargs: right(*args, **kwargs) * (1 + scale))
+    holder, name = (packed_weights.Plan, "run") if op == "packed_encoder" else (ops, op)
+    right = getattr(holder, name)
+    monkeypatch.setattr(holder, name, lambda *args, **kwargs: right(*args, **kwargs) * (1 + scale))
+
+
+# Of inference on a CPU, or the ops that it is without packed weights.
+PREPACK = packed_weights.unavailable() is None
+LAST_OP = "packed_encoder" if PREPACK else "add_layer_norm"
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -81,10 +87,12 @@ def test_low_precision_holds(task, dtype):
         assert "1024 times the loss" in str(report)
 
 
-@pytest.mark.parametrize("op", ["attention", "add_layer_norm", "gelu_ffn", "embedding_layer_norm"])
+@pytest.mark.parametrize("op", ["attention", "add_layer_norm", "gelu_ffn", "embedding_layer_norm", "packed_encoder"])
 def test_a_wrong_kernel_is_found(monkeypatch, op):
+    if op == "packed_encoder" and not PREPACK:
+        pytest.skip("no compiled CPU kernels")
     perturb(monkeypatch, op, 1e-3)
-    report = verify(tiny("ForMaskedLM"))
+    report = verify(tiny("ForMaskedLM"), prepack=op == "packed_encoder")
     assert not report.holds
     assert "BROKEN" in str(report)
     first = "embeddings" if op == "embedding_layer_norm" else "layer 0"
@@ -96,7 +104,7 @@ def test_a_wrong_kernel_is_found_on_a_single_number(monkeypatch):
     perturb(monkeypatch, "gelu_ffn", 1e-2)
     model = tiny("ForSequenceClassification", num_labels=1)
     ids = torch.tensor([[0, 5, 9, 33, 2]])
-    report = verify(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    report = verify(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, prepack=False)
     assert "logits" in {entry.name for entry in report.broken}
 
 
@@ -140,14 +148,14 @@ def test_a_patched_model_stays_patched_and_is_compared_with_its_original(monkeyp
     rk.patch(model)
     assert verify(model).holds
     assert rk.is_patched(model)
-    perturb(monkeypatch, "add_layer_norm", 1e-3)
+    perturb(monkeypatch, LAST_OP, 1e-3)
     assert not verify(model).holds
 
 
 def test_a_drop_in_model_is_compared_with_its_namesake(monkeypatch):
     model = rk.FastRobertaForMaskedLM(tiny("ForMaskedLM").config)
     assert verify(model).holds
-    perturb(monkeypatch, "add_layer_norm", 1e-3)
+    perturb(monkeypatch, LAST_OP, 1e-3)
     assert not verify(model).holds
     assert type(model) is rk.FastRobertaForMaskedLM
 
@@ -215,6 +223,46 @@ def test_the_report_says_what_serves_and_what_was_left():
 def test_what_cannot_be_verified_is_refused(model, words):
     with pytest.raises(VerificationError, match=words):
         verify(model)
+
+
+@pytest.mark.skipif(not PREPACK, reason="no compiled CPU kernels")
+@pytest.mark.parametrize("how", ["asked for", "patched"])
+@pytest.mark.parametrize("quantization", packed_weights.QUANTIZATIONS)
+def test_quantised_weights_are_measured_and_not_judged(quantization, how):
+    model = tiny("ForMaskedLM")
+    if how == "patched":
+        rk.patch(model, quantization=quantization)
+        report = verify(model)
+        assert model._rk_state.quantization == quantization
+    else:
+        report = verify(model, quantization=quantization)
+    assert report.quantization == quantization
+    assert report.holds
+    judged = [entry for entry in report.entries if not entry.quantised]
+    assert report.worst in judged
+    assert {entry.call for entry in judged} == {ORDINARY, LAYERWISE}
+    errors = {(e.call, e.name): e for e in report.entries if e.quantised}
+    for name in ("logits", "loss"):
+        assert (quantization, name) in errors
+    assert (f"{quantization}, layerwise", "layer 1") in errors
+    off = errors[quantization, "logits"]
+    assert 1e-5 < off.relative < 0.2
+    assert off.comparison.max_error > 10 * off.comparison.max_error_original
+    assert errors[f"{quantization}, layerwise", "embeddings"].comparison.holds, "the layers' weights are rounded only"
+    text = str(report)
+    assert "The promise holds with the float32 weights" in text
+    assert f"The {quantization} weights are not held to it" in text
+    found = json.loads(json.dumps(report.as_dict()))
+    assert found["quantization"] == quantization
+    assert len(found["quantised_entries"]) == len(errors)
+
+
+@pytest.mark.skipif(not PREPACK, reason="no compiled CPU kernels")
+def test_what_cannot_be_quantised_is_refused():
+    with pytest.raises(VerificationError, match="float32 model on a CPU"):
+        verify(tiny().bfloat16(), quantization="int8")
+    with pytest.raises(VerificationError, match="quantization is 'int3'"):
+        verify(tiny(), quantization="int3")
 
 
 def test_an_unavailable_backend_is_refused():
