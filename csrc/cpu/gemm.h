@@ -280,20 +280,18 @@ RK_INLINE vf32 load(const WholeWord* p) {
 #endif
 }
 
+// What a product of words is added to. (One type for both, with casts, makes GCC keep the sums in memory.)
+template <class T>
+struct SumOf {
+    using type = vf32;
+};
+template <>
+struct SumOf<Whole> {
+    using type = vi32;
+};
+
 template <class T>
 RK_INLINE vf32 multiply_add(vf32 a, vf32 b, vf32 c) {
-    if constexpr (is_whole<T>) {
-#if defined(RK_CPU_ISA_AVX512_BF16)
-        return (vf32)_mm512_dpbusd_epi32((__m512i)c, (__m512i)a, (__m512i)b);
-#elif defined(RK_AVX512)
-        return (vf32)_mm512_add_epi32((__m512i)c, _mm512_madd_epi16((__m512i)a, (__m512i)b));
-#elif defined(RK_AVX2)
-        return (vf32)_mm256_add_epi32((__m256i)c, _mm256_madd_epi16((__m256i)a, (__m256i)b));
-#else
-        const vi32 x = (vi32)a, y = (vi32)b;
-        return (vf32)((vi32)c + (x << 16 >> 16) * (y << 16 >> 16) + (x >> 16) * (y >> 16));
-#endif
-    }
 #if defined(RK_CPU_ISA_AVX512_BF16)
     if constexpr (kPerWord<T> == 2)
         return (vf32)_mm512_dpbf16_ps((__m512)c, (__m512bh)bit_cast<vi32>(a), (__m512bh)bit_cast<vi32>(b));
@@ -301,20 +299,29 @@ RK_INLINE vf32 multiply_add(vf32 a, vf32 b, vf32 c) {
     return fma(a, b, c);
 }
 template <class T>
-RK_INLINE vf32 add_sums(vf32 a, vf32 b) {
-    if constexpr (is_whole<T>) return (vf32)((vi32)a + (vi32)b);
-    return a + b;
+RK_INLINE vi32 multiply_add(vf32 a, vf32 b, vi32 c) {
+#if defined(RK_CPU_ISA_AVX512_BF16)
+    return (vi32)_mm512_dpbusd_epi32((__m512i)c, (__m512i)a, (__m512i)b);
+#elif defined(RK_AVX512)
+    return c + (vi32)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(RK_AVX2)
+    return c + (vi32)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+    const vi32 x = (vi32)a, y = (vi32)b;
+    return c + (x << 16 >> 16) * (y << 16 >> 16) + (x >> 16) * (y >> 16);
+#endif
 }
 
 // tile[i][j] (+)= sum over k of a[k][i] b[k][j]. b: words, or what load() makes words of.
 template <class T, int kHeight, class Stored>
 __attribute__((noinline)) void multiply_tile(int64_t k_words, const float* a, const Stored* b, float* tile,
                                              bool add) {
-    vf32 c[kHeight][kVectors];
+    using Sum = typename SumOf<T>::type;
+    Sum c[kHeight][kVectors];
 #pragma GCC unroll 16
     for (int i = 0; i < kHeight; ++i)
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) c[i][v] = zero();
+        for (int v = 0; v < kVectors; ++v) c[i][v] = Sum{};
     for (int64_t k = 0; k < k_words; ++k, a += kHeight, b += kColumns) {
         vf32 bk[kVectors];
 #pragma GCC unroll 4
@@ -331,7 +338,7 @@ __attribute__((noinline)) void multiply_tile(int64_t k_words, const float* a, co
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) {
             float* to = tile + i * kColumns + v * kLanes;
-            store(to, add ? add_sums<T>(load(to), c[i][v]) : c[i][v]);
+            store(to, (vf32)(add ? (Sum)load(to) + c[i][v] : c[i][v]));
         }
 }
 
