@@ -1,60 +1,91 @@
 """Weights moved out of memory, into unlinked temporary files that are mapped in their place.
 
 A weight that is only read when it is saved, trained or copied need not be resident. Mapped privately it is a tensor as
-before: what reads it reads the file, and what writes to it gets pages of memory of its own (copy on write).
+before: what reads it reads the file, and what writes to it gets pages of memory of its own (copy on write). Weights
+that from_pretrained left in the mapped file of the model are so already; of these only the pages are handed back.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import mmap
 import tempfile
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+_PAGE_OUT = 21  # Linux' MADV_PAGEOUT: takes pages out of memory, and loses nothing that was written to them
 
 
 class Offloaded:
     """The weights of a module that are in files."""
 
     def __init__(self) -> None:
-        self._moved: dict[int, tuple[weakref.ref[nn.Parameter], int]] = {}  # id -> the weight, its address
+        # id -> the weight, its address, and whether the file is ours
+        self._moved: dict[int, tuple[weakref.ref[nn.Parameter], int, bool]] = {}
 
     def __contains__(self, weight: nn.Parameter) -> bool:
         moved = self._moved.get(id(weight))
         return moved is not None and moved[0]() is weight and moved[1] == weight.data_ptr()
 
-    def move(self, weights: Iterable[nn.Parameter]) -> None:
+    def move(self, weights: Sequence[nn.Parameter]) -> None:
         """Moves weights into files in the temporary directory (tempfile's). Where it has no room, they stay, with a
         warning.
         """
+        mappings = _file_mappings()
         for weight in weights:
             storage = weight.untyped_storage()
             if storage.nbytes() != weight.numel() * weight.element_size() or not weight.is_contiguous():
                 continue  # a part of something larger: moving it would part it from the rest
-            try:
-                mapped = _mapped_copy(weight.detach())
-            except (OSError, RuntimeError) as error:
-                warnings.warn(
-                    f"roberta_kernels: weights stay in memory: no room for them in {tempfile.gettempdir()} ({error})",
-                    stacklevel=2,
-                )
-                return
-            weight.data = mapped
-            self._moved[id(weight)] = weakref.ref(weight), weight.data_ptr()
+            mapped = any(start <= weight.data_ptr() < end for start, end in mappings)
+            if not mapped:
+                try:
+                    weight.data = _mapped_copy(weight.detach())
+                except (OSError, RuntimeError) as error:
+                    warnings.warn(
+                        "roberta_kernels: weights stay in memory: there is no room for them in "
+                        f"{tempfile.gettempdir()} ({error})",
+                        stacklevel=2,
+                    )
+                    return
+            _page_out(weight)
+            self._moved[id(weight)] = weakref.ref(weight), weight.data_ptr(), not mapped
 
     def bring_back(self) -> None:
-        """Brings into memory what is still mapped."""
-        for reference, _ in self._moved.values():
+        """Brings into memory what is still in a file of ours."""
+        for reference, _, ours in self._moved.values():
             weight = reference()
-            if weight is not None and weight in self:
+            if ours and weight is not None and weight in self:
                 weight.data = weight.detach().clone()
         self._moved.clear()
 
 
 # Bytes of one write. The page cache keeps a file in pieces as it was written, and reading an element maps its piece.
 _PIECE = 1 << 16
+
+
+def _file_mappings() -> list[tuple[int, int]]:
+    """Address ranges of this process that are files on a disk."""
+    found = []
+    with contextlib.suppress(OSError):  # no Linux
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            addresses, _, _, _, inode, *_ = line.split()
+            if inode != "0":
+                start, end = (int(address, 16) for address in addresses.split("-"))
+                found.append((start, end))
+    return found
+
+
+def _page_out(tensor: Tensor) -> None:
+    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (tensor.data_ptr() + tensor.numel() * tensor.element_size() - start) // mmap.PAGESIZE * mmap.PAGESIZE
+    if length > 0:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _PAGE_OUT)  # a wish
 
 
 def _mapped_copy(tensor: Tensor) -> Tensor:
