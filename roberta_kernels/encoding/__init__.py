@@ -200,6 +200,8 @@ def encode(
         raise EncodingError(f"max_length is {max_length}, and the model takes {longest}")
     tokens = _Tokens(tokenizer, max_length or longest, base.config)
     budget = batch_tokens or BATCH_TOKENS.get(device.type, BATCH_TOKENS["cuda"])
+    # Before weights leave memory, which reading them would bring back.
+    weights = _model_fingerprint(base) if path is not None and source.fingerprint is not None else None
     with _running(model, patch, backend, quantization) as unknown:
         width, packed, detours = _probe(base, tokens.pad, unknown)
         state = _patch_state(base)
@@ -213,7 +215,7 @@ def encode(
                 description = {
                     "version": __version__,
                     "input": source.fingerprint,
-                    "model": _model_fingerprint(base),
+                    "model": weights,
                     "tokenizer": _tokenizer_fingerprint(tokenizer),
                     "format": format_of(texts, format) if isinstance(texts, Path) else "objects",
                     "field": field,
