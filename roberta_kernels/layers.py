@@ -64,7 +64,7 @@ class PatchState:
     warned: set[str] = field(default_factory=set)
     padded: Counter[str] = field(default_factory=Counter)
 
-    def fell_back(self, module: Any, reason: str) -> None:
+    def fell_back(self, module: Any, reason: str, runs: str = "the original code runs") -> None:
         if torch.compiler.is_compiling():
             return
         key = (module.__dict__.get("_rk_name", ""), type(module).__name__, reason)
@@ -72,7 +72,7 @@ class PatchState:
         what = f"{key[1]}: {reason}"
         if what not in self.warned:
             self.warned.add(what)
-            warnings.warn(f"roberta_kernels: {what}; the original code runs (warned once)", stacklevel=3)
+            warnings.warn(f"roberta_kernels: {what}; {runs} (warned once)", stacklevel=3)
 
     def reasons(self) -> dict[str, int]:
         """ "class: reason" -> calls of all modules of that class."""
@@ -171,7 +171,7 @@ def functorch_active() -> bool:
 # --- inference from packed weights ------------------------------------------------------------------------------------
 
 _TRAINING = "training mode"
-_GRADIENTS = "gradients are needed"
+_GRADIENTS = "gradients are needed (torch.no_grad() was not set)"
 _NOT_FLOAT32 = "not all of its parameters are plain, contiguous float32 tensors on the CPU"
 
 
@@ -564,7 +564,7 @@ class FastLayer(HuggingFaceModule):
             if plan is not None:
                 return plan.run(hidden_states, attention_mask.sequences)
         if state.quantization is not None:
-            state.fell_back(self, f"float32 weights: {reason}")
+            state.fell_back(self, f"float32 weights: {reason}", "the quantised ones are not used")
         if not fused:
             # Called with a Hugging Face mask: the model chose the original attention.
             return super().forward(
