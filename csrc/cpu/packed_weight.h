@@ -229,7 +229,7 @@ inline LeftOperand pack_left(WeightKind kind, const float* x, int64_t count, int
 // ---- products ----
 
 // Rows above which a narrow weight is widened once a task, not once for each panel of rows.
-constexpr int64_t kWidenAbove = 2 * kRows;
+constexpr int64_t kWidenAbove = 4 * kRows;
 
 template <class T, class Form, class Epilogue>
 RK_INLINE void multiply_form(const PackedWeight& w, const LeftOperand& left, const Epilogue& epilogue) {
