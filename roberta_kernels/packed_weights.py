@@ -154,7 +154,6 @@ class Plan:
         self._weights = [weight for part in parts for weight in part.weights]
         self._parameters = self._weights + [vector for part in parts for vector in part.vectors]
         self._pointers = [parameter.data_ptr() for parameter in self._parameters]
-        self._dtypes = [parameter.dtype for parameter in self._parameters]
         self._versions = [weight._version for weight in self._weights]
         self._samples = [sample for copies in packed for sample in copies.samples]
         self._hash = _hash(self._samples)
@@ -171,12 +170,11 @@ class Plan:
             return False
         if list(map(type, self._modules)) != self._types:
             return False
+        # Backward hooks are never reached: a call that needs gradients is not made.
         for own, module in zip(self._attributes, self._modules, strict=True):
             if (
                 own["training"]
                 or own["_forward_pre_hooks"]
-                or own["_backward_hooks"]
-                or own["_backward_pre_hooks"]
                 or "forward" in own
                 or (own["_forward_hooks"] and foreign_hooks(module))
             ):
@@ -188,7 +186,6 @@ class Plan:
         return (
             all(map(is_, found, self._found))
             and [parameter.data_ptr() for parameter in self._parameters] == self._pointers
-            and [parameter.dtype for parameter in self._parameters] == self._dtypes
             and [weight._version for weight in self._weights] == self._versions
             and all(weight.is_contiguous() for weight in self._weights)
             and _hash(self._samples) == self._hash

@@ -357,6 +357,11 @@ def in_place(model):
         layers_of(model)[1].intermediate.dense.weight.mul_(1.2)
 
 
+def one_element(model):
+    with torch.no_grad():
+        layers_of(model)[1].intermediate.dense.weight[7, 5] += 8
+
+
 def through_data(model):
     layers_of(model)[1].intermediate.dense.weight.data.mul_(1.2)
 
@@ -390,6 +395,14 @@ def in_place_of(linear):
     with torch.no_grad():
         linear.weight.mul_(1.5)
         linear.bias.add_(0.5)
+
+
+def other_class(model):
+    class Louder(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * 1.2
+
+    layers_of(model)[1].intermediate.dense.__class__ = Louder
 
 
 def bias(model):
@@ -472,7 +485,18 @@ def encoder_hook(model):
 
 CHANGES = (
     *(optimiser_step, in_place, through_data, through_numpy, other_data, turned_data, other_parameter, other_module),
-    *(bias, other_norm, epsilon, scaling, activation, reordered, one_more_layer, one_layer_less),
+    *(
+        one_element,
+        other_class,
+        bias,
+        other_norm,
+        epsilon,
+        scaling,
+        activation,
+        reordered,
+        one_more_layer,
+        one_layer_less,
+    ),
     *(half_precision_and_back, pruned, parametrised, forward_bound, forward_hook, forward_pre_hook, layer_hook),
     encoder_hook,
 )
