@@ -130,12 +130,16 @@ def test_fresh_random_cases(draw):
     check(case, option)
 
 
-def on_every_backend():
-    for backend in ("reference", "cpu", "triton"):
-        for head in HEADS:
-            # Without a GPU, Triton's kernels run in its interpreter.
-            quick = backend != "triton" or head in ("masked_lm", "causal_lm")
-            yield pytest.param(backend, head, marks=() if quick else pytest.mark.slow)
+def on_every_backend() -> list[Any]:
+    # Without a GPU, Triton's kernels run in its interpreter.
+    def quick(backend: str, head: str) -> bool:
+        return backend != "triton" or head in ("masked_lm", "causal_lm")
+
+    return [
+        pytest.param(backend, head, marks=() if quick(backend, head) else pytest.mark.slow)
+        for backend in ("reference", "cpu", "triton")
+        for head in HEADS
+    ]
 
 
 @pytest.mark.parametrize(("backend", "head"), on_every_backend())
