@@ -300,7 +300,7 @@ def sensitivity(
 def redrawn(
     eager: Callable[..., Tensor], inputs: dict[str, Tensor], grad_out: Tensor
 ) -> dict[str, tuple[float, float]]:
-    """The original's error in each result, (largest, root mean square): the most in eight more draws of its roundings.
+    """The original's error in each result, (largest, root mean square): the most in 32 more draws of its roundings.
 
     A result of one number has one draw of the rounding error, and that of the original may happen to be nothing. With
     its inputs moved to their neighbours in that dtype, or left, it draws again.
@@ -312,7 +312,7 @@ def redrawn(
         return (t.double() * (1.0 + torch.finfo(t.dtype).eps * noise)).to(t.dtype)
 
     most: dict[str, tuple[float, float]] = {}
-    for _ in range(8):
+    for _ in range(32):
         near, near_grad = {name: moved(t) for name, t in inputs.items()}, moved(grad_out)
         original = output_and_gradients(eager, near, near_grad, unused_is_zero=True)
         exact = output_and_gradients(
