@@ -350,7 +350,7 @@ def test_with_entries_a_trace_is_tied_to_a_range_and_no_more(monkeypatch):
 
 def test_importing_the_package_initialises_no_gpu():
     code = "import torch, roberta_kernels; assert not torch.cuda.is_initialized()"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=600)
 
 
 def test_entries_are_plain_json():

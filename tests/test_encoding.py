@@ -516,8 +516,9 @@ def test_interrupted_while_the_parquet_file_is_written(model, tokenizer, file, t
     assert report.resumed == report.texts == len(read(path)) == len(TEXTS)
 
 
+# Once there is something to continue from it waits to be killed: however fast or busy the machine, it does not end.
 KILLED = """
-import sys, time, torch, transformers
+import json, sys, time, torch, transformers
 torch.set_num_threads(1)
 import roberta_kernels as rk
 from pathlib import Path
@@ -525,11 +526,13 @@ from roberta_kernels import encoding
 from roberta_kernels.encoding import outputs
 outputs.SAVE_EVERY = 0.0
 embed = encoding._embed
-def slowly(*args):
-    time.sleep(0.02)
-    return embed(*args)
-encoding._embed = slowly
 folder, source, out = sys.argv[1:]
+state = outputs.beside(Path(out), ".state.json")
+def waiting(*args):
+    while state.exists() and json.loads(state.read_text())["state"]["rows"] > 0:
+        time.sleep(1)
+    return embed(*args)
+encoding._embed = waiting
 model = transformers.RobertaForMaskedLM.from_pretrained(folder)
 tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
 rk.encode(model, tokenizer, Path(source), out, window=16, batch_tokens=100)
@@ -548,7 +551,7 @@ def test_killed_and_continued_is_the_same_file(model, tokenizer, folder, file, t
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])}
         process = subprocess.Popen([sys.executable, script, folder, file, path], env=environment)
         state, rows = outputs.beside(path, ".state.json"), 0
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while rows == 0 and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
             if state.exists():

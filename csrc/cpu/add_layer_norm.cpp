@@ -35,13 +35,13 @@ template <class T, bool kBias>
 RK_INLINE float add_rows(const AddLayerNormArgs& a, int64_t row, float* to) {
     const Sum<T, kBias> sum(a, row);
     if (a.dropout.on) {
-        vf32 total{};
-        for_vectors_dropout(a.hidden, a.dropout, row, [&](int64_t c, int count, vf32 multiplier) {
+        vf32 total[4] = {};
+        for_vectors_dropout(a.hidden, a.dropout, row, [&](int64_t c, int count, vf32 multiplier, int chain) {
             const vf32 y = fma(sum.branch(c, count), multiplier, load_some(sum.residual + c, count));
-            total += y;
+            total[chain] += y;
             store_some(to + c, y, count);
         });
-        return hsum(total);
+        return chain_sum(total);
     }
     return sum_vectors(a.hidden, [&](int64_t c, int count) {
         const vf32 y = sum(c, count);
@@ -115,11 +115,12 @@ void backward(const AddLayerNormArgs& a) {
                             store_some(sum + c, value, count);
                         });
                     T* grad_x = static_cast<T*>(a.grad_x) + row * a.hidden;
-                    for_vectors_dropout(a.hidden, a.dropout, row, [&](int64_t c, int count, vf32 multiplier) {
-                        const vf32 value = load_some(sum + c, count) * multiplier;
-                        store_some(grad_x + c, value, count);
-                        to_x_bias(c, count, value);
-                    });
+                    for_vectors_dropout(a.hidden, a.dropout, row,
+                                        [&](int64_t c, int count, vf32 multiplier, int) {
+                                            const vf32 value = load_some(sum + c, count) * multiplier;
+                                            store_some(grad_x + c, value, count);
+                                            to_x_bias(c, count, value);
+                                        });
                 }
             }
         });

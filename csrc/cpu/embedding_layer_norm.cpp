@@ -70,9 +70,10 @@ void forward(const EmbeddingLayerNormArgs& a) {
             const RowStatistics s = row_statistics(sum, a.hidden, total, a.eps);
             T* out = static_cast<T*>(a.out) + row * a.hidden;
             if (a.dropout.on)
-                for_vectors_dropout(a.hidden, a.dropout, row, [&](int64_t c, int count, vf32 multiplier) {
-                    store_some(out + c, normalised(sum, s, weight, bias, c, count) * multiplier, count);
-                });
+                for_vectors_dropout(
+                    a.hidden, a.dropout, row, [&](int64_t c, int count, vf32 multiplier, int) {
+                        store_some(out + c, normalised(sum, s, weight, bias, c, count) * multiplier, count);
+                    });
             else
                 for_vectors(a.hidden, [&](int64_t c, int count) {
                     store_some(out + c, normalised(sum, s, weight, bias, c, count), count);
@@ -173,7 +174,7 @@ void backward(const EmbeddingLayerNormArgs& a) {
                     };
                     if (a.dropout.on) {
                         for_vectors_dropout(
-                            a.hidden, a.dropout, row, [&](int64_t c, int count, vf32 multiplier) {
+                            a.hidden, a.dropout, row, [&](int64_t c, int count, vf32 multiplier, int) {
                                 store_some(undropped + c, load_some(grad_out + c, count) * multiplier, count);
                             });
                         layer_norm_row_backward(

@@ -28,7 +28,8 @@ RK_INLINE void store_some(T* p, vf32 x, int count) {
         store_partial(p, x, count);
 }
 
-// f(column, count, multiplier): the same with the dropout factors of a row.
+// f(column, count, multiplier, chain): the same with the dropout factors of a row, in turn for four chains of
+// sums.
 template <class Dropout, class F>
 RK_INLINE void for_vectors_dropout(int64_t columns, const Dropout& dropout, int64_t row, const F& f) {
     for (int64_t c = 0; c < columns; c += 4 * kLanes) {
@@ -37,22 +38,33 @@ RK_INLINE void for_vectors_dropout(int64_t columns, const Dropout& dropout, int6
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
             const int64_t left = columns - c - i * kLanes;
-            if (left > 0) f(c + i * kLanes, left < kLanes ? static_cast<int>(left) : kLanes, multiplier[i]);
+            if (left > 0)
+                f(c + i * kLanes, left < kLanes ? static_cast<int>(left) : kLanes, multiplier[i], i);
         }
     }
 }
 
-// Sums f(column, count) over a row in four independent chains; f gives zero in lanes beyond count.
+// f(column, count, chain): vectors in turn for four independent chains of sums. A sum of H values in one
+// chain would wait for every addition, and round H / kLanes times.
 template <class F>
-RK_INLINE float sum_vectors(int64_t columns, const F& f) {
-    vf32 sum[4] = {};
+RK_INLINE void for_vectors_chained(int64_t columns, const F& f) {
     int64_t c = 0;
     for (; c + 4 * kLanes <= columns; c += 4 * kLanes)
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) sum[i] += f(c + i * kLanes, kLanes);
-    for (; c + kLanes <= columns; c += kLanes) sum[0] += f(c, kLanes);
-    if (c < columns) sum[1] += f(c, static_cast<int>(columns - c));
-    return hsum((sum[0] + sum[1]) + (sum[2] + sum[3]));
+        for (int i = 0; i < 4; ++i) f(c + i * kLanes, kLanes, i);
+    for (; c + kLanes <= columns; c += kLanes) f(c, kLanes, 0);
+    if (c < columns) f(c, static_cast<int>(columns - c), 1);
+}
+RK_INLINE float chain_sum(const vf32* chains) {
+    return hsum((chains[0] + chains[1]) + (chains[2] + chains[3]));
+}
+
+// Sums f(column, count) over a row; f gives zero in lanes beyond count.
+template <class F>
+RK_INLINE float sum_vectors(int64_t columns, const F& f) {
+    vf32 sum[4] = {};
+    for_vectors_chained(columns, [&](int64_t c, int count, int chain) { sum[chain] += f(c, count); });
+    return chain_sum(sum);
 }
 
 struct RowStatistics {
@@ -84,19 +96,19 @@ template <class T, class Row, class Grad, class Sink>
 RK_INLINE void layer_norm_row_backward(int64_t columns, RowStatistics s, const T* weight, const Row& row,
                                        const Grad& grad, float* unit, float* g, float* grad_weight,
                                        float* grad_bias, const Sink& sink) {
-    vf32 sum_g{}, sum_gx{};
-    for_vectors(columns, [&](int64_t c, int count) {
+    vf32 sum_g[4] = {}, sum_gx[4] = {};
+    for_vectors_chained(columns, [&](int64_t c, int count, int chain) {
         const vf32 x = (row(c, count) - s.mean) * s.rstd, dy = grad(c, count);
         const vf32 dx = dy * load_some(weight + c, count);
         store_some(grad_weight + c, fma(dy, x, load_some(grad_weight + c, count)), count);
         store_some(grad_bias + c, dy + load_some(grad_bias + c, count), count);
-        sum_g += dx;  // zero beyond count, as the weight is there
-        sum_gx = fma(dx, x, sum_gx);
+        sum_g[chain] += dx;  // zero beyond count, as the weight is there
+        sum_gx[chain] = fma(dx, x, sum_gx[chain]);
         store_some(unit + c, x, count);
         store_some(g + c, dx, count);
     });
     const float n = static_cast<float>(columns);
-    const vf32 mean_g = set1(hsum(sum_g) / n), mean_gx = set1(hsum(sum_gx) / n);
+    const vf32 mean_g = set1(chain_sum(sum_g) / n), mean_gx = set1(chain_sum(sum_gx) / n);
     for_vectors(columns, [&](int64_t c, int count) {
         const vf32 centred = load_some(g + c, count) - mean_g;
         sink(c, count, (centred - load_some(unit + c, count) * mean_gx) * s.rstd);

@@ -130,12 +130,16 @@ def test_fresh_random_cases(draw):
     check(case, option)
 
 
-def on_every_backend():
-    for backend in ("reference", "cpu", "triton"):
-        for head in HEADS:
-            # Without a GPU, Triton's kernels run in its interpreter.
-            quick = backend != "triton" or head in ("masked_lm", "causal_lm")
-            yield pytest.param(backend, head, marks=() if quick else pytest.mark.slow)
+def on_every_backend() -> list[Any]:
+    # Without a GPU, Triton's kernels run in its interpreter.
+    def quick(backend: str, head: str) -> bool:
+        return backend != "triton" or head in ("masked_lm", "causal_lm")
+
+    return [
+        pytest.param(backend, head, marks=() if quick(backend, head) else pytest.mark.slow)
+        for backend in ("reference", "cpu", "triton")
+        for head in HEADS
+    ]
 
 
 @pytest.mark.parametrize(("backend", "head"), on_every_backend())
@@ -179,7 +183,7 @@ def test_every_drop_in_class_is_exported():
 def test_a_loss_that_reads_padded_positions(head, mask):
     case = Case(seed=11, head=head, mask=mask, train=True)
     original = build(case)
-    batches = batches_for(case, original.config)
+    batches = batches_for(case, original.config, count=16)
     for inputs in batches:
         if head != "span":
             inputs["labels"] = torch.randint(0, 3, inputs["input_ids"].shape)
@@ -195,7 +199,7 @@ def test_the_token_before_a_label_is_padding():
     # The label is at a real position, and the logits that predict it are not.
     case = Case(seed=16, head="causal_lm", mask="holes", train=True)
     original = build(case)
-    batches = batches_for(case, original.config)
+    batches = batches_for(case, original.config, count=16)
     for inputs in batches:
         labels = torch.randint(6, 40, inputs["input_ids"].shape)
         inputs["labels"] = torch.where(inputs["attention_mask"].bool(), labels, -100)

@@ -234,7 +234,8 @@ def check_three_way(
     """The promise for the output and for the gradient of every input; returns ours.
 
     A tensor that breaks it, for an original that was exact by luck (one element, one survivor of dropout), gets a floor
-    that knows how much of the result cancelled: see `sensitivity`.
+    that knows how much of the result cancelled (`sensitivity`), and is held to the error that the original has without
+    that luck (`redrawn`).
 
     ours, eager: called with the inputs by name. eager runs at the inputs' dtype and in float64.
     cancelling: for a gradient that cancels to nothing in exact arithmetic (a softmax over one key), the size of what
@@ -259,8 +260,12 @@ def check_three_way(
         comparison = compare(ours_tensor, original[name], exact[name], name=name, floor_ulps=floor_ulps)
         if not comparison.holds:
             floor = sensitivity(eager, plain, plain_grad, exact)[name]
-            assert comparison.max_error <= comparison.max_allowed + floor[0], f"{comparison}; floor {floor}"
-            assert comparison.rms_error <= comparison.rms_allowed + floor[1], f"{comparison}; floor {floor}"
+            again = redrawn(eager, plain, plain_grad)[name]
+            largest = comparison.max_allowed + floor[0] + 2.0 * max(0.0, again[0] - comparison.max_error_original)
+            rms = comparison.rms_allowed + floor[1] + 2.0 * max(0.0, again[1] - comparison.rms_error_original)
+            more = f"{comparison}; floor {floor}, the original's error redrawn {again}"
+            assert comparison.max_error <= largest, more
+            assert comparison.rms_error <= rms, more
     return got
 
 
@@ -290,6 +295,35 @@ def sensitivity(
                 max(largest[name][1], 2.0 * float(change.square().mean().sqrt())),
             )
     return largest
+
+
+def redrawn(
+    eager: Callable[..., Tensor], inputs: dict[str, Tensor], grad_out: Tensor
+) -> dict[str, tuple[float, float]]:
+    """The original's error in each result, (largest, root mean square): the most in 32 more draws of its roundings.
+
+    A result of one number has one draw of the rounding error, and that of the original may happen to be nothing. With
+    its inputs moved to their neighbours in that dtype, or left, it draws again.
+    """
+    generator = torch.Generator().manual_seed(1)
+
+    def moved(t: Tensor) -> Tensor:
+        noise = 2.0 * torch.rand(t.shape, generator=generator, dtype=FLOAT64).to(t.device) - 1.0
+        return (t.double() * (1.0 + torch.finfo(t.dtype).eps * noise)).to(t.dtype)
+
+    most: dict[str, tuple[float, float]] = {}
+    for _ in range(32):
+        near, near_grad = {name: moved(t) for name, t in inputs.items()}, moved(grad_out)
+        original = output_and_gradients(eager, near, near_grad, unused_is_zero=True)
+        exact = output_and_gradients(
+            eager, {name: t.double() for name, t in near.items()}, near_grad.double(), unused_is_zero=True
+        )
+        for name, t in original.items():
+            error = (t.double() - exact[name]).nan_to_num(0.0, 0.0, 0.0)
+            before = most.get(name, (0.0, 0.0))
+            drawn = float(error.abs().max()), float(error.square().mean().sqrt())
+            most[name] = max(before[0], drawn[0]), max(before[1], drawn[1])
+    return most
 
 
 def cumulative(lengths: list[int], device: str) -> Tensor:

@@ -59,10 +59,11 @@ def device() -> Iterator[ctypes.CDLL]:
 
 @pytest.mark.skipif(not backends.emulating(), reason="needs the emulated cuda backend (tests/cuda_emulation)")
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.case.id)
-def test_every_layout(layout: Layout, device: ctypes.CDLL) -> None:
+def test_every_layout(layout: Layout, device: ctypes.CDLL, draw: Draw) -> None:
     device.rk_emulation_set_device(layout.arch, layout.multiprocessors)
     with Served("cuda", "cpu", layout.dtype).serving():
-        run_case(layout.case, Draw(int.from_bytes(os.urandom(4), "little"), "cpu"), layout.dtype)
+        draw.device = "cpu"
+        run_case(layout.case, draw, layout.dtype)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
