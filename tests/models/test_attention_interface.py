@@ -34,7 +34,7 @@ def test_masks(head, mask, fallbacks):
     case = Case(seed=1, head=head, mask=mask, train=True, config=SMALL)
     original = build(case)
     kwargs = {"use_cache": False} if head == "causal_lm" else {}
-    batches = batches_for(case, original.config, 16)
+    batches = batches_for(case, original.config, 8)
     assert_promise(switched(original), original, batches, head=head, backward=True, **kwargs)
     assert fallbacks() == set()
 

@@ -74,7 +74,7 @@ def test_the_report_says_what_runs(family):
 def test_arguments_of_their_own(family):
     case = Case(seed=3, family=family, config=SMALL, train=True)
     original = build(case)
-    batches = batches_for(case, original.config, 16)
+    batches = batches_for(case, original.config, 8)
     for inputs in batches:
         ids = inputs["input_ids"]
         if family == "ernie":
@@ -109,7 +109,7 @@ def test_heads_for_pretraining(family, head):
         pytest.skip(f"there is no {PREFIX[family]}{head}")
     case = Case(seed=5, family=family, config=SMALL, train=True)
     original = build(case, cls)
-    batches = batches_for(case, original.config, 16)
+    batches = batches_for(case, original.config, 8)
     for inputs in batches:
         labels = torch.randint(0, 2, inputs["input_ids"].shape)
         if family == "roc_bert":
@@ -173,7 +173,7 @@ def test_gradient_checkpointing(family, use_reentrant, monkeypatch):
     assert len(calls) == 3 * SMALL["num_hidden_layers"], "each layer runs once more in backward"
     assert got.keys() == want.keys()
     assert all(torch.equal(got[name], want[name]) for name in want)
-    assert_promise(ours, original, batches_for(case, original.config, 16), backward=True)
+    assert_promise(ours, original, batches_for(case, original.config, 8), backward=True)
     assert report.fallbacks() == {}
 
 
@@ -202,7 +202,7 @@ def test_head_dims(family, hidden, heads):
     report = rk.patch(ours)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert_promise(ours, original, batches_for(case, original.config, 16), backward=True)
+        assert_promise(ours, original, batches_for(case, original.config, 8), backward=True)
     reasons = {reason.split(": ", 1)[1] for reason in report.fallbacks()}
     assert reasons == ({"head_dim 136 is not served"} if hidden == 136 else set())
 
