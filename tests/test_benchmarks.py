@@ -346,6 +346,23 @@ def test_targets_say_what_was_reached_and_what_was_missed(command_line):
     assert any("1.25 x (1.25 to 1.25), **error 0.67 of it** | **missed**" in line for line in lines)
 
 
+def test_of_several_of_ours_the_fastest_that_reaches_a_target_counts():
+    from benchmarks.model_report import outcomes
+
+    rows = [
+        _model_row("1x4", "ONNX Runtime int8", 0.05, error=0.03, weights="int8"),
+        _model_row("1x4", "ours int8", 0.04, error=0.01, weights="int8"),
+        _model_row("1x4", "ours int8-dynamic", 0.02, error=0.02, weights="int8"),
+    ]
+    found = next(o for o in outcomes(_model_results(rows)) if o.target.ours[0] == "ours int8")
+    assert found.row["contender"] == "ours int8"
+    assert found.missed == ()
+    rows[1] = _model_row("1x4", "ours int8", 0.06, error=0.01, weights="int8")
+    found = next(o for o in outcomes(_model_results(rows)) if o.target.ours[0] == "ours int8")
+    assert found.row["contender"] == "ours int8-dynamic"
+    assert found.missed == ("error",)
+
+
 def test_report_of_models_says_what_is_missing_and_goes_into_documents(tmp_path, command_line):
     rows = [_model_row("1x4", "ours", 0.1), _model_row("1x4", "HF sdpa", 0.3)]
     rows[0]["ratios"] = {"HF sdpa": {"median": 3.0, "p20": 2.9, "p80": 3.1}}

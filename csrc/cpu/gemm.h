@@ -312,30 +312,39 @@ RK_INLINE vi32 multiply_add(vf32 a, vf32 b, vi32 c) {
 #endif
 }
 
+// Where the micro-kernel reads a panel of B: vector(v) of the words of one k, then step() to the next.
+template <class Form>
+struct Reader {
+    static constexpr int kBytes = kColumns * int(sizeof(Form));  // of one k
+    const Form* at;
+    RK_INLINE vf32 vector(int v) const { return load(at + v * kLanes); }
+    RK_INLINE void step() { at += kColumns; }
+    RK_INLINE Reader from(int64_t k) const { return {at + k * kColumns}; }
+};
+
 // A narrow weight that few rows meet arrives too slowly without being asked for: 10 to 15% on one core.
 // (Words do not: 4 rows in float32 were no faster for it.)
-template <class Stored>
-constexpr bool kReadAhead = true;
-template <>
-constexpr bool kReadAhead<float> = false;
+template <class B>
+RK_INLINE void read_ahead(const B& b) {
+    for (int byte = 0; byte < B::kBytes; byte += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(b.at) + 2048 + byte);
+}
+RK_INLINE void read_ahead(const Reader<float>&) {}
 
-// tile[i][j] (+)= sum over k of a[k][i] b[k][j]. b: words, or what load() makes words of.
-template <class T, int kHeight, class Stored>
-__attribute__((noinline)) void multiply_tile(int64_t k_words, const float* a, const Stored* b, float* tile,
-                                             bool add) {
+// tile[i][j] (+)= sum over k of a[k][i] b[k][j]
+template <class T, int kHeight, class B>
+__attribute__((noinline)) void multiply_tile(int64_t k_words, const float* a, B b, float* tile, bool add) {
     using Sum = typename SumOf<T>::type;
     Sum c[kHeight][kVectors];
 #pragma GCC unroll 16
     for (int i = 0; i < kHeight; ++i)
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) c[i][v] = Sum{};
-    for (int64_t k = 0; k < k_words; ++k, a += kHeight, b += kColumns) {
+    for (int64_t k = 0; k < k_words; ++k, a += kHeight, b.step()) {
         vf32 bk[kVectors];
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) bk[v] = load(b + v * kLanes);
-        if (kReadAhead<Stored> && kHeight <= kLanes / 2)
-            for (size_t at = 0; at < kColumns * sizeof(Stored); at += 64)
-                __builtin_prefetch(reinterpret_cast<const char*>(b) + 2048 + at);
+        for (int v = 0; v < kVectors; ++v) bk[v] = b.vector(v);
+        if (kHeight <= kLanes / 2) read_ahead(b);
 #pragma GCC unroll 16
         for (int i = 0; i < kHeight; ++i) {
             const vf32 ak = set1(a[i]);
@@ -352,22 +361,21 @@ __attribute__((noinline)) void multiply_tile(int64_t k_words, const float* a, co
         }
 }
 
-template <class T, class Stored, int kHeight = kRows>
-RK_INLINE void multiply_tile_of(int height, int64_t k_words, const float* a, const Stored* b, float* tile,
+template <class T, class B, int kHeight = kRows>
+RK_INLINE void multiply_tile_of(int height, int64_t k_words, const float* a, const B& b, float* tile,
                                 bool add) {
     if (height == kHeight) return multiply_tile<T, kHeight>(k_words, a, b, tile, add);
-    if constexpr (kHeight > 1) multiply_tile_of<T, Stored, kHeight - 1>(height, k_words, a, b, tile, add);
+    if constexpr (kHeight > 1) multiply_tile_of<T, B, kHeight - 1>(height, k_words, a, b, tile, add);
 }
 
 // ---- products ----
 
 // Where the panels of B come from: `columns` columns of C; with kCopies, copy() writes the words of a panel
-// from word k on into memory of the task; without, at() tells where they are.
+// from word k on into memory of the task; without, reader() reads them where they are.
 
 // B packed by the task that needs it; bt is B transposed, [N, K].
 template <class T>
 struct PackedHere {
-    using Stored = float;
     static constexpr bool kCopies = true;
     Matrix<T> bt;
     int64_t columns;
@@ -382,7 +390,6 @@ template <class T, class Panels, class Epilogue>
 inline void multiply_panels(const RowPanels& panels, const float* packed_a, const Panels& b_panels,
                             const Epilogue& epilogue) {
     if (b_panels.columns == 0) return;
-    using Stored = typename Panels::Stored;
     const int64_t k_words = panels.k_words;
     const int64_t k_blocks = max64(1, ceil_div(k_words, kDepth));
     const int64_t depth = ceil_div(ceil_div(k_words, k_blocks), kChunk) * kChunk;  // words along K of a block
@@ -416,17 +423,18 @@ inline void multiply_panels(const RowPanels& panels, const float* packed_a, cons
                     const int height = panels.height(i);
                     const float* a = packed_a + panels.offset(i) + k_first * height;
                     for (int64_t j = first; j < last; ++j) {
-                        const Stored* b;
-                        if constexpr (Panels::kCopies)
-                            b = packed_b + (j - first) * kColumns * k_here;
-                        else
-                            b = b_panels.at(j, k_first);
+                        const auto b = [&] {
+                            if constexpr (Panels::kCopies)
+                                return Reader<float>{packed_b + (j - first) * kColumns * k_here};
+                            else
+                                return b_panels.reader(j, k_first);
+                        }();
                         float* tile = c + (k_blocks == 1 ? 0 : (i - top) * block + (j - first)) * kTile;
                         if (k_words == 0)
                             for (int64_t x = 0; x < kTile; ++x) tile[x] = 0.0f;
                         for (int64_t k = 0; k < k_here; k += kChunk)
-                            multiply_tile_of<T>(height, min64(kChunk, k_here - k), a + k * height,
-                                                b + k * kColumns, tile, k_block > 0 || k > 0);
+                            multiply_tile_of<T>(height, min64(kChunk, k_here - k), a + k * height, b.from(k),
+                                                tile, k_block > 0 || k > 0);
                         if (k_block == k_blocks - 1)
                             epilogue(panels.first(i), j * kColumns, height,
                                      int(min64(kColumns, b_panels.columns - j * kColumns)),

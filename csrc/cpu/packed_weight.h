@@ -3,18 +3,20 @@
 //
 //   float32       as they are; the micro-kernel reads the panels in place
 //   bfloat16      rounded, half the bytes; a product with float32 rows, in float32
-//   int8          w = scale[row] q, q from -127 to 127; a quarter of the bytes; likewise in float32
-//   int8_dynamic  the same q; the left operand is rounded too, each row by itself, to x = scale (u - zero), u
-//   from 0
-//                 to 255, and the sums are of whole numbers, exact: sum x w = scale_x scale_w (sum u q - zero
-//                 sum q)
+//   int8          w = scale q, q from -127 to 127, with a scale for every kGroup elements of a row (which
+//   rounds a
+//                 third less away than one for the row); 9 bits an element; likewise in float32
+//   int8_dynamic  w = scale q with one scale for the row; the left operand is rounded too, each row by
+//   itself, to x =
+//                 scale (u - zero), u from 0 to 255, and the sums are of whole numbers, exact:
+//                 sum x w = scale_x scale_w (sum u q - zero sum q)
 //
 // A narrow form is widened in the micro-kernel as it is read where few rows are multiplied (reading it is
 // then what takes the time); with more rows a task widens a block of columns once, into its own memory, and
 // reads that.
 //
-// After the panels stand, for the int8 forms, scale [N] (float32) and sum q [N] (int32), both padded to whole
-// panels.
+// After the panels stand, for int8, scale [panels][groups][kColumns]; for int8_dynamic scale [N] and sum q
+// [N] (int32), both padded to whole panels.
 #pragma once
 #include "csrc/cpu/gemm.h"
 #include "csrc/cpu/packed_encoder.h"
@@ -44,58 +46,84 @@ RK_INLINE int64_t bytes_of_word(WeightKind kind) {
 RK_INLINE int64_t bytes_of_panels(WeightKind kind, int64_t n, int64_t k) {
     return ceil_div(padded_columns(n) * words_along_k(kind, k) * bytes_of_word(kind), 64) * 64;
 }
+constexpr int64_t kGroup = 32;
+static_assert(kChunk % kGroup == 0, "a step along K starts with a group");
+RK_INLINE int64_t groups_of(int64_t k) {
+    return ceil_div(k, kGroup);
+}
 RK_INLINE bool is_int8(WeightKind kind) {
     return kind == WeightKind::int8 || kind == WeightKind::int8_dynamic;
 }
 RK_INLINE int64_t bytes_of_weight(WeightKind kind, int64_t n, int64_t k) {
-    return bytes_of_panels(kind, n, k) + (is_int8(kind) ? 8 * padded_columns(n) : 0);
+    const int64_t scales = kind == WeightKind::int8           ? 4 * padded_columns(n) * groups_of(k)
+                           : kind == WeightKind::int8_dynamic ? 8 * padded_columns(n)
+                                                              : 0;
+    return bytes_of_panels(kind, n, k) + scales;
 }
 RK_INLINE float* scales_of(char* panels, WeightKind kind, int64_t n, int64_t k) {
     return reinterpret_cast<float*>(panels + bytes_of_panels(kind, n, k));
 }
+RK_INLINE int32_t* sums_of(char* panels, int64_t n, int64_t k) {
+    return reinterpret_cast<int32_t*>(scales_of(panels, WeightKind::int8_dynamic, n, k) + padded_columns(n));
+}
 
-// One row of a weight, at its column of a panel: q and what it is multiplied by. The largest element becomes
-// 127. A row with an infinity or a NaN has the scale NaN.
-inline void pack_int8_row(const PackWeight& p, int64_t row) {
-    const float* in = p.weight + row * p.columns;
+// Rounds `count` elements, the largest of which becomes 127 or -127; returns the scale, NaN where an element
+// is infinite or NaN. place(i): where q of element i goes.
+template <class Place>
+RK_INLINE float round_to_int8(const float* in, int64_t count, const Place& place) {
     float largest = 0.0f, nonfinite = 0.0f;
-    for (int64_t k = 0; k < p.columns; ++k) {
+    for (int64_t k = 0; k < count; ++k) {
         const float size = in[k] < 0.0f ? -in[k] : in[k];
         largest = size > largest ? size : largest;
         nonfinite += in[k] - in[k];
     }
-    float* scales = scales_of(p.panels, p.kind, p.rows, p.columns);
-    int32_t* sums = reinterpret_cast<int32_t*>(scales + padded_columns(p.rows));
-    scales[row] = largest / 127.0f + nonfinite;
     const float inverse = largest > 0.0f && nonfinite == 0.0f ? 127.0f / largest : 0.0f;
-    const int64_t per_word = p.kind == WeightKind::int8_dynamic ? kWholePerWord : 1;
-    const int64_t words = words_along_k(p.kind, p.columns);
-    int8_t* out = reinterpret_cast<int8_t*>(p.panels) + row / kColumns * kColumns * words * per_word +
-                  row % kColumns * per_word;
-    sums[row] = 0;
-    for (int64_t k = 0; k < words * per_word; ++k) {
-        const float scaled = k < p.columns && inverse > 0.0f ? in[k] * inverse : 0.0f;
-        const int q = int(scaled + (scaled < 0.0f ? -0.5f : 0.5f));
-        sums[row] += q;
-        out[k / per_word * kColumns * per_word + k % per_word] = int8_t(q);
+    for (int64_t k = 0; k < count; ++k) {
+        const float scaled = inverse > 0.0f ? in[k] * inverse : 0.0f;
+        *place(k) = int8_t(scaled + (scaled < 0.0f ? -0.5f : 0.5f));
     }
+    return largest / 127.0f + nonfinite;
+}
+
+// One row of a weight, at its column of a panel.
+inline void pack_int8_row(const PackWeight& p, int64_t row) {
+    const float* in = p.weight + row * p.columns;
+    const int64_t panel = row / kColumns, column = row % kColumns;
+    float* scales = scales_of(p.panels, p.kind, p.rows, p.columns);
+    int8_t* numbers = reinterpret_cast<int8_t*>(p.panels);
+    if (p.kind == WeightKind::int8) {
+        numbers += panel * kColumns * p.columns + column;
+        for (int64_t group = 0; group < groups_of(p.columns); ++group) {
+            const int64_t k = group * kGroup;
+            scales[(panel * groups_of(p.columns) + group) * kColumns + column] =
+                round_to_int8(in + k, min64(kGroup, p.columns - k),
+                              [&](int64_t i) { return numbers + (k + i) * kColumns; });
+        }
+        return;
+    }
+    const int64_t words = words_along_k(p.kind, p.columns);
+    numbers += (panel * words * kColumns + column) * kWholePerWord;
+    const auto place = [&](int64_t k) {
+        return numbers + k / kWholePerWord * kColumns * kWholePerWord + k % kWholePerWord;
+    };
+    scales[row] = round_to_int8(in, p.columns, place);
+    int32_t* sum = sums_of(p.panels, p.rows, p.columns) + row;
+    *sum = 0;
+    for (int64_t k = 0; k < p.columns; ++k) *sum += *place(k);
+    for (int64_t k = p.columns; k < words * kWholePerWord; ++k) *place(k) = 0;
 }
 
 inline void pack_panels(const PackWeight& p) {
     const int64_t words = words_along_k(p.kind, p.columns);
     char* const panels = p.panels;
+    // Columns beyond the last row are zero, and so are their scales.
+    if (is_int8(p.kind) && p.rows % kColumns != 0)
+        __builtin_memset(panels, 0, size_t(bytes_of_weight(p.kind, p.rows, p.columns)));
     parallel_for(0, ceil_div(p.rows, kColumns), 1, [&](int64_t begin, int64_t end) {
         for (int64_t panel = begin; panel < end; ++panel) {
             const int64_t first = panel * kColumns;
             if (is_int8(p.kind)) {
                 const int64_t real = min64(kColumns, p.rows - first);
-                const int64_t bytes = words * kColumns * bytes_of_word(p.kind);
-                if (real < kColumns) {
-                    float* scales = scales_of(panels, p.kind, p.rows, p.columns);
-                    int32_t* sums = reinterpret_cast<int32_t*>(scales + padded_columns(p.rows));
-                    __builtin_memset(panels + panel * bytes, 0, size_t(bytes));
-                    for (int64_t i = first + real; i < first + kColumns; ++i) scales[i] = 0.0f, sums[i] = 0;
-                }
                 for (int64_t i = 0; i < real; ++i) pack_int8_row(p, first + i);
                 continue;
             }
@@ -121,25 +149,47 @@ inline void pack_panels(const PackWeight& p) {
 // Panels read where they are.
 template <class Form>
 struct InPlace {
-    using Stored = Form;
     static constexpr bool kCopies = false;
     const Form* panels;
     int64_t columns, k_words;
-    RK_INLINE const Form* at(int64_t panel, int64_t k) const {
-        return panels + (panel * k_words + k) * kColumns;
+    RK_INLINE Reader<Form> reader(int64_t panel, int64_t k) const {
+        return {panels + (panel * k_words + k) * kColumns};
+    }
+};
+
+// The same for numbers with a scale for every group.
+struct ScaledReader {
+    static constexpr int kBytes = kColumns;
+    const int8_t* at;
+    const float* scales;  // of the panel
+    int64_t k;
+    RK_INLINE vf32 vector(int v) const {
+        return load(at + v * kLanes) * load(scales + k / kGroup * kColumns + v * kLanes);
+    }
+    RK_INLINE void step() { at += kColumns, ++k; }
+    RK_INLINE ScaledReader from(int64_t steps) const { return {at + steps * kColumns, scales, k + steps}; }
+};
+struct InPlaceScaled {
+    static constexpr bool kCopies = false;
+    const int8_t* panels;
+    const float* scales;
+    int64_t columns, k_words;
+    RK_INLINE ScaledReader reader(int64_t panel, int64_t k) const {
+        return {panels + (panel * k_words + k) * kColumns, scales + panel * groups_of(k_words) * kColumns, k};
     }
 };
 
 // Panels widened to words by the task that needs them.
-template <class Form>
+template <class Narrow>
 struct Widened {
-    using Stored = float;
     static constexpr bool kCopies = true;
-    InPlace<Form> narrow;
+    Narrow narrow;
     int64_t columns;
     RK_INLINE void copy(int64_t panel, int64_t k, int64_t k_words, float* out) const {
-        const Form* from = narrow.at(panel, k);
-        for (int64_t i = 0; i < k_words * kColumns; i += kLanes) store(out + i, load(from + i));
+        auto reader = narrow.reader(panel, k);
+        for (int64_t i = 0; i < k_words; ++i, reader.step(), out += kColumns)
+#pragma GCC unroll 4
+            for (int v = 0; v < kVectors; ++v) store(out + v * kLanes, reader.vector(v));
     }
 };
 
@@ -231,35 +281,41 @@ inline LeftOperand pack_left(WeightKind kind, const float* x, int64_t count, int
 // Rows above which a narrow weight is widened once a task, not once for each panel of rows.
 constexpr int64_t kWidenAbove = 4 * kRows;
 
-template <class T, class Form, class Epilogue>
-RK_INLINE void multiply_form(const PackedWeight& w, const LeftOperand& left, const Epilogue& epilogue) {
-    const InPlace<Form> in_place{reinterpret_cast<const Form*>(w.panels), w.rows, left.panels.k_words};
-    if (sizeof(Form) == 4 || left.panels.base * left.panels.count + left.panels.extra <= kWidenAbove)
-        multiply_panels<T>(left.panels, left.words, in_place, epilogue);
-    else if constexpr (sizeof(Form) < 4)
-        multiply_panels<T>(left.panels, left.words, Widened<Form>{in_place, w.rows}, epilogue);
+template <class Form>
+RK_INLINE InPlace<Form> in_place(const PackedWeight& w, const LeftOperand& left) {
+    return {reinterpret_cast<const Form*>(w.panels), w.rows, left.panels.k_words};
+}
+
+template <class Narrow, class Epilogue>
+RK_INLINE void multiply_narrow(const Narrow& narrow, const LeftOperand& left, const Epilogue& epilogue) {
+    if (left.panels.base * left.panels.count + left.panels.extra <= kWidenAbove)
+        multiply_panels<float>(left.panels, left.words, narrow, epilogue);
+    else
+        multiply_panels<float>(left.panels, left.words, Widened<Narrow>{narrow, narrow.columns}, epilogue);
 }
 
 // C = A W^T; the epilogue is gemm.h's.
 template <class Epilogue>
 inline void multiply_weight(const PackedWeight& w, const LeftOperand& left, const Epilogue& epilogue) {
-    if (w.kind == WeightKind::float32) return multiply_form<float, float>(w, left, epilogue);
-    if (w.kind == WeightKind::bfloat16) return multiply_form<float, bf16>(w, left, epilogue);
+    switch (w.kind) {
+        case WeightKind::float32:
+            return multiply_panels<float>(left.panels, left.words, in_place<float>(w, left), epilogue);
+        case WeightKind::bfloat16:
+            return multiply_narrow(in_place<bf16>(w, left), left, epilogue);
+        case WeightKind::int8:
+            return multiply_narrow(
+                InPlaceScaled{reinterpret_cast<const int8_t*>(w.panels),
+                              scales_of(const_cast<char*>(w.panels), w.kind, w.rows, w.columns), w.rows,
+                              w.columns},
+                left, epilogue);
+        case WeightKind::int8_dynamic:
+            break;
+    }
     const float* scales = scales_of(const_cast<char*>(w.panels), w.kind, w.rows, w.columns);
-    if (w.kind == WeightKind::int8)
-        return multiply_form<float, int8_t>(
-            w, left, [&](int64_t row, int64_t column, int rows, int width, const float* tile) {
-                alignas(64) float scaled[kRows * kColumns];
-                for (int v = 0; v < kColumns; v += kLanes) {
-                    const vf32 scale = load(scales + column + v);
-                    for (int i = 0; i < rows; ++i)
-                        store(scaled + i * kColumns + v, load(tile + i * kColumns + v) * scale);
-                }
-                epilogue(row, column, rows, width, static_cast<const float*>(scaled));
-            });
-    const int32_t* sums = reinterpret_cast<const int32_t*>(scales + padded_columns(w.rows));
-    multiply_form<Whole, WholeWord>(
-        w, left, [&](int64_t row, int64_t column, int rows, int width, const float* tile) {
+    const int32_t* sums = sums_of(const_cast<char*>(w.panels), w.rows, w.columns);
+    multiply_panels<Whole>(
+        left.panels, left.words, in_place<WholeWord>(w, left),
+        [&](int64_t row, int64_t column, int rows, int width, const float* tile) {
             alignas(64) float scaled[kRows * kColumns];
             for (int v = 0; v < kColumns; v += kLanes) {
                 const vf32 scale = load(scales + column + v);

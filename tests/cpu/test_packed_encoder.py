@@ -46,6 +46,8 @@ def rounded_weight(weight, kind):
         return weight
     if kind == "bfloat16":
         return weight.bfloat16().float()
+    if kind == "int8":  # a scale for every 32 elements of a row
+        return torch.cat([rounded_weight(group, "int8-dynamic") for group in weight.split(32, 1)], 1)
     largest = weight.abs().amax(1, keepdim=True)
     scaled = weight * (torch.full_like(largest, 127) / largest)  # a number over a tensor is its reciprocal's product
     return (scaled + 0.5 * scaled.sign()).trunc() * (largest / 127)  # halves away from zero
@@ -264,14 +266,14 @@ def test_no_layers(kernels):
 
 
 def test_bytes_of_a_packed_weight(kernels):
-    """A share of float32's, padded to whole panels, with a scale and a sum a row for int8."""
+    """A share of float32's, padded to whole panels, with what int8 is scaled by."""
     elements = 768 * 3072
     sizes = {kind: kernels.pack_weight(torch.randn(3072, 768), kind).numel() for kind in KINDS}
     room = 2**21 + 4096  # that its start may be aligned; never touched
     assert 4 * elements <= sizes["float32"] < 4 * elements + room
     assert 2 * elements <= sizes["bfloat16"] < 2 * elements + room
-    for kind in ("int8", "int8-dynamic"):
-        assert elements <= sizes[kind] < elements + 8 * 3072 + room
+    assert elements + 4 * elements // 32 <= sizes["int8"] < elements + 4 * elements // 32 + room
+    assert elements + 8 * 3072 <= sizes["int8-dynamic"] < elements + 8 * 3072 + room
 
 
 def test_a_weight_packed_for_another_instruction_set_is_refused(kernels):
