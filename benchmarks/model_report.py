@@ -21,8 +21,8 @@ class Target:
     """What a workload is to reach.
 
     ours: contenders, of which the fastest counts that reaches it, or the fastest where none does. times: how many times
-    as long the other has to take. other: None: the fastest peer in float32. roof: the fraction of the multiply-add roof.
-    error: the most, over the other's.
+    as long the other has to take. other: None: the fastest peer in float32. roof: the fraction of the multiply-add
+    roof. error: the most, over the other's.
     """
 
     workload: str
