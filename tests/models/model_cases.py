@@ -351,7 +351,8 @@ def broken_promises(
                 parts = [tensors_of[part].detach() for part in measured_together(name, head)]
                 base = name.split("[", 1)[0]
                 if mask is not None and (head in PER_TOKEN.get(base, ()) or base == "hidden_states"):
-                    parts = [part[mask.bool()] for part in parts]
+                    real = mask.bool().flatten(0, -2)  # of multiple choice: [batch, choices, length]
+                    parts = [part[real] for part in parts]
                 tensors.append(torch.cat([part.reshape(-1) for part in parts]).double())
             # What is all zero in this batch has no unit of its own.
             scale = max(rms(tensors[2]), 1e-6 * max(rms(t) for t in results[2].values()))

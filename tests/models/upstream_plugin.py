@@ -16,6 +16,7 @@ from typing import Any
 
 import roberta_kernels as rk
 from roberta_kernels.layers import FastLayer, PatchState
+from roberta_kernels.packed_weights import Plan
 
 counts: Counter[str] = Counter()
 fallbacks: Counter[str] = Counter()
@@ -37,6 +38,14 @@ def _feed_forward(layer: Any, hidden_states: Any) -> None:
     counts["feed-forward fused"] += layer.feed_forward_reason(hidden_states) is None
 
 
+def _plan_run(plan: Any, *_: Any) -> None:
+    """One op call: through all layers of a model, or through one, whose call was counted before."""
+    layers = plan._layer_count
+    counts["attention calls"] += layers
+    for what in ("attention fused", "feed-forward calls", "feed-forward fused"):
+        counts[what] += layers or 1
+
+
 def _fell_back(state: Any, module: Any, reason: str) -> None:
     fallbacks[f"{type(module).__name__}: {reason}"] += 1
 
@@ -45,6 +54,7 @@ def pytest_configure(config: Any) -> None:
     _counted(FastLayer, "forward", lambda *_: counts.update(["attention calls"]))
     _counted(FastLayer, "fused_attention", lambda *_: counts.update(["attention fused"]))
     _counted(FastLayer, "feed_forward_chunk", _feed_forward)
+    _counted(Plan, "run", _plan_run)
     _counted(PatchState, "fell_back", _fell_back)
     rk.patch_transformers()
 

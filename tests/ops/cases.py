@@ -8,6 +8,7 @@ serves.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -220,6 +221,21 @@ def output_and_gradients(
     gradients = torch.autograd.grad(out, list(leaves.values()), grad_out, materialize_grads=unused_is_zero)
     named = {f"gradient of {name}": g for name, g in zip(leaves, gradients, strict=True)}
     return {"output": out.detach(), **named}
+
+
+def score_floor(q: Tensor, k: Tensor, scale: float) -> float:
+    """Attention's rounding floor, in ulps of the inputs' dtype: the usual two, and those of the exponent.
+
+    An error of a score s, or of the log-sum-exp that backward starts from, is a relative error of the softmax weight.
+    Rounding the latter, and scaling, is up to |s| ulps of float32. A product of d terms is rounded d times at up to
+    |s|, by half an ulp and either way: sqrt(d) / 2 ulps of |s|, and forward and backward may sum in different orders.
+    Eager torch takes its scores once: where one weight is nearly all of a row, the error leaves with the row's sum.
+    """
+    if q.numel() == 0 or k.numel() == 0:
+        return 2.0
+    largest = abs(scale) * float(torch.einsum("qhd,khd->hqk", q.double(), k.double()).abs().max())
+    exponent = largest * (1.0 + math.sqrt(q.shape[-1]) / 2.0) + math.log(k.shape[0])
+    return 2.0 + exponent * torch.finfo(FLOAT32).eps / torch.finfo(q.dtype).eps
 
 
 def check_three_way(

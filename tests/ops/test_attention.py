@@ -25,6 +25,7 @@ from .cases import (
     on_every_backend,
     output_and_gradients,
     poisoned,
+    score_floor,
     uninitialised_is_nan,
 )
 
@@ -174,23 +175,6 @@ def cancelling(case: Case, inputs: dict[str, Tensor], grad: Tensor) -> dict[str,
     }
 
 
-def rounding_floor(case: Case, inputs: dict[str, Tensor]) -> float:
-    """Roundings, in ulps of the inputs' dtype: the usual two, and those of the exponent.
-
-    An error of a score s, or of the log-sum-exp that backward starts from, is a relative error of the softmax weight.
-    Rounding the latter, and scaling, is up to |s| ulps of float32. A product of d terms is rounded d times at up to
-    |s|, by half an ulp and either way: sqrt(d) / 2 ulps of |s|, and forward and backward may sum in different orders.
-    Eager torch takes its scores once: where one weight is nearly all of a row, the error leaves with the row's sum.
-    """
-    q, k = inputs["q"].double(), inputs["k"].double()
-    if q.numel() == 0 or k.numel() == 0:
-        return 2.0
-    scale = case.head_dim**-0.5 if case.scale is None else case.scale
-    largest = abs(scale) * float(torch.einsum("qhd,khd->hqk", q, k).abs().max())
-    exponent = largest * (1.0 + math.sqrt(case.head_dim) / 2.0) + math.log(k.shape[0])
-    return 2.0 + exponent * torch.finfo(FLOAT32).eps / torch.finfo(inputs["q"].dtype).eps
-
-
 def run_case(case: Case, draw: Draw, dtype: torch.dtype) -> dict[str, Tensor]:
     inputs = draw_inputs(case, draw, dtype)
     grad = draw_grad(case.grad, inputs["q"].shape, draw, dtype)
@@ -201,7 +185,7 @@ def run_case(case: Case, draw: Draw, dtype: torch.dtype) -> dict[str, Tensor]:
         inputs,
         grad,
         cancelling=cancelling(case, inputs, grad),
-        floor_ulps=rounding_floor(case, inputs),
+        floor_ulps=score_floor(inputs["q"], inputs["k"], case.head_dim**-0.5 if case.scale is None else case.scale),
     )
 
 
