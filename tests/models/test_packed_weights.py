@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from model_cases import (
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils import parametrize, prune
+from torch.utils.data import DataLoader, Dataset
 from transformers import RobertaModel
 
 import roberta_kernels as rk
@@ -152,6 +154,39 @@ def test_threads(threads, packed):
         assert torch.equal(hidden(ours, batches[0]), hidden(ours, batches[0]))
     finally:
         torch.set_num_threads(before)
+
+
+class _InTheWorker(Dataset):
+    """Item: the threads that torch may use where the loader runs it, and those that a call of the model adds."""
+
+    def __init__(self, model, inputs):
+        self.model, self.inputs = model, inputs
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        before = len(os.listdir("/proc/self/task"))
+        out = hidden(self.model, self.inputs)
+        return torch.get_num_threads(), len(os.listdir("/proc/self/task")) - before, out
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs /proc, which tells the threads of a process")
+def test_a_data_loaders_workers_use_one_thread_each():
+    """After the process that they were forked from has used its threads."""
+    _, ours, batches = pair()
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        want = hidden(ours, batches[0])
+        items = list(DataLoader(_InTheWorker(ours, batches[0]), batch_size=None, num_workers=2, timeout=120))
+    finally:
+        torch.set_num_threads(before)
+    assert len(items) == 2
+    for threads, added, out in items:
+        assert threads == 1
+        assert added == 0
+        assert torch.equal(out, want)
 
 
 @layouts
