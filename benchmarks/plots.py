@@ -18,7 +18,10 @@ from benchmarks.report import TITLES, Row, operations, rows
 from benchmarks.roofs import compute_roof, memory_roof
 
 # One colour for each peer in every figure (Okabe and Ito's palette, told apart by colour-blind readers too).
-PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442")
+PALETTE = (
+    *("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442"),
+    *("#000000", "#8C510A"),  # beyond eight, black and a brown
+)
 _MARKERS = {"attention": "o", "add_layer_norm": "s", "gelu_ffn": "D", "embedding_layer_norm": "^"}
 
 
