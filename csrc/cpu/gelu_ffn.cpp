@@ -22,34 +22,6 @@
 namespace rk::cpu::RK_CPU_ISA {
 namespace {
 
-// x[0 .. kLanes) of a row of `left` elements
-template <class T>
-RK_INLINE vf32 load_some(const T* p, int left) {
-    return left >= kLanes ? load(p) : load_partial(p, left);
-}
-template <class T>
-RK_INLINE void store_some(T* p, vf32 x, int left) {
-    if (left >= kLanes)
-        store(p, x);
-    else
-        store_partial(p, x, left);
-}
-
-template <class T>
-struct StoreTile {
-    T* out;  // [rows, columns]
-    int64_t columns;
-    const T* bias;  // [columns], or null
-    RK_INLINE void operator()(int64_t row, int64_t column, int rows, int width, const float* tile) const {
-        for (int j = 0; j < width; j += kLanes) {
-            const vf32 b = bias != nullptr ? load_some(bias + column + j, width - j) : zero();
-            for (int i = 0; i < rows; ++i)
-                store_some(out + (row + i) * columns + column + j, load(tile + i * kColumns + j) + b,
-                           width - j);
-        }
-    }
-};
-
 // Bias and GELU of a tile: the activation goes to activation[row][column] with the given stride, the
 // pre-activation to its place in [T, F] if wanted.
 template <class T, bool kTanh>

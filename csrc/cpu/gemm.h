@@ -58,12 +58,6 @@ template <class T>
 constexpr int kPerWord = 1;
 #endif
 
-struct Whole;  // whole numbers; see the micro-kernel
-template <class T>
-constexpr bool is_whole = false;
-template <>
-constexpr bool is_whole<Whole> = true;
-
 template <class T>
 struct Matrix {
     const T* data;
@@ -452,6 +446,22 @@ inline void multiply_packed(const RowPanels& panels, const float* packed_a, cons
                             const Epilogue& epilogue) {
     multiply_panels<T>(panels, packed_a, PackedHere<T>(bt), epilogue);
 }
+
+// An epilogue that writes C, with a bias if there is one.
+template <class T>
+struct StoreTile {
+    T* out;  // [rows, columns]
+    int64_t columns;
+    const T* bias;  // [columns], or null
+    RK_INLINE void operator()(int64_t row, int64_t column, int rows, int width, const float* tile) const {
+        for (int j = 0; j < width; j += kLanes) {
+            const vf32 b = bias != nullptr ? load_some(bias + column + j, width - j) : zero();
+            for (int i = 0; i < rows; ++i)
+                store_some(out + (row + i) * columns + column + j, load(tile + i * kColumns + j) + b,
+                           width - j);
+        }
+    }
+};
 
 // Rows of an A with k_words words a row that are packed together.
 template <class T>

@@ -16,18 +16,6 @@ RK_INLINE void for_vectors(int64_t columns, const F& f) {
     if (c < columns) f(c, static_cast<int>(columns - c));
 }
 
-template <class T>
-RK_INLINE vf32 load_some(const T* p, int count) {
-    return count == kLanes ? load(p) : load_partial(p, count);
-}
-template <class T>
-RK_INLINE void store_some(T* p, vf32 x, int count) {
-    if (count == kLanes)
-        store(p, x);
-    else
-        store_partial(p, x, count);
-}
-
 // f(column, count, multiplier, chain): the same with the dropout factors of a row, in turn for four chains of
 // sums.
 template <class Dropout, class F>

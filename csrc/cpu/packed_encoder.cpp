@@ -45,31 +45,11 @@ void for_steps(int64_t rows, const F& f) {
     for (int64_t i = 0; i < steps; ++i) f(rows * i / steps, rows * (i + 1) / steps - rows * i / steps);
 }
 
-// out[row][column] = tile + bias
-RK_INLINE void store_tile(float* out, int64_t columns, int rows, int width, const float* tile,
-                          const float* bias) {
-    for (int j = 0; j < width; j += kLanes) {
-        const int count = int(min64(kLanes, width - j));
-        vf32 b = zero();
-        if (bias != nullptr) b = count == kLanes ? load(bias + j) : load_partial(bias + j, count);
-        for (int i = 0; i < rows; ++i) {
-            const vf32 value = load(tile + i * kColumns + j) + b;
-            if (count == kLanes)
-                store(out + i * columns + j, value);
-            else
-                store_partial(out + i * columns + j, value, count);
-        }
-    }
-}
-
 // product = x W^T, and where there is one, a bias.
 void multiply_rows(const PackedWeight& w, const float* x, int64_t rows, const float* bias, float* product) {
     for_steps(rows, [&](int64_t first, int64_t count) {
         const LeftOperand left = pack_left(w.kind, x + first * w.columns, count, w.columns, w.columns);
-        multiply_weight(w, left, [&](int64_t row, int64_t column, int height, int width, const float* tile) {
-            store_tile(product + (first + row) * w.rows + column, w.rows, height, width, tile,
-                       bias == nullptr ? nullptr : bias + column);
-        });
+        multiply_weight(w, left, StoreTile<float>{product + first * w.rows, w.rows, bias});
     });
 }
 
@@ -105,20 +85,18 @@ void feed_forward(const PackedLayer& l, const Buffers& b, int64_t rows) {
         const LeftOperand left = pack_left(l.in.kind, b.x + first * hidden, count, hidden, hidden);
         const RowPanels panels(count, inner);
         const bool rounds = l.out.kind == WeightKind::int8_dynamic;  // a row is rounded when it is complete
+        const StoreTile<float> store_activation{b.activation, inner, nullptr};
         multiply_weight(
             l.in, left, [&](int64_t row, int64_t column, int height, int width, const float* tile) {
                 alignas(64) float activation[kLanes * kColumns];  // pack_along_k knows of kLanes rows
                 for (int j = 0; j < width; j += kLanes) {
-                    const int n = int(min64(kLanes, width - j));
-                    const float* bias = l.in_bias + column + j;
-                    const vf32 bias_here = n == kLanes ? load(bias) : load_partial(bias, n);
+                    const vf32 bias = load_some(l.in_bias + column + j, width - j);
                     for (int i = 0; i < height; ++i)
                         store(activation + i * kColumns + j,
-                              gelu<kTanh>(load(tile + i * kColumns + j) + bias_here));
+                              gelu<kTanh>(load(tile + i * kColumns + j) + bias));
                 }
                 if (rounds)
-                    store_tile(b.activation + row * inner + column, inner, height, width, activation,
-                               nullptr);
+                    store_activation(row, column, height, width, activation);
                 else
                     pack_along_k(activation, kColumns, height, width,
                                  b.activation + panels.offset(panels.index(row)) + column * height, height,
@@ -126,10 +104,7 @@ void feed_forward(const PackedLayer& l, const Buffers& b, int64_t rows) {
             });
         const LeftOperand activated = rounds ? pack_left(l.out.kind, b.activation, count, inner, inner)
                                              : LeftOperand{panels, b.activation, nullptr, nullptr};
-        multiply_weight(
-            l.out, activated, [&](int64_t row, int64_t column, int height, int width, const float* tile) {
-                store_tile(b.product + (first + row) * hidden + column, hidden, height, width, tile, nullptr);
-            });
+        multiply_weight(l.out, activated, StoreTile<float>{b.product + first * hidden, hidden, nullptr});
     });
 }
 

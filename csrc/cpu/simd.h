@@ -5,7 +5,9 @@
 // that include this one.
 //
 //   lanes and types     kLanes, vf32, vi32, vu32, set1, zero, bits/as_float, select, any
-//   memory              load, load_partial, store, store_partial, for float and bfloat16 (as float32 vectors)
+//   memory              load, load_partial, load_some, store, store_partial, store_some, for float and
+//   bfloat16 (as
+//                       float32 vectors)
 //   arithmetic          fma, vmin, vmax, sqrt, hsum, hmax, exp, tanh, gelu<kTanh>, gelu_grad<kTanh>
 //   dropout             Philox4x32-10: dropout_keep, dropout_multiplier (docs/design.md, section 4)
 //   layout              interleave, transpose
@@ -188,6 +190,19 @@ RK_INLINE void store_partial(bf16* p, vf32 x, int count) {
     store(half, x);
     for (int i = 0; i < count; ++i) p[i] = half[i];
 #endif
+}
+
+// The same at the end of a row of which `left` elements are left, kLanes or more of them or fewer.
+template <class T>
+RK_INLINE vf32 load_some(const T* p, int left) {
+    return left >= kLanes ? load(p) : load_partial(p, left);
+}
+template <class T>
+RK_INLINE void store_some(T* p, vf32 x, int left) {
+    if (left >= kLanes)
+        store(p, x);
+    else
+        store_partial(p, x, left);
 }
 
 // ---- arithmetic ----
