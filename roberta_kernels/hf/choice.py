@@ -179,4 +179,5 @@ def layer_choice(layer: Any, dtype: torch.dtype, hidden: int, autocast: torch.dt
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+    enabled = device_type != "meta" and torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if enabled else None

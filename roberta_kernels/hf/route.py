@@ -157,8 +157,6 @@ def _original_reason(model: Any, kwargs: dict[str, Any], mask: Any) -> str | Non
         return "the attention mask is not [batch, length]"
     if given.numel() == 0:
         return "an empty batch"
-    if functorch_active():
-        return TORCH_FUNC
     return attention_difference(model, config._attn_implementation)
 
 
@@ -300,6 +298,8 @@ def _own_embeddings(facts: Any, embeddings: Any) -> str | None:
 
 def decide(model: Any, kwargs: dict[str, Any]) -> Route:
     """The route of a call of a model with a fast class. kwargs: all arguments of its forward, by name."""
+    if functorch_active():
+        return Original(TORCH_FUNC)
     given = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
     if tracing() or fake(given):
         survey = _survey(model, None)
