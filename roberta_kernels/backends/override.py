@@ -5,10 +5,11 @@ model of another backend, do not meet. A block that has ended has no effect anyw
 (generators and tasks end them in any) and wherever they do: it is marked as ended, and not merely taken off the context
 that it ends in. A thread starts without blocks; a task inherits those of its maker, until they end.
 
-Tracing. Dynamo can neither read nor set a ContextVar. What it can do is read an attribute and compare it again
-before each use of the graph: `in_force`, which this module computes when it is asked for (`__getattr__` below). A block
-inside of the traced code is kept beside the context, in `_traced`, which only the trace looks at: the ops in the graph
-are then those of that backend, and nothing of the block is left to happen when the graph runs.
+Tracing. Dynamo can neither read nor set a ContextVar. What it can do is read an attribute and compare it again before
+each use of the graph: `in_force`, which this module computes when it is asked for (`__getattr__` below). A block inside
+of the traced code is kept beside the context, in `_traced`, which only the trace looks at: the ops in the graph are
+then those of that backend, and nothing of the block is left to happen when the graph runs. torch.export, where it runs
+the code itself, needs none of this.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from contextvars import ContextVar
 from types import TracebackType
 from typing import Any
 
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from roberta_kernels.backends.op_namespaces import BackendError, available_backends, status_of
 
@@ -82,7 +83,7 @@ def current_backend() -> str:
     """What was asked for here: by the innermost block of this context, else by set_backend or the environment variable,
     else "auto".
     """
-    if is_compiling():
+    if is_dynamo_compiling():
         return _traced.name or _this.in_force
     asked = _innermost.get()
     return _default if asked is None else _in_force()
@@ -115,7 +116,7 @@ class backend:
         self._outer_traced: str | None = None
 
     def __enter__(self) -> None:
-        if is_compiling():
+        if is_dynamo_compiling():
             self._outer_traced, _traced.name = _traced.name, self.name
             return
         if self._asked is not None:

@@ -58,6 +58,8 @@ def test_autocast_and_the_registered_ops(served: Served, op: str, draw: Draw) ->
 @each_op
 @on_every_backend([FLOAT32], every_isa=False)
 def test_autocast_and_compiled_code(served: Served, op: str, draw: Draw) -> None:
+    if served.interpreted:
+        pytest.skip("the compiled code calls the registered ops, as above")
     torch._dynamo.reset()
     call = sample(op, draw, FLOAT32)
     grad = torch.randn_like(call())
