@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 
-def _packed_encoder(x: Tensor, layers: Sequence[Tensor], *_: Any) -> Tensor:
+def _encoder(x: Tensor, layers: Sequence[Tensor], *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -33,14 +33,16 @@ def _sample_weights(weights: Sequence[Tensor]) -> int:
 # By namespace; ops without tensors need none.
 FAKES: dict[str, dict[str, Callable[..., Any]]] = {
     "roberta_kernels_cpu": {
+        "encoder": _encoder,
         "pack_weight": _pack_weight,
-        "packed_encoder": _packed_encoder,
+        "packed_encoder": _encoder,
         "sample_weights": _sample_weights,
     },
 }
 
 
 def register(namespace: str) -> None:
-    """Registers the fake functions of a library that was just loaded."""
+    """Registers the fake functions of a library that was just loaded; it may be of a build that has fewer ops."""
     for op, fake in FAKES.get(namespace, {}).items():
-        torch.library.register_fake(f"{namespace}::{op}", fake)
+        if hasattr(getattr(torch.ops, namespace), op):
+            torch.library.register_fake(f"{namespace}::{op}", fake)

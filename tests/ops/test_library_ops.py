@@ -64,11 +64,16 @@ def arguments() -> dict[str, list[tuple[Any, ...]]]:
     ends = torch.tensor([0, 3, 7], dtype=torch.int32)
     encoder = (torch.randn(7, 32), layer, ends, 4, None, False, 2, 0.25, 1e-5, False)
     packs = [(weight, kind) for weight in weights for kind in ("float32", "bfloat16", "int8", "int8-dynamic")]
-    return {
+    calls = {
         "roberta_kernels_cpu::pack_weight": packs,
         "roberta_kernels_cpu::packed_encoder": [encoder],
         "roberta_kernels_cpu::sample_weights": [(weights,)],
     }
+    if hasattr(CPU, "encoder"):  # on the parameters themselves
+        q, k, v = weights[0].chunk(3)
+        in_place = [q, b, k, b, v, b, weights[1], b, b, b, weights[2], f, weights[3], b, b, b]
+        calls["roberta_kernels_cpu::encoder"] = [(encoder[0], in_place, *encoder[2:])]
+    return calls
 
 
 @needs_cpu_kernels
