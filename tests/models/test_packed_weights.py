@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import types
-import warnings
 import weakref
 
 import pytest
@@ -23,6 +22,8 @@ from model_cases import (
     batches_for,
     build,
     exact_copy,
+    log,
+    logged,
     patched,
 )
 from safetensors.torch import load_file
@@ -32,8 +33,8 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import RobertaModel
 
 import roberta_kernels as rk
-from roberta_kernels import backends, offloading, tolerance
-from roberta_kernels.packed_weights import QUANTIZATIONS, unavailable
+from roberta_kernels import backends, tolerance
+from roberta_kernels.prepacked import QUANTIZATIONS, offloading, unavailable
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 
@@ -82,8 +83,9 @@ def layers_of(model):
 
 def kept(model):
     """The packed weights that the model keeps."""
-    found = (module.__dict__.get("_rk_prepared") for module in model.modules())
-    return [tensor for mine in found if mine and mine.weights for tensor in mine.weights.tensors]
+    found = (module.__dict__.get("_rk_memory") for module in model.modules())
+    layers = [memory.prepacked for memory in found if memory and memory.prepacked]
+    return [tensor for layer in layers for tensor in layer.copies or ()]
 
 
 # --- the same answers -------------------------------------------------------------------------------------------------
@@ -342,7 +344,6 @@ def test_functional_call(packed):
 
 
 @layouts
-@pytest.mark.filterwarnings("ignore:roberta_kernels")
 def test_vmap_after_a_call(packed):
     original, ours, batches = pair(packed)
     ids = batches[0]["input_ids"]
@@ -564,7 +565,6 @@ CHANGES = (
     [*CHANGES, loaded(False), loaded(True)],
     ids=[*(change.__name__ for change in CHANGES), "load_state_dict", "load_state_dict, assign"],
 )
-@pytest.mark.filterwarnings("ignore:roberta_kernels")
 def test_a_change_is_noticed(change, packed, offload):
     original, ours, batches = pair(packed, offload=offload)
     before = hidden(ours, batches[0])
@@ -579,7 +579,6 @@ def test_a_change_is_noticed(change, packed, offload):
 
 
 @layouts
-@pytest.mark.filterwarnings("ignore:roberta_kernels")
 def test_a_global_hook_is_noticed(packed):
     _, ours, batches = pair(packed)
     hidden(ours, batches[0])
@@ -666,10 +665,8 @@ def test_adapters_attached_later():
     for model in (original, ours):
         torch.manual_seed(3)
         outputs.append(peft.get_peft_model(model, config).eval())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert_promise(outputs[1], outputs[0], batches)
-        assert not serves(outputs[1], batches[0])
+    assert_promise(outputs[1], outputs[0], batches)
+    assert not serves(outputs[1], batches[0])
     outputs = [model.merge_and_unload() for model in outputs]
     assert_promise(outputs[1], outputs[0], batches)
     assert serves(outputs[1], batches[0]) == 1
@@ -799,14 +796,12 @@ def test_float32_weights_are_reported(why):
     hidden(ours, batches[0])
     assert report.fallbacks() == {}
     call = WAYS[why]
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with log() as messages:
         for _ in range(2):
             backend = rk.backend("reference" if why == "another backend" else "auto")
             with backend, torch.autocast("cpu", enabled=why == "autocast"):
                 got = call(ours, batches[0])
-    told = [str(warning.message) for warning in caught if "float32 weights" in str(warning.message)]
-    assert len(told) == 1, "warned once"
+    assert len([message for message in messages if "float32 weights" in message]) == 1, "said once"
     reasons = [reason for reason in report.fallbacks() if "float32 weights" in reason]
     assert len(reasons) == 1
     assert why in reasons[0]
@@ -822,14 +817,14 @@ def test_float32_weights_are_reported(why):
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"quantization": "int4"}, "quantization is 'int4'"),
-        ({"quantization": True}, "quantization is True"),
-        ({"quantization": "float32"}, "quantization is 'float32'"),
-        ({"offload": "yes"}, "offload is 'yes'"),
-        ({"prepack": None}, "prepack is None"),
-        ({"prepack": False, "quantization": "int8"}, "prepack=False"),
-        ({"prepack": False, "offload": True}, "prepack=False"),
-        ({"backend": "reference", "quantization": "int8"}, "runs on the cpu backend"),
+        ({"quantization": "int4"}, "quantization must be None or one of .*, got 'int4'"),
+        ({"quantization": True}, "quantization must be .*, got True"),
+        ({"quantization": "float32"}, "quantization must be .*, got 'float32'"),
+        ({"offload": "yes"}, "offload must be .*, got 'yes'"),
+        ({"prepack": None}, "prepack must be True or False, got None"),
+        ({"prepack": False, "quantization": "int8"}, "prepack must be True"),
+        ({"prepack": False, "offload": True}, "prepack must be True"),
+        ({"backend": "reference", "quantization": "int8"}, "backend must be auto or cpu with .*, got 'reference'"),
     ],
     ids=str,
 )
@@ -845,9 +840,9 @@ def test_bad_options(options, error):
 
 
 def test_without_compiled_kernels(monkeypatch):
-    from roberta_kernels import packed_weights
+    from roberta_kernels import prepacked
 
-    monkeypatch.setattr(packed_weights, "unavailable", lambda: "not compiled")
+    monkeypatch.setattr(prepacked, "unavailable", lambda: "not compiled")
     original, ours, batches = pair()
     assert_promise(ours, original, batches)
     assert not serves(ours, batches[0])
@@ -862,7 +857,7 @@ def test_models_that_are_made_quantised():
         model = type(plain)(plain.config).eval()
         with torch.device("meta"):
             type(plain)(plain.config)
-    assert model._rk_state.quantization == "int8"
+    assert model._rk_state.options.quantization == "int8"
     model.load_state_dict(plain.state_dict())
     inputs = batch_for(case, plain.config)
     assert torch.equal(hidden(model, inputs), hidden(patched(plain, quantization="int8"), inputs))
@@ -870,7 +865,7 @@ def test_models_that_are_made_quantised():
 
 def test_a_model_without_such_layers_is_not_quantised():
     model = build(case_of(family="xmod"))
-    with pytest.warns(UserWarning, match="is not quantised"):
+    with logged("is not quantised"):
         report = rk.patch(model, quantization="int8")
     assert any("not quantised" in left.reason for left in report.left)
 
@@ -882,9 +877,9 @@ def mapped(model):
     return [
         parameter
         for module in model.modules()
-        if (mine := module.__dict__.get("_rk_prepared"))
+        if (memory := module.__dict__.get("_rk_memory")) and memory.prepacked
         for parameter in module.parameters()
-        if parameter in mine.offloaded
+        if parameter in memory.prepacked.offloaded
     ]
 
 
@@ -979,12 +974,12 @@ def test_tied_layers():
 def test_no_room(monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "is not there"))
     _, ours, batches = pair(quantization="int8")
-    with pytest.warns(UserWarning, match="weights stay in memory"):
+    with logged("weights stay in memory"):
         got = hidden(ours, batches[0])
     assert not mapped(ours)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with log() as messages:
         assert torch.equal(hidden(ours, batches[0]), got)
+    assert messages == []
 
 
 MEMORY = """
