@@ -21,12 +21,13 @@ import transformers
 from typer.testing import CliRunner
 
 import roberta_kernels as rk
-from roberta_kernels import cli, encoding, packed_weights, tolerance
+from roberta_kernels import encoding, packed_weights, tolerance
+from roberta_kernels.cli import commands, loading
 from roberta_kernels.demo import corpus
-from roberta_kernels.encoding import outputs, sources
+from roberta_kernels.encoding import batching, embedding, outputs, sources, tokenization
 
 TEXTS = [
-    *cli.SENTENCES,
+    *loading.SENTENCES,
     "",
     " ",
     *(" ".join(random.Random(i).choices(("the", "ferry", "leaves", "at", "seven", "là"), k=i)) for i in range(1, 40)),
@@ -206,14 +207,14 @@ def test_plans_hold_every_row_once_and_their_budget():
     for budget in (1, 64, 300):
         for packed in (True, False):
             lengths = generator.integers(0, 65, 200)
-            batches = encoding.plan(lengths, budget, packed)
+            batches = batching.batches_of(lengths, budget, packed)
             assert sorted(np.concatenate(batches)) == np.flatnonzero(lengths).tolist()
             for rows in batches:
                 padded = len(rows) * lengths[rows].max()
                 fits = lengths[rows].sum() <= budget and padded <= 2 * budget if packed else padded <= budget
                 assert fits or len(rows) == 1
-    assert len(encoding.plan(np.full(10, 10), 50, True)) == 2  # no smaller than they must be
-    assert encoding.plan(np.zeros(3, int), 50, True) == []
+    assert len(batching.batches_of(np.full(10, 10), 50, True)) == 2  # no smaller than they must be
+    assert batching.batches_of(np.zeros(3, int), 50, True) == []
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
@@ -380,7 +381,7 @@ def test_no_more_than_two_windows_are_read_ahead(model, tokenizer, monkeypatch):
             yield TEXTS[i % len(TEXTS)]
 
     ahead = []
-    embed, done = encoding._embed, 0
+    embed, done = embedding.embed, 0
 
     def embed_and_look(base, rows, *rest):
         nonlocal done
@@ -388,13 +389,13 @@ def test_no_more_than_two_windows_are_read_ahead(model, tokenizer, monkeypatch):
         done += len(rows)
         return embed(base, rows, *rest)
 
-    monkeypatch.setattr(encoding, "_embed", embed_and_look)
+    monkeypatch.setattr(embedding, "embed", embed_and_look)
     rk.encode(model, tokenizer, texts(), **SMALL)
     assert done == 400
     assert max(ahead) <= 2 * SMALL["window"]
 
     ahead, done = [], 0
-    monkeypatch.setattr(encoding, "WINDOW_CHARACTERS", 100)  # two or three texts
+    monkeypatch.setattr(tokenization, "WINDOW_CHARACTERS", 100)  # two or three texts
     rk.encode(model, tokenizer, texts())
     assert done == 400
     assert max(ahead) < 100
@@ -424,7 +425,7 @@ class Stop:
     def __init__(self, monkeypatch, after: int | None = None, error: type[BaseException] = KeyboardInterrupt):
         self.calls, self._after, self._error = 0, after, error
         self._embed = right_embed
-        monkeypatch.setattr(encoding, "_embed", self)
+        monkeypatch.setattr(embedding, "embed", self)
 
     def __call__(self, *args):
         if self.calls == self._after:
@@ -433,7 +434,7 @@ class Stop:
         return self._embed(*args)
 
 
-right_embed = encoding._embed
+right_embed = embedding.embed
 
 
 @pytest.mark.parametrize("out", ["out.npy", "out.parquet"])
@@ -522,17 +523,16 @@ import json, sys, time, torch, transformers
 torch.set_num_threads(1)
 import roberta_kernels as rk
 from pathlib import Path
-from roberta_kernels import encoding
-from roberta_kernels.encoding import outputs
+from roberta_kernels.encoding import embedding, outputs
 outputs.SAVE_EVERY = 0.0
-embed = encoding._embed
+embed = embedding.embed
 folder, source, out = sys.argv[1:]
 state = outputs.beside(Path(out), ".state.json")
 def waiting(*args):
     while state.exists() and json.loads(state.read_text())["state"]["rows"] > 0:
         time.sleep(1)
     return embed(*args)
-encoding._embed = waiting
+embedding.embed = waiting
 model = transformers.RobertaForMaskedLM.from_pretrained(folder)
 tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
 rk.encode(model, tokenizer, Path(source), out, window=16, batch_tokens=100)
@@ -673,7 +673,7 @@ def test_two_runs_into_one_file_are_refused(model, tokenizer, file, tmp_path, mo
                     rk.encode(model, tokenizer, file, tmp_path / "out.npy", **options, **SMALL)
         return right_embed(*args)
 
-    monkeypatch.setattr(encoding, "_embed", embed)
+    monkeypatch.setattr(embedding, "embed", embed)
     rk.patch(model)
     rk.encode(model, tokenizer, file, tmp_path / "out.npy", **SMALL)
     expected = rk.encode(model, tokenizer, file, **SMALL).embeddings
@@ -685,7 +685,7 @@ def test_a_file_that_changes_under_the_run_is_noticed(model, tokenizer, file, tm
         os.truncate(file, file.stat().st_size - 100)
         return right_embed(*args)
 
-    monkeypatch.setattr(encoding, "_embed", embed)
+    monkeypatch.setattr(embedding, "embed", embed)
     with pytest.raises(rk.EncodingError, match="changed while it was read"):
         rk.encode(model, tokenizer, file, tmp_path / "out.npy", **SMALL)
     assert list(tmp_path.iterdir()) == [file]  # what of it was encoded cannot be told
@@ -698,7 +698,7 @@ def test_a_list_that_changes_under_the_run_is_noticed(model, tokenizer, tmp_path
         texts.pop()
         return right_embed(*args)
 
-    monkeypatch.setattr(encoding, "_embed", embed)
+    monkeypatch.setattr(embedding, "embed", embed)
     with pytest.raises(rk.EncodingError, match="changed while they were read"):
         rk.encode(model, tokenizer, texts, tmp_path / "out.npy", **SMALL)
     assert list(tmp_path.iterdir()) == []
@@ -711,7 +711,7 @@ def test_bad_requests(model, tokenizer, tmp_path, monkeypatch):
     for options in ({"pooling": "sum"}, {"dtype": "bfloat16"}, {"window": 0}, {"batch_tokens": 0}, {"max_length": 0}):
         with pytest.raises(ValueError, match=next(iter(options))):
             rk.encode(model, tokenizer, TEXTS, **options)
-    with pytest.raises(ValueError, match="max_length is 65, and the model takes 64"):
+    with pytest.raises(ValueError, match=r"max_length must be at most 64.*got 65"):
         rk.encode(model, tokenizer, TEXTS, max_length=65)
     with pytest.raises(TypeError, match="the one inside it"):
         rk.encode(torch.nn.Sequential(model), tokenizer, TEXTS)
@@ -746,7 +746,7 @@ def test_the_input_is_not_overwritten(model, tokenizer, tmp_path):
 
 
 def invoke(*arguments: object):
-    return CliRunner().invoke(cli.app, ["encode", *(str(argument) for argument in arguments)])
+    return CliRunner().invoke(commands.app, ["encode", *(str(argument) for argument in arguments)])
 
 
 def test_the_command(model, tokenizer, folder, file, tmp_path):
@@ -819,7 +819,7 @@ def test_bad_commands_are_one_line(folder, file, tmp_path):
         ((tmp_path, "out.npy", "--model", folder, "--format", "text"), "Is a directory"),
         ((file, tmp_path / "no" / "out.npy", "--model", folder), "No such file"),
         ((file, "out.npy", "--model", tmp_path / "nowhere"), "no folder"),
-        ((file, "out.npy", "--model", folder, "--max-length", 100), "the model takes 64"),
+        ((file, "out.npy", "--model", folder, "--max-length", 100), "must be at most 64"),
         ((file, "out.npy", "--model", folder, "--device", "abacus"), "no such device"),
     ):
         result = invoke(*arguments)

@@ -203,7 +203,7 @@ def test_the_report_says_what_serves_and_what_was_left():
     report = verify(tiny(), backend="reference")
     assert report.backend.startswith("reference")
     text = str(report)
-    assert "served by: reference" in text
+    assert "kernels: reference" in text
     assert "\x1b" not in text
     assert json.loads(json.dumps(report.as_dict()))["holds"] is True
 
