@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from roberta_kernels.patching import PatchReport
-from roberta_kernels.verification.report import GRADIENT, LAYERWISE, ORDINARY, VerificationError
+from roberta_kernels.verification.report import GRADIENT, LAYERWISE, ORDINARY
+from roberta_kernels.verification.subject import Subject, transformers_models
 
 Found = dict[tuple[str, str], Tensor]  # (call, name) -> what a run made, at real positions
 
 
 def run(
+    subject: Subject,
     model: nn.Module,
     arguments: dict[str, Any],
     scale: float | None,
@@ -23,18 +25,17 @@ def run(
     """(call, name) -> what the model returned, at real positions; with a loss scale, the gradients too."""
     model.eval()
     model.zero_grad(set_to_none=True)
-    masks = _masks(arguments)
-    found: Found = {}
     with torch.no_grad():
-        for name, tensor in _outputs(_call(model, arguments), masks):
-            found[ORDINARY, name] = tensor
+        output = subject.call(model, arguments)
         if after_call is not None:
             after_call()
-        for name, tensor in _outputs(_call(model, arguments, output_hidden_states=True), masks):
-            found[LAYERWISE, name] = tensor
+        layers, given = subject.layers(model, arguments)
+    masks = _masks(arguments) or _masks(given)  # the second: a module around the model may make the mask itself
+    found: Found = {(ORDINARY, name): tensor for name, tensor in _outputs(output, masks)}
+    found |= {(LAYERWISE, name): tensor for name, tensor in _outputs(layers, _masks(given))}
     if scale is not None:
         with torch.enable_grad():
-            output = _call(model, arguments)
+            output = subject.call(model, arguments)
             loss = output.get("loss")
             if loss is None:
                 loss = _projection(_outputs(output, masks))
@@ -57,13 +58,6 @@ def detours(report: PatchReport) -> Iterator[str]:
 def loss_scale(model: nn.Module) -> float:
     """float16 gradients underflow without the scaling that float16 training uses; a power of two adds no error."""
     return 1024.0 if any(p.dtype == torch.float16 for p in model.parameters()) else 1.0
-
-
-def _call(model: nn.Module, arguments: dict[str, Any], **extra: Any) -> Any:
-    output = model(**arguments, **extra, return_dict=True)
-    if not isinstance(output, Mapping):
-        raise VerificationError(f"{type(model).__name__} returns {type(output).__name__}, expected a ModelOutput")
-    return output
 
 
 def _outputs(output: Mapping[str, Any], masks: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -121,7 +115,8 @@ def to_float64(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def float64_attention(model: nn.Module) -> None:
     """FlashAttention has no float64; the plain implementations compute the same function."""
-    config = getattr(model, "config", None)
-    choose: Any = getattr(model, "set_attn_implementation", None)
-    if choose is not None and getattr(config, "_attn_implementation", "sdpa") not in ("sdpa", "eager"):
-        choose("sdpa")
+    for _, inner in transformers_models(model):
+        config = getattr(inner, "config", None)
+        choose: Any = getattr(inner, "set_attn_implementation", None)
+        if choose is not None and getattr(config, "_attn_implementation", "sdpa") not in ("sdpa", "eager"):
+            choose("sdpa")

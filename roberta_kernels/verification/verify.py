@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,7 @@ from roberta_kernels.verification.report import (
     VerificationReport,
 )
 from roberta_kernels.verification.run import Found, detours, float64_attention, loss_scale, run, to_float64
+from roberta_kernels.verification.subject import Subject, subject_of, transformers_models, without_choices
 
 SMALL = 1024  # numbers; below it the largest error of one run says little about the error of the next
 
@@ -55,8 +56,11 @@ def verify(
 
     Args:
         model: any model that `patch` accepts, patched or not. It is copied; it and the random state stay as they are.
+            A module around a transformers model is itself called, and what it returns is compared: tensors, or a
+            ModelOutput, tuple or dict of them.
         batch: keyword arguments of a call, e.g. what a tokenizer returns. By default random token ids in sequences of
-            mixed lengths, padded on the right, with labels where the task is known.
+            mixed lengths, padded on the right, with labels where the task is known. A module whose one argument is the
+            batch gets it as a dict.
         packed, backend, prepack: as for `patch`.
         quantization: as for `patch`; None: what the model is patched with, if it is. The errors of quantised weights
             are reported beside the others, and not held to the promise.
@@ -64,36 +68,33 @@ def verify(
             fixed random projection of what it returns.
 
     Raises:
-        VerificationError: patch finds nothing to replace, or a batch cannot be made for this model, or it cannot be
-            quantised.
+        VerificationError: patch finds nothing to replace, or the model cannot be called with this batch, or none can
+            be made for it, or it cannot be quantised.
         BackendError: the backend asked for is not available for this model.
     """
-    inner, path = _transformers_model(model)
-    notes = [f"verified is {path}, the transformers model inside {type(model).__name__}"] if path else []
-    parameter = next((p for p in inner.parameters() if p.is_floating_point()), None)
+    inner = _inner_models(model, batch)
+    parameter = next((p for part in inner for p in part.parameters() if p.is_floating_point()), None)
     if parameter is None:
-        raise VerificationError(f"{type(inner).__name__} has no floating-point parameters")
+        raise VerificationError(f"{type(model).__name__} has no floating-point parameters")
     with torch.random.fork_rng(devices=[parameter.device] if parameter.device.type == "cuda" else []):
-        call = _Call(
-            _arguments(generated_batch(inner) if batch is None else batch, parameter.device),
-            scale=loss_scale(inner) if gradients else None,
-            quantization=quantization or _quantization_of(inner),
+        call = _call(model, generated_batch(inner[0]) if batch is None else batch, batch is None, parameter.device)
+        call = dataclasses.replace(
+            call, scale=loss_scale(model) if gradients else None, quantization=quantization or _quantization_of(model)
         )
-        if call.scale not in (None, 1.0):
-            notes.append(f"gradients are those of {call.scale:.0f} times the loss: float16 training scales it too")
         with backends.backend(backend if backend != "auto" else backends.current_backend()):
             served = backends.serving(parameter)
-        runs = _runs(inner, call, notes, packed=packed, backend=backend, prepack=prepack)
-        entries = _judged(inner, call, runs) + _measured(call, runs)
+        notes: list[str] = []
+        runs = _runs(model, call, notes, packed=packed, backend=backend, prepack=prepack)
+        entries = _judged(model, call, runs) + _measured(call, runs)
     return VerificationReport(
-        model=type(inner).__name__,
+        model=call.subject.name,
         dtype=str(parameter.dtype).removeprefix("torch."),
         device=str(parameter.device),
         backend=f"{served} ({served.detail})",
         batch=describe(call.arguments),
         entries=tuple(entries),
         patch_report=runs.report,
-        notes=tuple(notes),
+        notes=(*_notes(call, runs), *notes),
         quantization=call.quantization,
     )
 
@@ -105,36 +106,42 @@ def verify(
 class _Call:
     """What every run does. scale: of the loss whose gradients are compared; None: they are not."""
 
+    subject: Subject
     arguments: dict[str, Any]
-    scale: float | None
-    quantization: str | None
+    scale: float | None = None
+    quantization: str | None = None
+
+    def run(self, model: nn.Module, after_call: Callable[[], None] | None = None) -> Found:
+        return run(self.subject, model, self.arguments, self.scale, after_call)
 
 
-def _transformers_model(model: nn.Module) -> tuple[nn.Module, str]:
-    """The model that takes a tokenizer's batch, and where in `model` it was found ("" for the model itself)."""
-    from transformers import PreTrainedModel
-
-    if isinstance(model, PreTrainedModel) or hasattr(model, "get_base_model"):  # the second: PEFT's wrapper
-        return model, ""
-    found: list[tuple[str, nn.Module]] = []
-    for name, module in model.named_modules():
-        if isinstance(module, PreTrainedModel) and not any(name.startswith(f"{outer}.") for outer, _ in found):
-            found.append((name, module))
-    if len(found) != 1:
+def _inner_models(model: nn.Module, batch: Mapping[str, Any] | None) -> list[nn.Module]:
+    """The transformers models in it, or itself."""
+    found = [inner for _, inner in transformers_models(model)]
+    if not found or (batch is None and len(found) != 1):
         raise VerificationError(
             f"{type(model).__name__} is not a transformers model and contains {len(found)} of them; "
-            "verify each on its own"
+            "verify each on its own" + (", or pass a batch that it takes" if found else "")
         )
-    return found[0][1], found[0][0]
+    return found
 
 
-def _arguments(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """The batch on the model's device, without what every run decides for itself."""
-    return {
-        key: value.to(device) if isinstance(value, Tensor) else value
-        for key, value in batch.items()
-        if key not in ("return_dict", "output_hidden_states", "output_attentions")
-    }
+def _call(model: nn.Module, batch: Mapping[str, Any], generated: bool, device: torch.device) -> _Call:
+    """A call with the batch on the model's device."""
+    arguments = without_choices(batch)
+    arguments = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in arguments.items()}
+    return _Call(*subject_of(model, arguments, generated=generated))
+
+
+def _notes(call: _Call, runs: _Runs) -> list[str]:
+    notes = []
+    if call.subject.wrapped and any(name == LAYERWISE for name, _ in runs.original):
+        notes.append(f"layers are those of {call.subject.path}, the transformers model inside {call.subject.name}")
+    elif call.subject.wrapped:
+        notes.append(f"only what {call.subject.name} returns is compared: it does not call one transformers model")
+    if call.scale not in (None, 1.0):
+        notes.append(f"gradients are those of {call.scale:.0f} times the loss: float16 training scales it too")
+    return notes
 
 
 def _copy(model: nn.Module) -> nn.Module:
@@ -169,18 +176,19 @@ class _Runs:
 def _runs(model: nn.Module, call: _Call, notes: list[str], **options: Any) -> _Runs:
     """options: of `patch`. Adds to the notes what ran otherwise than it should."""
     work = _copy(model)
-    original = run(work, call.arguments, call.scale)
+    call.subject.check(work, call.arguments)
+    original = call.run(work)
     report = patch(work, **options)
     if not report.replaced:
         left = report.left[0].reason if report.left else "it has no RoBERTa-like encoder"
         raise VerificationError(f"patch finds nothing to replace in {type(model).__name__}: {left}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what patch warns about is in the notes
-        ours = run(work, call.arguments, call.scale, lambda: notes.extend(detours(report)))
+        ours = call.run(work, after_call=lambda: notes.extend(detours(report)))
     rounded = {} if call.quantization is None else _run_quantised(work, call, notes, **options)
     unpatch(work)
     float64_attention(work.double())
-    exact = run(work, to_float64(call.arguments), call.scale)
+    exact = dataclasses.replace(call, arguments=to_float64(call.arguments)).run(work)
     missing = [f"{call_name} {name}" for call_name, name in original if (call_name, name) not in ours]
     if missing:
         raise VerificationError(f"the patched model does not return {', '.join(missing)}, and the original does")
@@ -195,7 +203,7 @@ def _run_quantised(model: nn.Module, call: _Call, notes: list[str], *, packed: A
             report = patch(model, packed=packed, backend=backend, quantization=call.quantization, offload=False)
         except ValueError as error:
             raise VerificationError(str(error)) from None
-        ours = run(model, call.arguments, None)
+        ours = dataclasses.replace(call, scale=None).run(model)
     notes += [f"{reason} ({calls} calls)" for reason, calls in report.fallbacks().items() if "float32" in reason]
     notes += [item.reason for item in report.left if "not quantised" in item.reason]
     return ours
@@ -236,7 +244,7 @@ def _redraw(model: nn.Module, call: _Call, runs: _Runs, entries: list[Entry]) ->
     for draw in range(REDRAWS):
         nudged = _copy(model)
         nudge(nudged, seed=draw)
-        again = run(nudged, call.arguments, call.scale)
+        again = call.run(nudged)
         for i, entry in enumerate(entries):
             key = (entry.call, entry.name)
             if (entry.redrawn or not entry.holds) and _one_draw(entry, runs.exact):
