@@ -15,7 +15,7 @@ from rich.text import Text
 
 from roberta_kernels._version import __version__
 from roberta_kernels.cli import options
-from roberta_kernels.cli.console import BROKEN, INTERRUPTED, err, fail, first_line, out
+from roberta_kernels.cli.console import BROKEN, err, fail, first_line, interruptible, out
 from roberta_kernels.cli.options import Backend, Dtype, Format, OutputDtype, Pooling, Quantization, Task
 
 app = typer.Typer(
@@ -79,9 +79,10 @@ def verify(
     tokenizer = loading.tokenizer_of(model, needed_for=None if sentences is None else f"text; {advice}")
     batch = None if tokenizer is None else loading.batch_of(loaded, tokenizer, sentences or list(loading.SENTENCES))
     try:
-        report = verification.verify(
-            loaded, batch, backend=backend.value, quantization=options.value(quantization), gradients=gradients
-        )
+        with interruptible():
+            report = verification.verify(
+                loaded, batch, backend=backend.value, quantization=options.value(quantization), gradients=gradients
+            )
     except (verification.VerificationError, BackendError) as error:
         fail(str(error))
     if as_json:
@@ -134,7 +135,8 @@ def demo(
         output, quick=quick, seed=seed, batch_size=batch_size, dtype=dtype.value, training_seconds=training_seconds
     )
     try:
-        holds = show.run(wanted, out, model=embedder, tokenizer=tokenizer)
+        with interruptible():
+            holds = show.run(wanted, out, model=embedder, tokenizer=tokenizer)
     except show.DemoError as error:
         fail(str(error))
     if not holds:
@@ -166,46 +168,39 @@ def encode(
     """Embeds a corpus of any size: a row of OUT for each line of IN, in the same order, in bounded memory.
 
     A line that cannot be read becomes a row of NaN (null in Parquet), and OUT.errors.jsonl says why; the exit code is
-    still 0. Interrupted, the same command goes on where it was (OUT.state.json, OUT.partial) and gives the same file.
+    still 0, unless no line can be read. Interrupted, the same command goes on where it was (OUT.state.json,
+    OUT.partial) and gives the same file. IN may be a pipe (/dev/stdin, with --format), which cannot be continued.
     """
     from roberta_kernels import encoding
-    from roberta_kernels.backends import BackendError
     from roberta_kernels.cli import loading
 
     loading.quiet_transformers()
-    try:
-        encoding.format_of(source, options.value(format))
+    with loading.one_line_errors(source, output):
         encoding.check_output(output)
-        source.open("rb").close()
+        encoding.check_source(source, options.value(format))
         loaded, tokenizer = loading.load_for_encoding(model, dtype, own_pooling=pooling is Pooling.auto)
         loading.use_threads(threads)
         loading.move(loaded, device)
-        report = encoding.encode(
-            loaded,
-            tokenizer,
-            source,
-            output,
-            pooling=options.value(pooling),
-            normalize=normalize,
-            dtype=output_dtype.value,
-            max_length=max_length,
-            batch_tokens=batch_tokens,
-            window=window or encoding.WINDOW,
-            format=options.value(format),
-            field=field,
-            patch=not original,
-            backend=backend.value,
-            quantization=options.value(quantization),
-            overwrite=overwrite,
-            progress=err.is_terminal,
-        )
-    except KeyboardInterrupt:
-        err.print(Text("interrupted; the same command continues it", "yellow"))
-        raise typer.Exit(INTERRUPTED) from None
-    except (ValueError, BackendError) as error:
-        fail(str(error))
-    except OSError as error:
-        fail(f"{error.filename or output}: {error.strerror or error}")
+        with interruptible():
+            report = encoding.encode(
+                loaded,
+                tokenizer,
+                source,
+                output,
+                pooling=options.value(pooling),
+                normalize=normalize,
+                dtype=output_dtype.value,
+                max_length=max_length,
+                batch_tokens=batch_tokens,
+                window=window or encoding.WINDOW,
+                format=options.value(format),
+                field=field,
+                patch=not original,
+                backend=backend.value,
+                quantization=options.value(quantization),
+                overwrite=overwrite,
+                progress=err.is_terminal,
+            )
     if as_json:
         typer.echo(json.dumps(report.as_dict(), indent=2))
     else:
@@ -218,4 +213,5 @@ def bench(context: typer.Context) -> None:
     checkout = Path(__file__).resolve().parent.parent.parent
     if not (checkout / "benchmarks" / "__main__.py").is_file():
         fail("the benchmarks are not part of an installed package: run this in a source checkout (pip install -e .)")
-    raise typer.Exit(subprocess.call([sys.executable, "-m", "benchmarks", *context.args], cwd=checkout))
+    with interruptible():
+        raise typer.Exit(subprocess.call([sys.executable, "-m", "benchmarks", *context.args], cwd=checkout))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.text import Text
+import typer
 
-from roberta_kernels.cli.console import err, fail, first_line
+from roberta_kernels.cli.console import INTERRUPTED, fail, first_line, say
 from roberta_kernels.cli.options import Dtype, Task
 
 if TYPE_CHECKING:
@@ -125,6 +127,23 @@ def load(path: str, task: Task, dtype: Dtype, unused: tuple[str, ...] = ()) -> t
     return model, notes
 
 
+@contextlib.contextmanager
+def one_line_errors(source: Path, output: Path) -> Iterator[None]:
+    """What an encoding can end in, as a line and an exit code."""
+    from roberta_kernels.backends import BackendError
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = "the same command continues it" if source.is_file() else "nothing is kept: its input was a pipe"
+        say(f"interrupted; {kept}")
+        raise typer.Exit(INTERRUPTED) from None
+    except (ValueError, BackendError) as error:
+        fail(str(error))
+    except OSError as error:
+        fail(f"{error.filename or output}: {error.strerror or error}")
+
+
 def load_for_encoding(path: str, dtype: Dtype, *, own_pooling: bool) -> tuple[Any, Any]:
     """A model and its tokenizer; a SentenceTransformer, which has its own, where its pooling is wanted."""
     if own_pooling and _is_sentence_transformer(path):
@@ -133,7 +152,7 @@ def load_for_encoding(path: str, dtype: Dtype, *, own_pooling: bool) -> tuple[An
     advice = f"save the model's own there: tokenizer.save_pretrained({path!r})"
     tokenizer = tokenizer_of(path, needed_for=f"texts; {advice}")
     for note in notes:
-        err.print(Text(f"note: {note}", "yellow"))
+        say(f"note: {note}")
     return model, tokenizer
 
 

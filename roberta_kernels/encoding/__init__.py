@@ -11,7 +11,7 @@ from roberta_kernels.encoding.embedding import POOLINGS, longest_input, pool
 from roberta_kernels.encoding.encode import encode
 from roberta_kernels.encoding.outputs import check_output
 from roberta_kernels.encoding.report import EncodeReport
-from roberta_kernels.encoding.sources import EncodingError, format_of
+from roberta_kernels.encoding.sources import EncodingError, check_source, format_of
 from roberta_kernels.encoding.tokenization import WINDOW
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "EncodeReport",
     "EncodingError",
     "check_output",
+    "check_source",
     "encode",
     "format_of",
     "longest_input",

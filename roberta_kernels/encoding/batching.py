@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from roberta_kernels.encoding.outputs import Counts
+from roberta_kernels.encoding.state import Counts
 from roberta_kernels.encoding.tokenization import Window
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}

@@ -19,7 +19,14 @@ from roberta_kernels.encoding.outputs import FileOutput, MemoryOutput, check_out
 from roberta_kernels.encoding.progress import progress_bar
 from roberta_kernels.encoding.report import EncodeReport
 from roberta_kernels.encoding.sentence_model import as_sentence_model
-from roberta_kernels.encoding.sources import EncodingError, InputChangedError, Source, format_of, open_source
+from roberta_kernels.encoding.sources import (
+    EncodingError,
+    InputChangedError,
+    Source,
+    WorthlessRunError,
+    format_of,
+    open_source,
+)
 from roberta_kernels.encoding.tokenization import WINDOW, Tokens, Window, windows
 from roberta_kernels.patching import is_patched
 
@@ -160,6 +167,11 @@ def _longest(base: Any, tokenizer: Any, max_length: int | None) -> int:
     longest = embedding.longest_input(base, tokenizer)
     if max_length is not None and max_length > longest:
         raise EncodingError(f"max_length must be at most {longest}, which the model takes, got {max_length}")
+    special = tokenizer.num_special_tokens_to_add() if hasattr(tokenizer, "num_special_tokens_to_add") else 0
+    if max_length is not None and max_length <= special:
+        raise EncodingError(
+            f"max_length must be at least {special + 1}, {special} special tokens and one of the text, got {max_length}"
+        )
     return max_length or longest
 
 
@@ -207,6 +219,9 @@ def _run(job: _Job, target: FileOutput | MemoryOutput, progress: bool) -> tuple[
             resumed += _encode_window(job, target, window, bar.update)
         if job.source.rows is not None and target.state.rows != job.source.rows:
             raise InputChangedError("the texts were changed while they were read")
+        if isinstance(target, FileOutput) and 0 < target.state.rows == target.state.counts.bad:
+            row, reason = target.bad[0]
+            raise WorthlessRunError(f"none of the {target.state.rows:,} rows has a text; line {row + 1}: {reason}")
         return resumed, target.finish()
 
 
@@ -217,14 +232,13 @@ def _encode_window(
     batches = batches_of(window.lengths, job.budget, job.unpadded)
     counts = counted(target.state.counts, window, batches, job.unpadded)
     target.start_window(len(window.lengths), window.bad)
-    done = target.state.batches  # by an earlier run
+    done = target.done(batches)
     earlier = sum(map(len, batches[:done]))
     progressed(len(window.bad) + earlier, 0)
     for rows in batches[done:]:
         ids = [window.ids[row] for row in rows]
         values = embedding.embed(job.base, ids, job.tokens.pad, job.pooling, job.normalize)
         target.write(rows, values.cpu().numpy().astype(job.dtype))
-        target.end_batch()
         progressed(len(rows), int(window.lengths[rows].sum()))
     target.end_window(len(window.lengths), counts)
     return earlier
@@ -245,6 +259,7 @@ def _report(
         packed=job.unpadded,
         detours=job.detours,
         resumed=resumed,
+        damaged=target.damaged,
         bad_rows=target.bad,
         output=path,
         errors=target.errors_path if isinstance(target, FileOutput) and counts.bad else None,

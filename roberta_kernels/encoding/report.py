@@ -18,7 +18,8 @@ class EncodeReport:
     padding_avoided: what batches of 32 in the order of the input would have computed beyond that. bad: rows without an
     embedding. bad_rows: (row, reason) of them; only the first for a file output, which has them all in `errors`.
     truncated: texts that were longer than the model takes. packed: whether padding was left out of the computation.
-    detours: why not, and what else ran on original code. resumed: rows that an earlier run had done. seconds: those of
+    detours: why not, and what else ran on original code. resumed: rows that an earlier run had done. damaged: rows
+    that it had done and that its files did not hold any more; these were encoded again. seconds: those of
     earlier runs included. embeddings: `[texts, width]`, in memory, memory-mapped for .npy, None for .parquet.
     quantization: what the layers' weights were rounded to.
     """
@@ -38,6 +39,7 @@ class EncodeReport:
     errors: Path | None = None
     embeddings: np.ndarray | None = field(default=None, repr=False)
     quantization: str | None = None
+    damaged: int = 0
 
     @property
     def tokens_per_second(self) -> float:
@@ -65,6 +67,8 @@ class EncodeReport:
         table.add_row("bad rows", f"{self.bad:,}" + (f": all in {self.errors}" if self.errors else ""))
         for row, reason in self.bad_rows[:5]:
             table.add_row("", f"line {row + 1}: {reason}")
+        if self.damaged:
+            table.add_row("damaged", f"{self.damaged:,} rows of the earlier run, encoded again")
         if self.output is not None:
             table.add_row("written", str(self.output))
         return table

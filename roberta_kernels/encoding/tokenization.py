@@ -60,11 +60,14 @@ class Tokens:
             over = [j for j, row in enumerate(found) if len(row) > self.longest]
             for j, cut in zip(over, self._ids([chunk[j][1] for j in over], self.longest), strict=True):
                 found[j] = cut
-            truncated += len(over)
-            for (i, _), row in zip(chunk, found, strict=True):
-                ids[i] = np.array(row, np.int32)
-                if len(row) == 0:
+            for j, ((i, _), row) in enumerate(zip(chunk, found, strict=True)):
+                if 0 < len(row) <= self.longest:
+                    ids[i] = np.array(row, np.int32)
+                    truncated += j in over
+                elif len(row) == 0:
                     bad.append((i, "no tokens"))
+                else:
+                    bad.append((i, f"{len(row)} tokens, at most {self.longest}: the tokenizer does not truncate it"))
         lengths = np.array([len(row) for row in ids])
         highest = max((int(row.max()) for row in ids if len(row)), default=0)
         if self._vocabulary is not None and highest >= self._vocabulary:
