@@ -1,5 +1,5 @@
-"""The commands themselves. torch, transformers and the rest of the package are imported by the command that needs them,
-so that help is there at once.
+"""The commands themselves. torch, transformers and the rest of the package are imported by the command that needs them
+(loading.py, before any other part), so that help is there at once.
 """
 
 from __future__ import annotations
@@ -67,8 +67,6 @@ def verify(
     The batch is your text, or some sentences in many languages when the model has a tokenizer, or random token ids. The
     exit code is 0 when the promise holds and 1 when it is broken.
     """
-    from roberta_kernels import verification
-    from roberta_kernels.backends import BackendError
     from roberta_kernels.cli import loading
 
     sentences = loading.sentences_of(sentence, text)
@@ -78,12 +76,14 @@ def verify(
     advice = "leave the text out to run on random token ids"
     tokenizer = loading.tokenizer_of(model, needed_for=None if sentences is None else f"text; {advice}")
     batch = None if tokenizer is None else loading.batch_of(loaded, tokenizer, sentences or list(loading.SENTENCES))
+    from roberta_kernels import verification
+
     try:
         with interruptible():
             report = verification.verify(
                 loaded, batch, backend=backend.value, quantization=options.value(quantization), gradients=gradients
             )
-    except (verification.VerificationError, BackendError) as error:
+    except (verification.VerificationError, loading.BackendError) as error:
         fail(str(error))
     if as_json:
         typer.echo(json.dumps({**report.as_dict(), "notes": [*notes, *report.notes]}, indent=2))
@@ -116,10 +116,11 @@ def demo(
         import tokenizers  # noqa: F401
     except ModuleNotFoundError as error:
         fail(f"the demo needs {error.name}: pip install roberta_kernels[demo]")
-    from roberta_kernels import demo as show
     from roberta_kernels.cli import loading
 
     loading.quiet_transformers()
+    from roberta_kernels import demo as show
+
     tokenizer = embedder = None
     if model is not None:
         embedder, notes = loading.load(model, Task.base, dtype)
@@ -171,10 +172,11 @@ def encode(
     still 0, unless no line can be read. Interrupted, the same command goes on where it was (OUT.state.json,
     OUT.partial) and gives the same file. IN may be a pipe (/dev/stdin, with --format), which cannot be continued.
     """
-    from roberta_kernels import encoding
     from roberta_kernels.cli import loading
 
     loading.quiet_transformers()
+    from roberta_kernels import encoding
+
     with loading.one_line_errors(source, output):
         encoding.check_output(output)
         encoding.check_source(source, options.value(format))

@@ -1,19 +1,26 @@
-"""Models, tokenizers and texts from what a user names, with one line where that cannot be."""
+"""Models, tokenizers and texts from what a user names, with one line where that cannot be.
+
+Importing this imports torch, transformers and the whole package, which takes seconds: commands do it when they run.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+import transformers
 import typer
+from transformers.utils import cached_file, logging
 
+from roberta_kernels import api  # noqa: F401  # first: it knows the order, and registers the attention
+from roberta_kernels.backends import BackendError
 from roberta_kernels.cli.console import INTERRUPTED, fail, first_line, say
 from roberta_kernels.cli.options import Dtype, Task
-
-if TYPE_CHECKING:
-    import torch
+from roberta_kernels.encoding import longest_input
+from roberta_kernels.verification import VerificationError, complete_batch
 
 # Short and long, and as many scripts as fit: what a tokenizer splits finely makes the long rows.
 SENTENCES = (
@@ -58,23 +65,17 @@ def sentences_of(sentence: list[str] | None, text: Path | None) -> list[str] | N
 
 
 def quiet_transformers() -> None:
-    from transformers.utils import logging
-
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
 
 def use_threads(threads: int | None) -> None:
     """On a CPU; None: as many as torch takes by itself."""
-    import torch
-
     if threads is not None:
         torch.set_num_threads(threads)
 
 
 def _device(name: str) -> torch.device:
-    import torch
-
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -96,8 +97,6 @@ def load(path: str, task: Task, dtype: Dtype, unused: tuple[str, ...] = ()) -> t
 
     unused: beginnings of the names of weights that will not be used, so that it does not matter where they are missing.
     """
-    import transformers
-
     folder = Path(path).expanduser()
     # "a/b" may be a hub name; more of it, or a leading dot, slash or tilde, is a path.
     if not folder.exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
@@ -130,8 +129,6 @@ def load(path: str, task: Task, dtype: Dtype, unused: tuple[str, ...] = ()) -> t
 @contextlib.contextmanager
 def one_line_errors(source: Path, output: Path) -> Iterator[None]:
     """What an encoding can end in, as a line and an exit code."""
-    from roberta_kernels.backends import BackendError
-
     try:
         yield
     except KeyboardInterrupt:
@@ -161,8 +158,6 @@ def _is_sentence_transformer(path: str) -> bool:
     folder = Path(path).expanduser()
     if folder.is_dir():
         return (folder / "modules.json").is_file()
-    from transformers.utils import cached_file
-
     try:
         return cached_file(path, "modules.json") is not None
     except (OSError, ValueError):
@@ -187,8 +182,6 @@ def _load_sentence_transformer(path: str, dtype: Dtype) -> Any:
 
 def tokenizer_of(path: str, *, needed_for: str | None) -> Any:
     """The model's tokenizer; None where it has none, and nothing needs one."""
-    import transformers
-
     folder = Path(path).expanduser()
     if folder.is_dir():
         # AutoTokenizer makes up an empty vocabulary for a folder without one.
@@ -204,9 +197,6 @@ def tokenizer_of(path: str, *, needed_for: str | None) -> Any:
 
 
 def batch_of(model: Any, tokenizer: Any, sentences: list[str]) -> dict[str, Any]:
-    from roberta_kernels.encoding import longest_input
-    from roberta_kernels.verification import VerificationError, complete_batch
-
     if tokenizer.pad_token is None:
         fail("the tokenizer has no padding token")
     encoded = tokenizer(sentences, padding=True, truncation=True, max_length=longest_input(model), return_tensors="pt")

@@ -1,0 +1,58 @@
+"""The public names, with all that they need, which takes seconds to import; and with the attention registered."""
+
+from __future__ import annotations
+
+from roberta_kernels import attention_interface, ops
+from roberta_kernels.backends import (
+    BackendError,
+    available_backends,
+    backend,
+    set_backend,
+)
+from roberta_kernels.encoding import EncodeReport, EncodingError, encode
+from roberta_kernels.models import (
+    FastRoberta,
+    FastRobertaForCausalLM,
+    FastRobertaForMaskedLM,
+    FastRobertaForMultipleChoice,
+    FastRobertaForQuestionAnswering,
+    FastRobertaForSequenceClassification,
+    FastRobertaForTokenClassification,
+)
+from roberta_kernels.patching import (
+    PatchReport,
+    is_patched,
+    patch,
+    patch_transformers,
+    unpatch,
+    unpatch_transformers,
+)
+from roberta_kernels.verification import VerificationReport, verify
+
+attention_interface.register()
+
+__all__ = [
+    "BackendError",
+    "EncodeReport",
+    "EncodingError",
+    "FastRoberta",
+    "FastRobertaForCausalLM",
+    "FastRobertaForMaskedLM",
+    "FastRobertaForMultipleChoice",
+    "FastRobertaForQuestionAnswering",
+    "FastRobertaForSequenceClassification",
+    "FastRobertaForTokenClassification",
+    "PatchReport",
+    "VerificationReport",
+    "available_backends",
+    "backend",
+    "encode",
+    "is_patched",
+    "ops",
+    "patch",
+    "patch_transformers",
+    "set_backend",
+    "unpatch",
+    "unpatch_transformers",
+    "verify",
+]
