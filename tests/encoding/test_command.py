@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +17,7 @@ import transformers
 import roberta_kernels as rk
 from encoding.cases import TEXTS, Stop, invoke
 from roberta_kernels import packed_weights
+from roberta_kernels.encoding import outputs
 
 
 def test_the_command(model, tokenizer, folder, file, tmp_path):
@@ -135,3 +140,39 @@ def test_a_pipe_as_input(model, tokenizer, folder, tmp_path, monkeypatch):
     result = invoke(pipe(), *command)
     assert result.exit_code == 0, result.output
     np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), expected)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
+def test_a_process_that_is_interrupted_can_be_continued(model, tokenizer, folder, tmp_path):
+    source, out = tmp_path / "in.txt", tmp_path / "out.npy"
+    source.write_text("the ferry leaves at seven\n" * 4000)
+    package = str(Path(rk.__file__).resolve().parent.parent)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])}
+    options = ["--model", str(folder), "--batch-tokens", "1", "--threads", "1"]
+    command = [sys.executable, "-m", "roberta_kernels", "encode", str(source), str(out), *options]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not outputs.beside(out, ".state.json").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    message = process.communicate(timeout=300)[1]
+    assert (process.returncode, message) == (130, "interrupted; the same command continues it\n")
+    assert not out.exists()
+    result = invoke(source, out, *options[:-2])
+    assert result.exit_code == 0, result.output
+    assert np.load(out).shape == (4000, 32)
+
+
+def test_a_pipe_that_gives_nothing_can_be_interrupted(folder, tmp_path):
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("no named pipes here")
+    package = str(Path(rk.__file__).resolve().parent.parent)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])}
+    pipe, out = tmp_path / "in.txt", tmp_path / "out.npy"
+    os.mkfifo(pipe)
+    command = [sys.executable, "-m", "roberta_kernels", "encode", str(pipe), str(out), "--model", str(folder)]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    with open(pipe, "wb"):  # when it begins to read
+        process.send_signal(signal.SIGINT)
+        message = process.communicate(timeout=300)[1]
+    assert (process.returncode, message) == (130, "interrupted; nothing is kept: its input was a pipe\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
