@@ -51,7 +51,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
+    if name in __all__ or name.startswith("FastRoberta"):
         globals()[name] = value = getattr(importlib.import_module("roberta_kernels.api"), name)
         return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

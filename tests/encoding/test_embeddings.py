@@ -93,7 +93,8 @@ def test_a_detour_is_found_and_batches_count_their_padding(model, tokenizer):
     model.roberta.encoder.register_forward_hook(lambda *args: None)
     report = rk.encode(model, tokenizer, TEXTS)
     assert not report.packed
-    assert report.detours == ["hooks on the encoder"]
+    assert len(report.detours) == 1
+    assert report.detours[0].startswith("hooks on")
     assert report.padding > 0
 
 
