@@ -5,44 +5,22 @@ report = rk.patch(model)      # in place; print(report) says what was replaced, 
 rk.unpatch(model)             # exactly the model it was
 """
 
+# ruff: noqa: F403, F405  # the names come from roberta_kernels.api, when they are asked for
 from __future__ import annotations
 
-from typing import Any
+import importlib
+import itertools
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from roberta_kernels import requirements
+from roberta_kernels._version import __version__
 
 requirements.check()
 
-from roberta_kernels import models, ops  # noqa: E402
-from roberta_kernels._version import __version__  # noqa: E402
-from roberta_kernels.backends import (  # noqa: E402
-    BackendError,
-    available_backends,
-    backend,
-    set_backend,
-)
-from roberta_kernels.encoding import EncodeReport, EncodingError, encode  # noqa: E402
-from roberta_kernels.hf import attention_interface  # noqa: E402
-from roberta_kernels.patching import (  # noqa: E402
-    PatchReport,
-    is_patched,
-    patch,
-    patch_transformers,
-    unpatch,
-    unpatch_transformers,
-)
-from roberta_kernels.verification import VerificationReport, verify  # noqa: E402
-
-attention_interface.register()
-
-
-def __getattr__(name: str) -> Any:
-    """FastRoberta and its like: made when first asked for, so that importing this package touches no class of
-    transformers."""
-    if name.startswith("FastRoberta"):
-        return getattr(models, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
+if TYPE_CHECKING:
+    from roberta_kernels.api import *
 
 __all__ = [
     "BackendError",
@@ -70,3 +48,29 @@ __all__ = [
     "unpatch_transformers",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__ or name.startswith("FastRoberta"):
+        # The Fast classes are made when first asked for: importing this package touches no class of transformers.
+        module = importlib.import_module(f"roberta_kernels.{'models' if name.startswith('Fast') else 'api'}")
+        globals()[name] = value = getattr(module, name)
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _is_command() -> bool:
+    """Whether this process is `roberta-kernels`, or `python -m roberta_kernels`."""
+    program = sys.argv[0] if getattr(sys, "argv", None) else ""
+    if program == "-m":  # until the module is found
+        options = sys.orig_argv
+        return "-mroberta_kernels" in options or ("-m", "roberta_kernels") in itertools.pairwise(options)
+    return Path(program).stem == "roberta-kernels"
+
+
+if not _is_command():  # which imports what it needs when it needs it, so that its help is there at once
+    importlib.import_module("roberta_kernels.api")

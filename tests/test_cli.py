@@ -10,14 +10,15 @@ import transformers
 from typer.testing import CliRunner
 
 import roberta_kernels as rk
-from roberta_kernels import cli, ops, prepacked
+from roberta_kernels import ops, prepacked
+from roberta_kernels.cli import commands, loading, options
 from roberta_kernels.demo import corpus
 
 RUN = CliRunner()
 
 
 def invoke(*arguments: object):
-    return RUN.invoke(cli.app, [str(argument) for argument in arguments])
+    return RUN.invoke(commands.app, [str(argument) for argument in arguments])
 
 
 def one_line_error(result) -> str:
@@ -30,7 +31,7 @@ def one_line_error(result) -> str:
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return corpus.train_tokenizer(["one small text", *cli.SENTENCES], 400)
+    return corpus.train_tokenizer(["one small text", *loading.SENTENCES], 400)
 
 
 @pytest.fixture
@@ -73,11 +74,11 @@ def test_verify_a_folder_with_a_tokenizer(folder):
     result = invoke("verify", folder)
     assert result.exit_code == 0, result.output
     assert "RobertaForSequenceClassification" in result.output
-    assert f"{len(cli.SENTENCES)} sequences" in result.output
+    assert f"{len(loading.SENTENCES)} sequences" in result.output
     assert "The promise holds" in result.output
 
 
-@pytest.mark.parametrize("task", [task.value for task in cli.Task])
+@pytest.mark.parametrize("task", [task.value for task in options.Task])
 def test_verify_for_every_task(folder, task):
     result = invoke("verify", folder, "--task", task)
     assert result.exit_code == 0, result.output
@@ -157,9 +158,9 @@ def test_bad_requests_are_one_line(folder, tmp_path, tokenizer):
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path):
-    larger = corpus.train_tokenizer([" ".join(cli.SENTENCES)], 600)
+    larger = corpus.train_tokenizer([" ".join(loading.SENTENCES)], 600)
     folder = save(tmp_path, "RobertaModel", larger)
-    result = invoke("verify", folder, "--sentence", cli.SENTENCES[-1])
+    result = invoke("verify", folder, "--sentence", loading.SENTENCES[-1])
     assert "not this model's" in one_line_error(result)
 
 
@@ -170,7 +171,7 @@ def test_a_model_with_nothing_to_patch_is_refused(tmp_path):
 
 
 def test_bench_without_a_checkout_says_so(monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site" / "roberta_kernels" / "cli.py"))
+    monkeypatch.setattr(commands, "__file__", str(tmp_path / "site" / "roberta_kernels" / "cli" / "commands.py"))
     assert "source checkout" in one_line_error(invoke("bench"))
 
 

@@ -11,8 +11,9 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from roberta_kernels import cli, demo, ops, prepacked, tolerance
-from roberta_kernels.demo import corpus, pictures, throughput, training
+from roberta_kernels import ops, prepacked, tolerance
+from roberta_kernels.cli.commands import app
+from roberta_kernels.demo import corpus, pictures, stages, throughput, training
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,7 @@ def test_smoothing_starts_at_the_first_value():
 
 
 def test_quick_demo_from_end_to_end(tmp_path):
-    result = CliRunner().invoke(cli.app, ["demo", "--quick", "--output", str(tmp_path / "new" / "folder")])
+    result = CliRunner().invoke(app, ["demo", "--quick", "--output", str(tmp_path / "new" / "folder")])
     assert result.exit_code == 0, result.output
     summary = json.loads((tmp_path / "new" / "folder" / "summary.json").read_text())
     assert summary["holds"] is True
@@ -118,8 +119,8 @@ def test_a_wrong_kernel_breaks_the_demo(tmp_path, monkeypatch, texts, tokenizer)
         right = getattr(holder, name)
         monkeypatch.setattr(holder, name, lambda *args, right=right, **kwargs: right(*args, **kwargs) * 1.01)
     console = Console(quiet=True)
-    scale = demo._QUICK
-    model = demo._random_encoder(len(tokenizer), scale, seed=0)
+    scale = stages._QUICK
+    model = stages._random_encoder(len(tokenizer), scale, seed=0)
     encoded = corpus.encode(tokenizer, texts[:64], longest=64)
     embedded = throughput.measure(model, encoded, pad=1, batch_size=8, budget=0.1, console=console)
     assert not embedded.holds

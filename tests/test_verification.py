@@ -188,22 +188,147 @@ def test_an_encoder_decoder_holds():
     assert {"encoder layer 1", "decoder layer 1", "logits"} <= names
 
 
-def test_a_model_inside_another_module_is_found():
-    class Embedder(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.transformer = tiny()
+# -- modules around a model --------------------------------------------------------------------------------------------
 
-    report = verify(Embedder())
-    assert report.holds
-    assert "transformer" in str(report)
+
+class Around(nn.Module):
+    """A module of the user's own: a model, and an embedding of each text."""
+
+    def __init__(self, model: nn.Module | None = None):
+        super().__init__()
+        self.transformer = tiny() if model is None else model
+        self.projection = nn.Linear(32, 8)
+
+
+class MeanOfRealRows(Around):
+    def forward(self, input_ids, attention_mask):
+        hidden = self.transformer(input_ids, attention_mask=attention_mask).last_hidden_state
+        mask = attention_mask[..., None].to(hidden.dtype)
+        return self.projection((hidden * mask).sum(1) / mask.sum(1))
+
+
+class MeanOfAllRows(Around):
+    def forward(self, input_ids, attention_mask):
+        hidden = self.transformer(input_ids, attention_mask=attention_mask).last_hidden_state
+        return self.projection(hidden.mean(1))
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_module_around_a_model_is_called_itself(gradients):
+    report = verify(MeanOfRealRows(), gradients=gradients)
+    assert report.holds, str(report)
+    assert report.model == "MeanOfRealRows"
+    calls = {(entry.call, entry.name) for entry in report.entries}
+    assert (ORDINARY, "output") in calls
+    assert {(LAYERWISE, "embeddings"), (LAYERWISE, "layer 1")} <= calls
+    assert ((GRADIENT, "projection.weight") in calls) == gradients
+    assert "layers are those of transformer, the transformers model inside MeanOfRealRows" in str(report)
+
+
+def test_a_module_that_reads_rows_at_padding_is_found_out():
+    """Zeros there (packed=True) are another mean, though the model inside keeps its promise."""
+    report = verify(MeanOfAllRows(), packed=True)
+    assert {(entry.call, entry.name) for entry in report.broken} == {(ORDINARY, "output")}
+    assert verify(MeanOfAllRows(), packed=False).holds
+    unpadded = {"input_ids": torch.tensor([[0, 5, 9, 2]]), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
+    assert verify(MeanOfAllRows(), unpadded, packed=True).holds
+
+
+class Features(Around):
+    """Takes and gives a dict, as a SentenceTransformer does."""
+
+    def forward(self, features, **options):
+        output = self.transformer(features["input_ids"], features["attention_mask"], return_dict=False)
+        features["tokens"], features["first"] = output[0], self.projection(output[0][:, 0])
+        return features
+
+
+class Tuple(Around):
+    def forward(self, **batch):
+        output = self.transformer(**batch)
+        return self.projection(output.last_hidden_state[:, 0]), {"pooled": [output.pooler_output]}, None
+
+
+class TakesIds(Around):
+    """The mask is its own; and a task's labels are none of its arguments."""
+
+    def __init__(self):
+        super().__init__(tiny("ForTokenClassification"))
+
+    def forward(self, input_ids):
+        return self.transformer(input_ids, attention_mask=(input_ids != 1).long())
+
+
+@pytest.mark.parametrize(
+    ("around", "names"),
+    [
+        (Features, {"tokens", "first"}),
+        (Tuple, {"output 0", "output 1.pooled 0"}),
+        (TakesIds, {"logits"}),
+    ],
+)
+def test_what_modules_around_a_model_take_and_give(around, names):
+    report = verify(around())
+    assert report.holds, str(report)
+    assert {entry.name for entry in report.entries if entry.call == ORDINARY} == names
+    assert any(entry.name == "layer 1" for entry in report.entries)
+
+
+class Parts(Around):
+    """Calls the parts of its model, and never the model."""
+
+    def forward(self, input_ids):
+        return self.transformer.encoder(self.transformer.embeddings(input_ids)).last_hidden_state
+
+
+class Two(MeanOfRealRows):
+    def __init__(self):
+        super().__init__()
+        self.other = tiny()
+
+    def forward(self, input_ids, attention_mask):
+        return super().forward(input_ids, attention_mask) + self.other(input_ids, attention_mask)[1][:, :8]
+
+
+@pytest.mark.parametrize("around", [Parts, Two])
+def test_a_module_that_does_not_call_one_model_is_compared_by_what_it_returns(around):
+    ids = torch.tensor([[0, 5, 9, 33, 2], [0, 7, 8, 6, 2]])
+    batch = {"input_ids": ids} | ({"attention_mask": torch.ones_like(ids)} if around is Two else {})
+    report = verify(around(), batch)
+    assert report.holds, str(report)
+    assert {entry.call for entry in report.entries} == {ORDINARY}
+    assert "it does not call one transformers model" in str(report)
+
+
+class Numbers(Around):
+    def forward(self, input_ids, attention_mask):
+        return self.transformer(input_ids, attention_mask).last_hidden_state.sum().item()
+
+
+class Needy(Around):
+    def forward(self, input_ids, topic):
+        return self.transformer(input_ids)
+
+
+@pytest.mark.parametrize(
+    ("around", "words"),
+    [
+        (Around, "cannot be called with this batch.*the model inside it, transformer"),
+        (Numbers, "must return tensors, .*, got float"),
+        (Needy, "'topic'.*pass as batch the keyword arguments"),
+        (Two, "contains 2 of them; verify each on its own, or pass a batch"),
+    ],
+)
+def test_a_module_that_cannot_be_compared_is_refused(around, words):
+    with pytest.raises(VerificationError, match=words):
+        verify(around())
 
 
 def test_the_report_says_what_serves_and_what_was_left():
     report = verify(tiny(), backend="reference")
     assert report.backend.startswith("reference")
     text = str(report)
-    assert "served by: reference" in text
+    assert "kernels: reference" in text
     assert "\x1b" not in text
     assert json.loads(json.dumps(report.as_dict()))["holds"] is True
 

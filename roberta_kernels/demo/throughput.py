@@ -119,20 +119,25 @@ def measure(
             )
         progress.update(task, completed=budget)
 
-    exact_model = copy.deepcopy(model).double()
-    comparisons = []
-    for number, (_, batch, ours, theirs) in enumerate(kept):
-        exact = timed(exact_model, batch)[1][batch["attention_mask"].bool()]
-        comparisons.append(tolerance.compare(ours, theirs, exact, name=f"batch {number}"))
     return Throughput(
         times,
         len(chunks),
         difference,
-        comparisons,
+        _three_way(model, [rest for _, *rest in kept]),
         report,
         sum(p.numel() for p in model.parameters()),
         [*report.fallbacks(), *report.padded()],
     )
+
+
+def _three_way(model: Any, batches: list[Any]) -> list[tolerance.Comparison]:
+    """batches: (batch, ours, the original's) at real positions."""
+    exact_model = copy.deepcopy(model).double()
+    comparisons = []
+    for number, (batch, ours, theirs) in enumerate(batches):
+        exact = timed(exact_model, batch)[1][batch["attention_mask"].bool()]
+        comparisons.append(tolerance.compare(ours, theirs, exact, name=f"batch {number}"))
+    return comparisons
 
 
 def spread(count: int) -> list[int]:

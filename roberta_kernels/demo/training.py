@@ -174,18 +174,8 @@ def train(
     report = patch(models["patched"])
     models["control"].set_attn_implementation("eager")
 
-    # A rehearsal on copies says how many steps there is time for. The fastest counts: the others were disturbed.
     rehearsal = [{k: v.to(device) for k, v in b.items()} for b in batches(training_rows, tokenizer, 4, seed + 1)]
-    seconds = 0.0
-    for model in models.values():
-        student = Student(copy.deepcopy(model), 10)
-        marks = [0.0]
-        for batch in rehearsal:
-            student.step(batch)
-            marks.append(student.seconds)
-        seconds += min(after - before for before, after in itertools.pairwise(marks))
-    steps = int(min(MOST_STEPS, max(FEWEST_STEPS, budget / seconds)))
-
+    steps = _steps_in(budget, list(models.values()), rehearsal)
     students = {name: Student(model, steps) for name, model in models.items()}
     made = batches(training_rows, tokenizer, steps, seed)
     padding = 1 - sum(int(b["attention_mask"].sum()) for b in made) / sum(b["input_ids"].numel() for b in made)
@@ -210,6 +200,20 @@ def train(
         parameters=sum(p.numel() for p in models["original"].parameters()),
         padding=padding,
     )
+
+
+def _steps_in(budget: float, models: list[Any], rehearsal: list[dict[str, Tensor]]) -> int:
+    """How many steps of all models there is time for: a rehearsal on copies tells. The fastest step of each counts: the
+    others were disturbed."""
+    seconds = 0.0
+    for model in models:
+        student = Student(copy.deepcopy(model), 10)
+        marks = [0.0]
+        for batch in rehearsal:
+            student.step(batch)
+            marks.append(student.seconds)
+        seconds += min(after - before for before, after in itertools.pairwise(marks))
+    return int(min(MOST_STEPS, max(FEWEST_STEPS, budget / seconds)))
 
 
 @torch.no_grad()

@@ -2,7 +2,8 @@
 
 While a run is on, its rows lie in `OUT.partial`, an npy file that is filled in place, and `OUT.state.json` says how far
 it is. OUT itself appears when it is whole: the partial file under its final name (.npy), or written from it (.parquet).
-So one mechanism serves both formats, and a run that was interrupted ends with the same bytes as one that was not.
+So there is one mechanism for both formats, and a run that was interrupted ends with the same bytes as one that was not.
+The state has a checksum of all that it says is done: what a crash of the machine took from the files is encoded again.
 """
 
 from __future__ import annotations
@@ -13,14 +14,16 @@ import itertools
 import json
 import os
 import time
+import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from roberta_kernels.encoding.sources import EncodingError, InputChangedError, import_pyarrow
+from roberta_kernels.encoding.sources import EncodingError, WorthlessRunError, import_pyarrow
+from roberta_kernels.encoding.state import Block, Counts, State
 
 try:
     import fcntl
@@ -33,37 +36,10 @@ _OVERWRITE = "overwrite=True, --overwrite"
 SHOWN = 5  # bad rows that a report of a file output names
 
 
-@dataclass(frozen=True)
-class Counts:
-    """Sums over the rows so far. plain_padding: of batches of 32 in input order. padding: that was computed here."""
-
-    tokens: int = 0
-    padding: int = 0
-    plain_padding: int = 0
-    bad: int = 0
-    truncated: int = 0
-
-    def plus(self, **more: int) -> Counts:
-        return replace(self, **{name: getattr(self, name) + value for name, value in more.items()})
-
-
-@dataclass(frozen=True)
-class State:
-    """How far a run is. Replaced as a whole, never changed, so that no interrupt finds it half changed.
-
-    rows: in the windows that are done. batches: done in the window that begins there. counts, errors_bytes (length of
-    the errors file): at the beginning of that window. seconds: spent up to here.
-    """
-
-    rows: int = 0
-    batches: int = 0
-    counts: Counts = field(default_factory=Counts)
-    errors_bytes: int = 0
-    seconds: float = 0.0
-
-
 class MemoryOutput:
     """Keeps everything. A context manager like FileOutput."""
+
+    damaged = 0
 
     def __init__(self, width: int, dtype: np.dtype) -> None:
         self.state = State()
@@ -87,14 +63,14 @@ class MemoryOutput:
         self._windows.append(window)
         self.bad += [(self.state.rows + row, reason) for row, reason in bad]
 
+    def done(self, batches: list[np.ndarray]) -> int:
+        return 0
+
     def write(self, rows: np.ndarray, values: np.ndarray) -> None:
         self._windows[-1][rows] = values
 
-    def end_batch(self) -> None:
-        self.state = replace(self.state, batches=self.state.batches + 1)
-
     def end_window(self, count: int, counts: Counts) -> None:
-        self.state = replace(self.state, rows=self.state.rows + count, batches=0, counts=counts)
+        self.state = State((Block(self.state.rows + count, counts),))
 
     def finish(self) -> np.ndarray:
         return np.concatenate([np.empty((0, self._width), self._dtype), *self._windows])
@@ -104,7 +80,9 @@ class FileOutput:
     """OUT.npy or OUT.parquet, `[rows, width]`; a context manager: its end saves the state, however it comes about.
 
     description: what the run depends on, as JSON values; an earlier run is continued only where all of it is the same.
-    None: the input cannot be read a second time, so nothing is kept of a run that ends early.
+    None: the input cannot be read a second time, so nothing is kept of a run that ends early. damaged: rows that an
+    earlier run had done and that are not in the file as it wrote them (a crash of the machine, a full disk); these and
+    what follows them are encoded again.
     """
 
     def __init__(
@@ -117,6 +95,7 @@ class FileOutput:
         self._row_bytes = width * dtype.itemsize
         self._partial, self._state_path = beside(path, ".partial"), beside(path, ".state.json")
         self._description, self._overwrite = description, overwrite
+        self.damaged = 0
 
     @property
     def seconds(self) -> float:
@@ -126,21 +105,18 @@ class FileOutput:
         resuming = self._state_path.exists() and not self._overwrite
         if not resuming and self._path.exists() and not self._overwrite:
             raise EncodingError(f"{self._path} exists; to replace it ask for that ({_OVERWRITE})")
-        if resuming:
-            state = self._saved_state()
-            self._file = open(self._partial, "r+b")
-        else:
-            state = State()
-            self._file = os.fdopen(os.open(self._partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        state = self._saved_state() if resuming else State()
+        self._file = _open(self._partial)
         try:
             self._lock()
             if not resuming:
                 self._state_path.unlink(missing_ok=True)  # before the rows that it speaks of
                 self._file.truncate(0)
-                self._file.write(self._header())
-            self._errors = open(self.errors_path, "ab")
-            self._errors.truncate(state.errors_bytes)
-            self._errors.seek(state.errors_bytes)
+            self._file.write(self._header())
+            self._errors = _open(self.errors_path)
+            state = self._intact(state)
+            self._errors.truncate(state.end.errors_bytes)
+            self._errors.seek(state.end.errors_bytes)
         except BaseException:
             self._file.close()
             raise
@@ -152,7 +128,7 @@ class FileOutput:
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if self._file.closed:  # finished
             return
-        keep = self._description is not None and not (kind and issubclass(kind, InputChangedError))
+        keep = self._description is not None and not (kind and issubclass(kind, WorthlessRunError))
         try:
             if keep:
                 self._save()
@@ -176,27 +152,37 @@ class FileOutput:
         try:
             saved = json.loads(self._state_path.read_bytes())
             before = saved["description"].copy()
-            state = State(**{**saved["state"], "counts": Counts(**saved["state"]["counts"])})
+            state = State.from_json(saved["state"])
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise EncodingError(f"{self._state_path} is damaged; {start_again} ({error!r})") from error
         if self._description is None:
             raise EncodingError(
-                f"{self._state_path} is of an interrupted run, which an iterator cannot continue; {start_again}"
+                f"{self._state_path} is of an interrupted run, which a pipe or an iterator cannot continue; "
+                f"{start_again}"
             )
         now = self._description
-        told = [
+        changed = [
             f"{key} (was {_short(before.get(key))}, is {_short(now.get(key))})"
             for key in {**now, **before}
             if before.get(key) != now.get(key)
         ]
-        if told:
+        if changed:
             raise EncodingError(
-                f"{self._state_path} is of an interrupted run that differs in: {', '.join(told)}. Continue it with "
+                f"{self._state_path} is of an interrupted run that differs in: {', '.join(changed)}. Continue it with "
                 f"what it began with, or {start_again}"
             )
-        for path, least in ((self._partial, self._offset(state.rows)), (self.errors_path, state.errors_bytes)):
-            if not path.exists() or path.stat().st_size < least:
-                raise EncodingError(f"{path} is not what {self._state_path} speaks of; {start_again}")
+        return state
+
+    def _intact(self, state: State) -> State:
+        """The state up to the first block that is not in the files as it says."""
+        before = Block()
+        for number, block in enumerate(state.blocks):
+            rows = _checksum(self._file, self._offset(before.rows), (block.rows - before.rows) * self._row_bytes)
+            errors = _checksum(self._errors, before.errors_bytes, block.errors_bytes - before.errors_bytes)
+            if (rows, errors) != (block.checksum, block.errors_checksum):
+                self.damaged = state.rows - before.rows
+                return State(state.blocks[:number], (), state.seconds)
+            before = block
         return state
 
     def _header(self, rows: int = 0) -> bytes:
@@ -212,28 +198,53 @@ class FileOutput:
 
     def start_window(self, count: int, bad: list[tuple[int, str]]) -> None:
         """Marks the bad rows (row in the window, reason) of the next `count`, and puts them on record."""
-        self._base = self._offset(self.state.rows)
+        self._window_errors = b""
         nothing = np.full((1, self._width), np.nan, self._dtype)
         for row, reason in bad:
-            self.write(np.array([row]), nothing)
+            self._put(np.array([row]), nothing)
             number = self.state.rows + row
             entry = json.dumps({"row": number, "line": number + 1, "reason": reason})
-            self._errors.write(entry.encode() + b"\n")
+            self._window_errors += entry.encode() + b"\n"
+        self._errors.write(self._window_errors)
+
+    def done(self, batches: list[np.ndarray]) -> int:
+        """How many of the window's batches (the rows of each) an earlier run had done, and are in the file as it left
+        them."""
+        claimed = self.state.batches
+        for number, (rows, checksum) in enumerate(zip(batches, claimed, strict=False)):
+            found = 0
+            for row in rows.tolist():
+                self._file.seek(self._offset(self.state.rows + row))
+                found = zlib.crc32(self._file.read(self._row_bytes), found)
+            if found != checksum:
+                self.damaged += sum(map(len, batches[number : len(claimed)]))
+                self.state = replace(self.state, batches=claimed[:number])
+                return number
+        return len(claimed)
 
     def write(self, rows: np.ndarray, values: np.ndarray) -> None:
-        """values `[n, width]` to the `n` rows, numbered from the window's beginning."""
-        for row, value in zip(rows.tolist(), values, strict=True):
-            self._file.seek(self._base + row * self._row_bytes)
-            self._file.write(value.tobytes())
-
-    def end_batch(self) -> None:
-        self.state = replace(self.state, batches=self.state.batches + 1)
+        """A batch: values `[n, width]` to the `n` rows, numbered from the window's beginning."""
+        self._put(rows, values)
+        self.state = replace(self.state, batches=(*self.state.batches, zlib.crc32(values.tobytes())))
         if time.perf_counter() - self._saved >= SAVE_EVERY:
             self._save()
 
+    def _put(self, rows: np.ndarray, values: np.ndarray) -> None:
+        for row, value in zip(rows.tolist(), values, strict=True):
+            self._file.seek(self._offset(self.state.rows + row))
+            self._file.write(value.tobytes())
+
     def end_window(self, count: int, counts: Counts) -> None:
-        state, errors = self.state, self._errors.tell()
-        self.state = replace(state, rows=state.rows + count, batches=0, counts=counts, errors_bytes=errors)
+        """Reads the window's rows again, out of the system's cache: batches wrote them in another order."""
+        closed, last = self.state.open_block()
+        block = Block(
+            rows=last.rows + count,
+            counts=counts,
+            errors_bytes=self._errors.tell(),
+            checksum=_checksum(self._file, self._offset(last.rows), count * self._row_bytes, last.checksum),
+            errors_checksum=zlib.crc32(self._window_errors, last.errors_checksum),
+        )
+        self.state = replace(self.state, blocks=(*closed, block), batches=())
 
     def _save(self) -> None:
         """The rows first, then the state that counts on them."""
@@ -263,13 +274,15 @@ class FileOutput:
         self._state_path.unlink(missing_ok=True)
         self._file.close()
         self._errors.close()
-        if not self.state.errors_bytes:
+        if not self.state.end.errors_bytes:
             self.errors_path.unlink()
         return None if self._parquet else np.load(self._path, mmap_mode="r")
 
     @property
     def bad(self) -> list[tuple[int, str]]:
         """The first bad rows, and why they are."""
+        if not self._errors.closed:
+            self._errors.flush()
         return list(itertools.islice(self._bad_rows(), SHOWN))
 
     def _bad_rows(self) -> Iterator[tuple[int, str]]:
@@ -310,6 +323,21 @@ def check_output(path: Path) -> str:
     if kind == "parquet":
         import_pyarrow()
     return kind
+
+
+def _open(path: Path) -> BinaryIO:
+    """For reading and writing, made where it is not there; what it holds stays."""
+    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+
+
+def _checksum(file: BinaryIO, start: int, length: int, before: int = 0) -> int:
+    """CRC-32 of a part of a file, going on from `before`; of less where it is shorter."""
+    file.seek(start)
+    checksum = before
+    while length > 0 and (part := file.read(min(length, 1 << 20))):
+        checksum = zlib.crc32(part, checksum)
+        length -= len(part)
+    return checksum if length == 0 else ~checksum
 
 
 def beside(path: Path, suffix: str) -> Path:

@@ -10,7 +10,8 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,27 @@ FORMATS = {".txt": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "p
 LONGEST_LINE = 4 << 20  # bytes; a longer line is bad, so that a file without line ends does not fill the memory
 
 
+_NOT_TEXT = {
+    b"\x1f\x8b": "a gzip file: unpack it (gunzip), or pipe it in (gunzip -c FILE | ... /dev/stdin --format)",
+    b"\x28\xb5\x2f\xfd": "a zstd file: unpack it (unzstd)",
+    b"\xfd7zXZ\x00": "an xz file: unpack it (unxz)",
+    b"PK\x03\x04": "a zip file: unpack it (unzip)",
+    b"\xff\xfe": "UTF-16: convert it (iconv -f UTF-16 -t UTF-8)",
+    b"\xfe\xff": "UTF-16: convert it (iconv -f UTF-16 -t UTF-8)",
+}
+_MAGIC = 16  # bytes that tell these
+
+
 class EncodingError(ValueError):
     """What was asked for cannot be encoded, or not continued; the message says why."""
 
 
-class InputChangedError(EncodingError):
-    """The texts were changed while they were read: nothing of the run can be kept."""
+class WorthlessRunError(EncodingError):
+    """Nothing of the run is worth keeping; the message says why."""
+
+
+class InputChangedError(WorthlessRunError):
+    """The texts were changed while they were read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,18 +63,44 @@ class Source:
     read: Callable[[int], Iterator[Row]]
 
 
-def format_of(path: Path, wish: str | None) -> str:
-    """ "text", "jsonl" or "parquet": the wish, or what the extension says."""
-    if wish is not None:
-        if wish not in FORMATS.values():
-            raise EncodingError(f"unknown format {wish!r}; known: {', '.join(dict.fromkeys(FORMATS.values()))}")
-        return wish
+def format_of(path: Path, format: str | None) -> str:
+    """ "text", "jsonl" or "parquet": the format that is given, or what the extension says."""
+    if format is not None:
+        if format not in FORMATS.values():
+            known = ", ".join(dict.fromkeys(FORMATS.values()))
+            raise EncodingError(f"format must be one of {known}, got {format!r}")
+        return format
     try:
         return FORMATS[path.suffix.lower()]
     except KeyError:
         raise EncodingError(
-            f"the extension of {path} does not say its format; known: {', '.join(FORMATS)}; or name the format"
+            f"the extension of {path} does not say its format; known: {', '.join(FORMATS)}; or name the format "
+            "(format=, --format)"
         ) from None
+
+
+def check_source(path: Path, format: str | None) -> None:
+    """Raises EncodingError or OSError for a file that cannot be encoded, as far as its first bytes tell."""
+    kind = format_of(path, format)
+    if kind == "parquet":
+        import_pyarrow()
+    if can_be_read_again(path):
+        with open(path, "rb") as file:
+            _check_beginning(path, file.read(_MAGIC), kind)
+    elif kind == "parquet":
+        raise EncodingError(f"Parquet is read from its end, and {path} is a pipe: write it to a file first")
+
+
+def can_be_read_again(path: Path) -> bool:
+    """False for a pipe, a terminal or another device. Raises OSError where there is none."""
+    mode = os.stat(path).st_mode
+    return stat.S_ISREG(mode) or stat.S_ISDIR(mode)  # opening a folder says what is wrong with that
+
+
+def _check_beginning(path: Path, head: bytes, kind: str) -> None:
+    for magic, what in _NOT_TEXT.items():
+        if kind != "parquet" and head.startswith(magic):
+            raise EncodingError(f"{path} must be UTF-8 text, got {what}")
 
 
 def open_source(texts: Iterable[Any] | Path, format: str | None, field: str) -> Source:
@@ -69,22 +111,36 @@ def open_source(texts: Iterable[Any] | Path, format: str | None, field: str) -> 
     """
     if isinstance(texts, Path):
         kind = format_of(texts, format)
+        check_source(texts, kind)
         if kind == "parquet":
             return _parquet_source(texts, field)
         return _line_source(texts, _json_text(field) if kind == "jsonl" else lambda line: line)
     if isinstance(texts, (str, bytes)):
         raise TypeError("texts is one string: give a list of them, or a pathlib.Path to read a file")
+    if isinstance(texts, Mapping) or hasattr(texts, "columns") or hasattr(texts, "column_names"):
+        raise TypeError(f"texts must be one column, got a {type(texts).__name__}: give texts[{field!r}], or the like")
     if isinstance(texts, Iterator) or not hasattr(texts, "__len__"):
         return Source(None, None, lambda start: map(_checked, texts))
-    rows = len(texts)  # type: ignore[arg-type]
+    rows = 0
     digest = hashlib.sha256()
     for text in texts:
-        digest.update(repr(text).encode("utf-8", "backslashreplace") + b"\n")  # repr has no line ends
+        rows += 1
+        digest.update(repr(_plain(text)).encode("utf-8", "backslashreplace") + b"\n")  # repr has no line ends
+    if rows != len(texts):  # type: ignore[arg-type]
+        raise TypeError(
+            f"texts must have as many items as its length says, {len(texts)}, got {rows}"  # type: ignore[arg-type]
+        )
     return Source(rows, digest.hexdigest(), lambda start: map(_checked, itertools.islice(texts, start, None)))
+
+
+def _plain(value: Any) -> Any:
+    """A Python object, of pyarrow's scalars too."""
+    return value.as_py() if hasattr(value, "as_py") else value
 
 
 def _checked(value: Any) -> Row:
     """A value as a row: a string that can be written as UTF-8, or what is wrong with it."""
+    value = _plain(value)
     if value is None:
         return Bad("null")
     if not isinstance(value, str):
@@ -100,7 +156,10 @@ def _checked(value: Any) -> Row:
 
 
 def _line_source(path: Path, parse: Callable[[str], Row]) -> Source:
-    """Rows are lines that end in \\n or \\r\\n; the last may lack its end. Reads the file once: counts, hashes."""
+    """Rows are lines that end in \\n or \\r\\n; the last may lack its end. Reads a file once: counts, hashes. What
+    can be read only once (a pipe) is read as it comes."""
+    if not can_be_read_again(path):
+        return Source(None, None, lambda start: _rows(path, start, None, parse))
     digest, rows, last = hashlib.sha256(), 0, b"\n"
     before = os.stat(path)
     with open(path, "rb") as file:
@@ -111,13 +170,18 @@ def _line_source(path: Path, parse: Callable[[str], Row]) -> Source:
     rows += last != b"\n"
 
     def read(start: int) -> Iterator[Row]:
-        with open(path, "rb") as file:
-            for number, line in enumerate(itertools.islice(_lines(file), rows)):
-                if number >= start:
-                    yield line if isinstance(line, Bad) else _decoded(line, number, parse)
+        yield from _rows(path, start, rows, parse)
         _unchanged(path, before)
 
     return Source(rows, digest.hexdigest(), read)
+
+
+def _rows(path: Path, start: int, end: int | None, parse: Callable[[str], Row]) -> Iterator[Row]:
+    with open(path, "rb") as file:
+        _check_beginning(path, file.peek(_MAGIC), "text")
+        for number, line in enumerate(itertools.islice(_lines(file), end)):
+            if number >= start:
+                yield line if isinstance(line, Bad) else _decoded(line, number, parse)
 
 
 def _lines(file: Any) -> Iterator[bytes | Bad]:

@@ -254,7 +254,7 @@ def test_encode_refuses_what_it_does_not_do(folder):
 def test_encode_in_a_shell_takes_the_folder_of_a_sentence_transformer(folder, tmp_path, monkeypatch):
     from typer.testing import CliRunner
 
-    from roberta_kernels.cli import app
+    from roberta_kernels.cli.commands import app
 
     model = sentence_model(folder, "cls", Normalize())
     model.save_pretrained(str(tmp_path / "model"), create_model_card=False)
