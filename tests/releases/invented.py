@@ -1,0 +1,684 @@
+"""Releases of transformers that nobody made, but somebody may: each is the installed one with a change of its source.
+
+`fuses` says what is asked of the package there, beside the same answers, which are asked for always:
+    "all"   the mathematics and the ways in are the known ones: a call runs the ops that it runs in the installed release;
+    "some"  ops of ours run still, and what does not is said;
+    "none"  nothing needs to run fused, and what does not is said.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from overlay import Edit, chain, sub, within, word
+
+ROBERTA = "models/roberta/modeling_roberta.py"
+BERT = "models/bert/modeling_bert.py"
+MASKS = "masking_utils.py"
+OUTPUT = "BaseModelOutputWithPoolingAndCrossAttentions"
+# The line of a signature in front of which an argument is added.
+LAST_PARAMETER = r"^        \*\*kwargs: Unpack\[TransformersKwargs\],\n    \) ->"
+
+
+@dataclass(frozen=True)
+class Release:
+    """edits, moved: as overlay.make takes them. names: what a public argument is called there. given: arguments that
+    only this release has -> dtype and shape. unfused: calls that need not run fused, by the end of their name.
+    other_answers: whether stock models answer otherwise than in the installed release.
+    """
+
+    name: str
+    edits: Mapping[str, Edit]
+    fuses: str = "all"
+    other_answers: bool = False
+    moved: Mapping[str, str] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
+    given: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
+    unfused: tuple[str, ...] = ()
+
+
+def both(edit: Callable[[str], Edit]) -> dict[str, Edit]:
+    """The same edit of two families, which have the same code under other names."""
+    return {ROBERTA: edit("Roberta"), BERT: edit("Bert")}
+
+
+def forward_of(name: str, edit: Edit) -> Edit:
+    return within(f"class {name}(", within("def forward(", edit))
+
+
+# --- arguments ------------------------------------------------------------------------------------------------------
+
+
+def _cache_renamed(text: str) -> str:
+    old = "cache" if re.search(r"^        cache: ", text, re.MULTILINE) else "past_key_values"
+    text = word(rf"{old}(_length)?", r"kv\1")(text).replace('new_name="cache"', 'new_name="kv"')
+    # Fields of outputs and arguments of what creates masks are named in other files.
+    return re.sub(
+        r"((?:Output\w*|CrossAttentions|create_causal_mask)\()([^()]*)\)",
+        lambda call: call[1] + call[2].replace("kv=", f"{old}=") + ")",
+        text,
+    )
+
+
+def _public_mask_renamed(text: str) -> str:
+    text = word("attention_mask", "visible")(text)
+    return re.sub(
+        r"(create_\w+_mask\()([^()]*)\)", lambda c: c[1] + c[2].replace("visible=", "attention_mask=") + ")", text
+    )
+
+
+def _layers_mask_renamed(prefix: str) -> Edit:
+    parts = ("SelfAttention", "CrossAttention", "Attention", "Layer", "Encoder")
+    return chain(
+        *(within(f"class {prefix}{part}(", word("attention_mask", "visible")) for part in parts),
+        sub(r"(self\.encoder\(\n\s+embedding_output,\n\s+)attention_mask=", r"\1visible=", times=1),
+    )
+
+
+def _arguments_added(prefix: str) -> Edit:
+    return chain(
+        forward_of(
+            f"{prefix}SelfAttention",
+            chain(
+                sub(LAST_PARAMETER, r"        head_gate=None,\n\g<0>", times=1),
+                sub(
+                    r"^        return attn_output, attn_weights\n",
+                    "        if head_gate is not None:\n            attn_output = attn_output * head_gate\n\\g<0>",
+                    times=1,
+                ),
+            ),
+        ),
+        forward_of(
+            f"{prefix}Layer",
+            chain(
+                sub(LAST_PARAMETER, r"        layer_gate=None,\n\g<0>", times=1),
+                sub(
+                    r"return layer_output\n",
+                    "return layer_output if layer_gate is None else layer_output * layer_gate\n",
+                ),
+            ),
+        ),
+        forward_of(
+            f"{prefix}Model",
+            chain(
+                sub(LAST_PARAMETER, r"        model_gate=None,\n\g<0>", times=1),
+                sub(
+                    r"sequence_output = encoder_outputs\.last_hidden_state\n",
+                    "\\g<0>        if model_gate is not None:\n"
+                    "            sequence_output = sequence_output * model_gate\n",
+                    times=1,
+                ),
+            ),
+        ),
+    )
+
+
+ARGUMENTS = [
+    # What 5.24 did.
+    Release("cache_argument_renamed", both(lambda prefix: _cache_renamed)),
+    Release(
+        "hidden_states_argument_renamed",
+        both(
+            lambda prefix: chain(
+                word("hidden_states", "states"),
+                sub(r"\bstates=outputs\.hidden_states", "hidden_states=outputs.hidden_states"),
+            )
+        ),
+    ),
+    Release("mask_argument_of_layers_renamed", both(_layers_mask_renamed)),
+    # A call that gives it gives what is not known.
+    Release(
+        "mask_argument_of_models_renamed",
+        both(lambda prefix: _public_mask_renamed),
+        fuses="none",
+        names={"attention_mask": "visible"},
+    ),
+    Release(
+        "position_ids_argument_renamed",
+        both(lambda prefix: word("position_ids", "places")),
+        names={"position_ids": "places"},
+        unfused=("position ids",),
+    ),
+    Release(
+        "arguments_added",
+        both(_arguments_added),
+        given={
+            "head_gate": ("float", (4, 11, 32)),
+            "layer_gate": ("float", (4, 11, 32)),
+            "model_gate": ("float", (4, 11, 32)),
+        },
+        unfused=("given", "given, training"),
+    ),
+    Release(
+        "arguments_of_models_reordered",
+        both(
+            lambda prefix: chain(
+                forward_of(
+                    f"{prefix}Model",
+                    sub(r"(        attention_mask: .*\n)(        token_type_ids: .*\n)", r"\2\1", times=1),
+                ),
+                forward_of(
+                    f"{prefix}Embeddings",
+                    sub(r"(        input_ids: .*\n)(        token_type_ids: .*\n)", r"\2\1", times=1),
+                ),
+            )
+        ),
+    ),
+    Release(
+        "arguments_of_layers_reordered",
+        both(
+            lambda prefix: chain(
+                forward_of(
+                    f"{prefix}Layer",
+                    sub(r"(        attention_mask: .*\n)((?:        encoder_.*\n){2})", r"\2\1", times=1),
+                ),
+                forward_of(
+                    f"{prefix}Encoder",
+                    sub(
+                        r"^( +)attention_mask,\n +encoder_hidden_states,.*\n",
+                        r"\1encoder_hidden_states,\n\1attention_mask=attention_mask,\n",
+                        times=1,
+                    ),
+                ),
+            )
+        ),
+        fuses="none",
+    ),
+    # Two tensors of one shape, so that nothing but the answers tells which is which.
+    Release(
+        "arguments_of_outputs_reordered",
+        both(
+            lambda prefix: chain(
+                *(
+                    forward_of(
+                        f"{prefix}{part}",
+                        sub(r"(hidden_states: torch\.Tensor), (input_tensor: torch\.Tensor)", r"\2, \1", times=1),
+                    )
+                    for part in ("SelfOutput", "Output")
+                ),
+                within(
+                    f"class {prefix}Attention(",
+                    sub(
+                        r"self\.output\(attention_output, hidden_states\)",
+                        "self.output(hidden_states, attention_output)",
+                        times=1,
+                    ),
+                ),
+                within(
+                    f"class {prefix}Layer(",
+                    sub(
+                        r"self\.output\(intermediate_output, attention_output\)",
+                        "self.output(attention_output, intermediate_output)",
+                        times=1,
+                    ),
+                ),
+            )
+        ),
+        fuses="none",
+    ),
+]
+
+# --- what is private ------------------------------------------------------------------------------------------------
+
+
+def _mask_method_gone(prefix: str) -> Edit:
+    def edit(text: str) -> str:
+        method = re.search(
+            r"^    def _create_attention_masks\((?:.*\n)*?        return attention_mask, encoder_attention_mask\n",
+            text,
+            re.MULTILINE,
+        )
+        assert method is not None
+        function = textwrap.dedent(method.group()).replace("def _create_attention_masks", "def masks_of")
+        text = text.replace(method.group(), "").replace("self._create_attention_masks(", "masks_of(\n            self,")
+        return sub(rf"^class {prefix}Pooler\(", function.replace("\\", "\\\\") + r"\n\n\g<0>", times=1)(text)
+
+    return edit
+
+
+def _mask_method_takes_other_arguments(prefix: str) -> Edit:
+    return within(
+        f"class {prefix}Model(",
+        chain(
+            sub(
+                r"            attention_mask=attention_mask,\n"
+                r"            encoder_attention_mask=encoder_attention_mask,\n(            embedding_output=)",
+                r"            masks=(attention_mask, encoder_attention_mask),\n\1",
+                times=1,
+            ),
+            sub(
+                r"(def _create_attention_masks\(\n        self,\n)        attention_mask,\n"
+                r"        encoder_attention_mask,\n((?:        .*\n)*    \):\n)",
+                r"\1        masks,\n\2        attention_mask, encoder_attention_mask = masks\n",
+                times=1,
+            ),
+        ),
+    )
+
+
+def _mask_method_returns_a_dict(prefix: str) -> Edit:
+    return within(
+        f"class {prefix}Model(",
+        chain(
+            sub(
+                r"attention_mask, encoder_attention_mask = (self\._create_attention_masks\([^()]*\))",
+                "masks = \\1\n        attention_mask, encoder_attention_mask = masks['own'], masks['cross']",
+                times=1,
+            ),
+            sub(
+                r"return attention_mask, encoder_attention_mask\n",
+                "return {'own': attention_mask, 'cross': encoder_attention_mask}\n",
+                times=1,
+            ),
+        ),
+    )
+
+
+PRIVATE = [
+    Release("mask_method_gone", both(_mask_method_gone), fuses="some"),
+    Release("mask_method_takes_other_arguments", both(_mask_method_takes_other_arguments), fuses="some"),
+    Release("mask_method_returns_a_dict", both(_mask_method_returns_a_dict), fuses="some"),
+    Release(
+        "registry_of_outputs_renamed",
+        dict.fromkeys(("utils/output_capturing.py", "modeling_utils.py"), word("_CAN_RECORD_REGISTRY", "_RECORDABLE")),
+    ),
+    Release(
+        "registry_of_outputs_gone",
+        {
+            "utils/output_capturing.py": chain(
+                sub(r"_CAN_RECORD_REGISTRY\.get\((\w+)\)", r"(\1._can_record_outputs or {})"),
+                sub(r"^_CAN_RECORD_REGISTRY = .*\n", "", times=1),
+            ),
+            "modeling_utils.py": chain(
+                sub(r"^ +_CAN_RECORD_REGISTRY\[self\] = .*\n", "", times=1),
+                sub(r"\b_CAN_RECORD_REGISTRY, ", "", times=1),
+            ),
+        },
+    ),
+    Release(
+        "hidden_states_gathered_by_hand",
+        both(
+            lambda prefix: chain(
+                within(
+                    f"class {prefix}Model(",
+                    chain(
+                        sub(r"^    @capture_outputs\n", "", times=1),
+                        sub(
+                            r"^( +)pooler_output=pooled_output,\n",
+                            r"\g<0>\1hidden_states=encoder_outputs.hidden_states,\n",
+                            times=1,
+                        ),
+                    ),
+                ),
+                forward_of(
+                    f"{prefix}Encoder",
+                    chain(
+                        sub(r"^( +)for i, layer_module .*\n", r"\1gathered = (hidden_states,)\n\g<0>", times=1),
+                        sub(
+                            r"^                \*\*kwargs,\n            \)\n",
+                            "\\g<0>            gathered += (hidden_states,)\n",
+                            times=1,
+                        ),
+                        sub(
+                            r"^( +)last_hidden_state=hidden_states,\n",
+                            r"\g<0>\1hidden_states=gathered if kwargs.get('output_hidden_states') else None,\n",
+                            times=1,
+                        ),
+                    ),
+                ),
+            )
+        ),
+        fuses="none",
+        other_answers=True,
+    ),
+    Release(
+        "chunking_gone",
+        {"pytorch_utils.py": sub(r"^def apply_chunking_to_forward\(", "def chunked(")}
+        | both(
+            lambda prefix: chain(
+                sub(r"^from \.\.\.pytorch_utils import apply_chunking_to_forward\n", "", times=1),
+                sub(
+                    r"apply_chunking_to_forward\(\n(?:.*\n){1}        \)\n",
+                    "self.feed_forward_chunk(attention_output)\n",
+                    times=1,
+                ),
+            )
+        ),
+    ),
+    Release(
+        "feed_forward_chunk_gone",
+        both(
+            lambda prefix: chain(
+                sub(
+                    r"layer_output = apply_chunking_to_forward\(\n(?:.*\n){1}        \)\n",
+                    "layer_output = self.output(self.intermediate(attention_output), attention_output)\n",
+                    times=1,
+                ),
+                sub(r"^    def feed_forward_chunk\((?:.*\n)*?        return layer_output\n", "", times=1),
+            )
+        ),
+        fuses="none",
+    ),
+    Release(
+        "mask_functions_renamed",
+        {
+            MASKS: chain(
+                word("sdpa_mask", "mask_for_sdpa"),
+                word("causal_mask_function", "causal_rule"),
+                word("bidirectional_mask_function", "bidirectional_rule"),
+            ),
+            **dict.fromkeys(
+                ("integrations/sdpa_attention.py", "integrations/sdpa_paged.py", "modeling_utils.py"),
+                word("sdpa_attention_forward", "attention_by_sdpa"),
+            ),
+        },
+        unfused=("by the interface",),
+    ),
+    Release(
+        "layers_without_checkpointing",
+        both(
+            lambda prefix: sub(
+                rf"^class {prefix}Layer\(GradientCheckpointingLayer\)", f"class {prefix}Layer(nn.Module)", times=1
+            )
+        ),
+    ),
+]
+
+# --- names ----------------------------------------------------------------------------------------------------------
+
+NAMES = [
+    Release(
+        "modules_renamed",
+        {},
+        moved={
+            ROBERTA: ROBERTA.replace("roberta.py", "roberta_core.py"),
+            BERT: BERT.replace("bert.py", "bert_core.py"),
+        },
+        fuses="none",
+    ),
+    Release("layer_class_renamed", both(lambda prefix: word(f"{prefix}Layer", f"{prefix}Block")), fuses="none"),
+    Release(
+        "attention_classes_renamed",
+        both(
+            lambda prefix: chain(
+                word(f"{prefix}SelfAttention", f"{prefix}Attend"), word(f"{prefix}SelfOutput", f"{prefix}AfterAttend")
+            )
+        ),
+        fuses="none",
+    ),
+    Release("parts_renamed", both(lambda prefix: sub(r"self\.intermediate\b", "self.widen")), fuses="none"),
+    # The feed-forward's kernel is chosen by what it computes, or stays the original.
+    Release("activation_class_renamed", {"activations.py": word("GELUActivation", "GaussianErrorUnit")}, fuses="some"),
+    Release(
+        "output_class_renamed",
+        {"modeling_outputs.py": word(OUTPUT, "EncoderOutput")} | both(lambda prefix: word(OUTPUT, "EncoderOutput")),
+    ),
+]
+
+# --- what is computed -----------------------------------------------------------------------------------------------
+
+
+def _one_product_for_qkv(prefix: str) -> Edit:
+    return within(
+        f"class {prefix}SelfAttention(",
+        chain(
+            sub(
+                r"^        self\.query = .*\n        self\.key = .*\n        self\.value = .*\n",
+                "        self.qkv = nn.Linear(config.hidden_size, 3 * self.all_head_size)\n",
+                times=1,
+            ),
+            sub(
+                r"^        query_layer = .*\n        key_layer = .*\n        value_layer = .*\n",
+                "        query_layer, key_layer, value_layer = (\n"
+                "            part.view(*hidden_shape).transpose(1, 2)\n"
+                "            for part in self.qkv(hidden_states).chunk(3, -1)\n        )\n",
+                times=1,
+            ),
+        ),
+    )
+
+
+def _table_added(prefix: str, forward: str) -> Edit:
+    return within(
+        f"class {prefix}Embeddings(",
+        chain(
+            sub(
+                r"^        self\.token_type_embeddings = .*\n",
+                "\\g<0>        self.script_embeddings = nn.Embedding(3, config.hidden_size)\n",
+                times=1,
+            ),
+            sub(r"^        embeddings = self\.LayerNorm\(", forward + r"\g<0>", times=1),
+        ),
+    )
+
+
+def _table_with_an_argument(prefix: str) -> Edit:
+    parameter = sub(r"^        inputs_embeds: .*\n", r"        script_ids=None,\n\g<0>", times=1)
+    return chain(
+        _table_added(
+            prefix,
+            "        if script_ids is not None:\n"
+            "            embeddings = embeddings + self.script_embeddings(script_ids)\n",
+        ),
+        forward_of(f"{prefix}Embeddings", parameter),
+        forward_of(
+            f"{prefix}Model",
+            chain(
+                parameter, sub(r"^( +)token_type_ids=token_type_ids,\n", r"\g<0>\1script_ids=script_ids,\n", times=1)
+            ),
+        ),
+    )
+
+
+def _computes(name: str, edits: Mapping[str, Edit], *, other_answers: bool = True, **kwargs: object) -> Release:
+    return Release(name, edits, fuses="none", other_answers=other_answers, **kwargs)  # type: ignore[arg-type]
+
+
+NORMED = "nn.functional.layer_norm({0}, {0}.shape[-1:]) * 1.5"
+COMPUTED = [
+    _computes(
+        "scaling_halved",
+        both(
+            lambda prefix: within(
+                f"class {prefix}SelfAttention(", sub(r"self\.attention_head_size\*\*-0\.5", r"\g<0> * 0.5", times=1)
+            )
+        ),
+    ),
+    _computes(
+        "scaling_halved_in_the_call",
+        both(
+            lambda prefix: forward_of(
+                f"{prefix}SelfAttention", sub(r"scaling=self\.scaling,", "scaling=self.scaling * 0.5,", times=1)
+            )
+        ),
+    ),
+    _computes(
+        "queries_scaled",
+        both(lambda prefix: forward_of(f"{prefix}SelfAttention", sub(r"(query_layer = .*)\n", r"\1 * 0.5\n", times=1))),
+    ),
+    _computes("one_product_for_qkv", both(_one_product_for_qkv)),
+    _computes(
+        "layer_returns_a_tuple",
+        both(
+            lambda prefix: chain(
+                forward_of(f"{prefix}Layer", sub(r"return layer_output\n", "return (layer_output,)\n", times=1)),
+                forward_of(
+                    f"{prefix}Encoder",
+                    sub(r"(hidden_states = layer_module\((?:.*\n)*?            \))\n", r"\1[0]\n", times=1),
+                ),
+            )
+        ),
+        other_answers=False,
+    ),
+    _computes(
+        "norm_added_to_layers",
+        both(
+            lambda prefix: within(
+                f"class {prefix}Layer(",
+                chain(
+                    sub(
+                        r"^        self\.output = .*\n",
+                        "\\g<0>        self.extra_norm = nn.LayerNorm(config.hidden_size)\n",
+                        times=1,
+                    ),
+                    sub(
+                        r"self\.intermediate\(attention_output\)",
+                        "self.intermediate(self.extra_norm(attention_output))",
+                        times=1,
+                    ),
+                ),
+            )
+        ),
+    ),
+    _computes(
+        "norm_added_to_layers_code",
+        both(
+            lambda prefix: forward_of(
+                f"{prefix}Layer", sub(r"return layer_output\n", f"return {NORMED.format('layer_output')}\n", times=1)
+            )
+        ),
+    ),
+    _computes(
+        "norm_added_to_encoders",
+        both(
+            lambda prefix: within(
+                f"class {prefix}Encoder(",
+                chain(
+                    sub(
+                        r"^        self\.layer = .*\n",
+                        "\\g<0>        self.last_norm = nn.LayerNorm(config.hidden_size)\n",
+                        times=1,
+                    ),
+                    sub(r"last_hidden_state=hidden_states", "last_hidden_state=self.last_norm(hidden_states)", times=1),
+                ),
+            )
+        ),
+    ),
+    _computes(
+        "norm_added_to_encoders_code",
+        both(
+            lambda prefix: forward_of(
+                f"{prefix}Encoder",
+                sub(r"last_hidden_state=hidden_states", f"last_hidden_state={NORMED.format('hidden_states')}", times=1),
+            )
+        ),
+    ),
+    _computes(
+        "norm_added_to_models",
+        both(
+            lambda prefix: within(
+                f"class {prefix}Model(",
+                chain(
+                    sub(
+                        r"^        self\.encoder = .*\n",
+                        "\\g<0>        self.last_norm = nn.LayerNorm(config.hidden_size)\n",
+                        times=1,
+                    ),
+                    sub(
+                        r"sequence_output = encoder_outputs\.last_hidden_state\n",
+                        "sequence_output = self.last_norm(encoder_outputs.last_hidden_state)\n",
+                        times=1,
+                    ),
+                ),
+            )
+        ),
+    ),
+    _computes(
+        "norm_added_to_models_code",
+        both(
+            lambda prefix: forward_of(
+                f"{prefix}Model",
+                sub(
+                    r"sequence_output = encoder_outputs\.last_hidden_state\n",
+                    f"\\g<0>        sequence_output = {NORMED.format('sequence_output')}\n",
+                    times=1,
+                ),
+            )
+        ),
+    ),
+    _computes(
+        "embeddings_scaled_by_models",
+        both(
+            lambda prefix: forward_of(
+                f"{prefix}Model",
+                sub(r"^            embedding_output,\n", "            embedding_output * 2,\n", times=1),
+            )
+        ),
+    ),
+    # Padded rows are zeros with us, and something else in the original.
+    _computes(
+        "poolers_and_heads_read_all_positions",
+        {
+            ROBERTA: chain(
+                within("class RobertaPooler(", sub(r"hidden_states\[:, 0\]", "hidden_states.mean(1)", times=1)),
+                within("class RobertaClassificationHead(", sub(r"features\[:, 0, :\]", "features.mean(1)", times=1)),
+            ),
+            BERT: within("class BertPooler(", sub(r"hidden_states\[:, 0\]", "hidden_states.mean(1)", times=1)),
+        },
+    ),
+    _computes(
+        "table_with_an_argument",
+        both(_table_with_an_argument),
+        other_answers=False,
+        given={"script_ids": ("int", (4, 11))},
+    ),
+    _computes(
+        "table_always_added",
+        both(
+            lambda prefix: _table_added(prefix, "        embeddings = embeddings + self.script_embeddings.weight[0]\n")
+        ),
+    ),
+    _computes(
+        "positions_counted_otherwise",
+        {
+            ROBERTA: sub(r"return incremental_indices\.long\(\) \+ padding_idx", r"\g<0> + mask.long()", times=1),
+            BERT: within(
+                "class BertEmbeddings(", sub(r"position_ids = self\.position_ids\[.*\]", r"\g<0> + 1", times=1)
+            ),
+        },
+    ),
+    _computes(
+        "positions_shifted",
+        both(
+            lambda prefix: within(
+                f"class {prefix}Embeddings(",
+                sub(
+                    r"self\.position_embeddings\(position_ids\)", "self.position_embeddings(position_ids + 1)", times=1
+                ),
+            )
+        ),
+    ),
+    _computes(
+        "token_types_of_one",
+        both(
+            lambda prefix: within(
+                f"class {prefix}Embeddings(",
+                sub(r"torch\.zeros\((self\.position_ids\.size)", r"torch.ones(\1", times=1),
+            )
+        ),
+    ),
+    _computes(
+        "activation_of_the_same_name",
+        {"activations.py": within("class GELUActivation(", sub(r"return self\.act\(input\)", r"\g<0> * 1.1", times=1))},
+    ),
+    _computes(
+        "outputs_have_another_field",
+        {
+            "modeling_outputs.py": within(
+                f"class {OUTPUT}(",
+                sub(r"^    pooler_output: .*\n", "\\g<0>    first_token: torch.Tensor | None = None\n", times=1),
+            ),
+        }
+        | both(
+            lambda prefix: forward_of(
+                f"{prefix}Model",
+                sub(r"^( +)pooler_output=pooled_output,\n", r"\g<0>\1first_token=sequence_output[:, 0],\n", times=1),
+            )
+        ),
+    ),
+]
+
+RELEASES = [*ARGUMENTS, *PRIVATE, *NAMES, *COMPUTED]

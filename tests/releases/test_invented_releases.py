@@ -1,0 +1,142 @@
+"""The package in releases of transformers that nobody made yet: it can be imported, the answers are that release's own,
+and what does not run fused is said."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import overlay
+import pytest
+from invented import RELEASES, Release
+
+import roberta_kernels
+
+HERE = Path(__file__).parent
+INSTALLED = Release("installed", {})
+pytestmark = pytest.mark.releases
+
+
+def run(release: Release, folder: Path) -> dict[str, Any]:
+    """What happened in the scenario, in a process that imports this release."""
+    path = [str(Path(roberta_kernels.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    if release.edits or release.moved:
+        path.insert(0, str(overlay.make(folder / "release", release.edits, moved=release.moved)))
+    wishes, happened = folder / "wishes.json", folder / "happened.json"
+    wishes.write_text(json.dumps({"names": dict(release.names), "given": dict(release.given)}))
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, path)),
+        "PYTHONDONTWRITEBYTECODE": "1",  # an overlay's folders are links to the installed ones
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_OFFLINE": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, str(HERE / "scenario.py"), str(wishes), str(happened)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, f"{release.name}: the scenario broke\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    result = json.loads(happened.read_text())
+    assert not release.edits or result["transformers"].startswith(str(folder)), "another transformers was imported"
+    return result
+
+
+@functools.cache
+def installed() -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        return run(INSTALLED, Path(folder))
+
+
+def faults(release: Release, happened: dict[str, Any], usual: dict[str, Any]) -> list[str]:
+    """Everything that is not as it must be, a line each."""
+    if happened["import"] is not None:
+        return [f"import roberta_kernels: {happened['import']}"]
+    found = []
+    for name, model in happened["models"].items():
+        found += [f"{name}: {problem}" for problem in model["problems"]]
+        expected = usual["models"][name]
+        for what, call in model["calls"].items():
+            found += _faults_of_call(f"{name}, {what}", release, call, expected["calls"].get(what), model["left"])
+        for what, call in model.get("interface", {}).items():
+            where = f"{name}, {what}, by the interface"
+            found += _faults_of_call(where, release, call, expected["interface"].get(what), [])
+        if release.fuses == "all" and model["left"] != expected["left"]:
+            found.append(f"{name}: left {model['left']}")
+        if release.fuses == "some" and not any(call["ops"] for call in model["calls"].values()):
+            found.append(f"{name}: no op of ours ran in any call; left {model['left']}")
+    if isinstance(happened["drop_in"], str):  # a class that is not the known code may be refused, with a reason
+        if release.fuses != "none" or not happened["drop_in"].startswith("TypeError: "):
+            found.append(f"FastRoberta: {happened['drop_in']}")
+    else:
+        found += [f"FastRoberta: {line}" for line in happened["drop_in"]]
+    if happened["verify"] and (release.fuses != "none" or not happened["verify"].startswith("VerificationError: ")):
+        found.append(f"verify: {happened['verify']}")
+    return found
+
+
+def _faults_of_call(
+    where: str, release: Release, call: dict[str, Any], usual: dict[str, Any] | None, left: list[str]
+) -> list[str]:
+    if call["error"] is not None:
+        return [f"{where}: {call['error']}"]
+    found = [f"{where}: {difference}" for difference in call["differences"]]
+    if usual is None or call["ops"] == usual["ops"]:  # a call that the installed release does not have
+        return found
+    if release.fuses == "all" and not where.endswith(release.unfused or "never"):
+        found.append(f"{where}: ran {call['ops']}, expected {usual['ops']}; said {call['said']}; left {left}")
+    if not call["said"] and not left:
+        found.append(f"{where}: ran {call['ops']}, expected {usual['ops']}, and nothing was said")
+    return found
+
+
+def test_the_installed_release():
+    happened = installed()
+    assert happened["stock"] == {}
+    assert faults(INSTALLED, happened, happened) == []
+    for name, model in happened["models"].items():
+        assert model["left"] == []
+        assert all(call["ops"] for what, call in model["calls"].items()), name
+        assert model["calls"]["right padding"]["said"] == []
+
+
+@pytest.mark.parametrize("release", RELEASES, ids=lambda release: release.name)
+def test_invented_release(release, tmp_path):
+    happened, usual = run(release, tmp_path), installed()
+    assert happened["stock"] == {}, "the invented release must work by itself"
+    changed = {
+        name for name, sums in usual["stock_sums"].items() if happened["stock_sums"].get(name) != sums
+    }  # the edit must have the effect that it is there for, and no other
+    assert bool(changed) == release.other_answers, changed
+    found = faults(release, happened, usual)
+    assert not found, f"{len(found)} faults\n" + "\n".join(found)
+
+
+def test_an_overlay_leaves_the_installed_release_alone(tmp_path):
+    source = tmp_path / "source" / "transformers"
+    (source / "models" / "__pycache__").mkdir(parents=True)
+    (source / "models" / "one.py").write_text("one = 1\n")
+    (source / "models" / "two.py").write_text("two = 2\n")
+    (source / "top.py").write_text("top = 0\n")
+    made = overlay.make(
+        tmp_path / "made",
+        {"models/one.py": overlay.word("one", "uno")},
+        moved={"models/two.py": "models/zwei.py"},
+        source=source,
+    )
+    assert (made / "transformers" / "models" / "one.py").read_text() == "uno = 1\n"
+    assert (made / "transformers" / "models" / "zwei.py").read_text() == "two = 2\n"
+    assert not (made / "transformers" / "models" / "two.py").exists()
+    assert not (made / "transformers" / "models" / "__pycache__").exists()
+    assert (made / "transformers" / "top.py").is_symlink()
+    assert (source / "models" / "one.py").read_text() == "one = 1\n"
+    with pytest.raises(ValueError, match="must be there"):
+        overlay.make(tmp_path / "again", {"top.py": overlay.sub("bottom", "top")}, source=source)
