@@ -39,6 +39,8 @@ def scaled(output):
     if isinstance(output, torch.Tensor):
         if not output.is_floating_point():
             return output.flip(-1)
+        if output.dim() == 0:
+            return output * 1.5
         return output * torch.linspace(0.5, 1.5, output.shape[-1], dtype=output.dtype)
     if isinstance(output, tuple):
         return (scaled(output[0]), *output[1:])
