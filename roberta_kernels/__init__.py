@@ -7,11 +7,13 @@ rk.unpatch(model)             # exactly the model it was
 
 from __future__ import annotations
 
+from typing import Any
+
 from roberta_kernels import requirements
 
 requirements.check()
 
-from roberta_kernels import attention_interface, ops  # noqa: E402
+from roberta_kernels import models, ops  # noqa: E402
 from roberta_kernels._version import __version__  # noqa: E402
 from roberta_kernels.backends import (  # noqa: E402
     BackendError,
@@ -20,15 +22,7 @@ from roberta_kernels.backends import (  # noqa: E402
     set_backend,
 )
 from roberta_kernels.encoding import EncodeReport, EncodingError, encode  # noqa: E402
-from roberta_kernels.models import (  # noqa: E402
-    FastRoberta,
-    FastRobertaForCausalLM,
-    FastRobertaForMaskedLM,
-    FastRobertaForMultipleChoice,
-    FastRobertaForQuestionAnswering,
-    FastRobertaForSequenceClassification,
-    FastRobertaForTokenClassification,
-)
+from roberta_kernels.hf import attention_interface  # noqa: E402
 from roberta_kernels.patching import (  # noqa: E402
     PatchReport,
     is_patched,
@@ -40,6 +34,15 @@ from roberta_kernels.patching import (  # noqa: E402
 from roberta_kernels.verification import VerificationReport, verify  # noqa: E402
 
 attention_interface.register()
+
+
+def __getattr__(name: str) -> Any:
+    """FastRoberta and its like: made when first asked for, so that importing this package touches no class of
+    transformers."""
+    if name.startswith("FastRoberta"):
+        return getattr(models, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "BackendError",

@@ -10,7 +10,7 @@ import transformers
 from typer.testing import CliRunner
 
 import roberta_kernels as rk
-from roberta_kernels import cli, ops, packed_weights
+from roberta_kernels import cli, ops, prepacked
 from roberta_kernels.demo import corpus
 
 RUN = CliRunner()
@@ -115,7 +115,7 @@ def test_verify_exits_1_on_a_broken_layer(folder, monkeypatch):
     assert "BROKEN" in result.output
 
 
-@pytest.mark.skipif(packed_weights.unavailable() is not None, reason="no compiled CPU kernels")
+@pytest.mark.skipif(prepacked.unavailable() is not None, reason="no compiled CPU kernels")
 def test_verify_quantised(folder):
     result = invoke("verify", folder, "--quantization", "int8")
     assert result.exit_code == 0, result.output

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from roberta_kernels import cli, demo, ops, packed_weights, tolerance
+from roberta_kernels import cli, demo, ops, prepacked, tolerance
 from roberta_kernels.demo import corpus, pictures, throughput, training
 
 
@@ -114,7 +114,7 @@ def test_quick_demo_from_end_to_end(tmp_path):
 
 def test_a_wrong_kernel_breaks_the_demo(tmp_path, monkeypatch, texts, tokenizer):
     # What training runs, and inference on a CPU.
-    for holder, name in ((ops, "add_layer_norm"), (packed_weights.Plan, "run")):
+    for holder, name in ((ops, "add_layer_norm"), (prepacked.EncoderCall, "run")):
         right = getattr(holder, name)
         monkeypatch.setattr(holder, name, lambda *args, right=right, **kwargs: right(*args, **kwargs) * 1.01)
     console = Console(quiet=True)

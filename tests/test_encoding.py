@@ -21,7 +21,7 @@ import transformers
 from typer.testing import CliRunner
 
 import roberta_kernels as rk
-from roberta_kernels import cli, encoding, packed_weights, tolerance
+from roberta_kernels import cli, encoding, prepacked, tolerance
 from roberta_kernels.demo import corpus
 from roberta_kernels.encoding import outputs, sources
 
@@ -766,7 +766,7 @@ def test_the_command(model, tokenizer, folder, file, tmp_path):
     assert np.load(tmp_path / "out.npy").dtype == np.float16
 
 
-@pytest.mark.skipif(packed_weights.unavailable() is not None, reason="no compiled CPU kernels")
+@pytest.mark.skipif(prepacked.unavailable() is not None, reason="no compiled CPU kernels")
 def test_quantised(model, tokenizer, folder, file, tmp_path):
     plain = rk.encode(model, tokenizer, file)
     report = rk.encode(model, tokenizer, file, quantization="int8")
@@ -788,7 +788,7 @@ def test_quantised(model, tokenizer, folder, file, tmp_path):
     assert "float32 model on a CPU" in result.stderr
 
 
-@pytest.mark.skipif(packed_weights.unavailable() is not None, reason="no compiled CPU kernels")
+@pytest.mark.skipif(prepacked.unavailable() is not None, reason="no compiled CPU kernels")
 def test_a_run_is_not_continued_with_other_weights(folder, file, tmp_path, monkeypatch):
     command = (file, tmp_path / "out.npy", "--model", folder, "--batch-tokens", 64, "--window", 8)
     with monkeypatch.context() as patched:

@@ -11,8 +11,8 @@ import transformers
 from torch import nn
 
 import roberta_kernels as rk
-from roberta_kernels import ops, packed_weights, verification
-from roberta_kernels.families import FAMILIES
+from roberta_kernels import ops, prepacked, verification
+from roberta_kernels.hf.families import FAMILIES
 from roberta_kernels.verification import GRADIENT, LAYERWISE, ORDINARY, VerificationError, verify
 
 TASKS = (
@@ -42,13 +42,13 @@ def tiny(task: str = "Model", family: str = "Roberta", **options) -> nn.Module:
 
 def perturb(monkeypatch, op: str, scale: float) -> None:
     """The fused op, wrong by a factor of 1 + scale."""
-    holder, name = (packed_weights.Plan, "run") if op == "packed_encoder" else (ops, op)
+    holder, name = (prepacked.EncoderCall, "run") if op == "packed_encoder" else (ops, op)
     right = getattr(holder, name)
     monkeypatch.setattr(holder, name, lambda *args, **kwargs: right(*args, **kwargs) * (1 + scale))
 
 
 # Of inference on a CPU, or the ops that it is without packed weights.
-PREPACK = packed_weights.unavailable() is None
+PREPACK = prepacked.unavailable() is None
 LAST_OP = "packed_encoder" if PREPACK else "add_layer_norm"
 
 
@@ -227,13 +227,13 @@ def test_what_cannot_be_verified_is_refused(model, words):
 
 @pytest.mark.skipif(not PREPACK, reason="no compiled CPU kernels")
 @pytest.mark.parametrize("how", ["asked for", "patched"])
-@pytest.mark.parametrize("quantization", packed_weights.QUANTIZATIONS)
+@pytest.mark.parametrize("quantization", prepacked.QUANTIZATIONS)
 def test_quantised_weights_are_measured_and_not_judged(quantization, how):
     model = tiny("ForMaskedLM")
     if how == "patched":
         rk.patch(model, quantization=quantization)
         report = verify(model)
-        assert model._rk_state.quantization == quantization
+        assert model._rk_state.options.quantization == quantization
     else:
         report = verify(model, quantization=quantization)
     assert report.quantization == quantization

@@ -24,7 +24,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import roberta_kernels as rk
-from roberta_kernels import backends, layers, ops, packing
+from roberta_kernels import backends, ops, unpadding
+from roberta_kernels.hf import fusable
 
 cuda_build = ptxas.load_cuda_build()
 LIBRARY = Path(rk.__file__).parent / "_cuda.so"
@@ -250,29 +251,29 @@ def fake_model(mode: FakeTensorMode, monkeypatch: pytest.MonkeyPatch, packed: An
             if buffer is not None:
                 module._buffers[name] = on_gpu(mode, buffer)
     # Outside of torch.export a weight that is no plain tensor keeps its module from being fused: here, too, it is one.
-    monkeypatch.setattr(layers, "_plain", lambda tensor: isinstance(tensor, FakeTensor))
+    monkeypatch.setattr(fusable, "_plain", lambda tensor: isinstance(tensor, FakeTensor))
     return model
 
 
 @pytest.fixture
 def lengths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The real tokens of each row of the mask: packing reads them on the host, which a fake tensor does not hold."""
+    """The real tokens of each row of the mask: unpadding reads them on the host, which a fake tensor does not hold."""
     values = [17, 1, 9, 4]
-    real_pack = packing.pack
+    real_unpadding = unpadding.unpadding
 
-    def pack(mask: Tensor, batch: int, length: int, device: torch.device, causal: bool) -> packing.Packing:
+    def unpad(mask: Tensor, batch: int, length: int, device: torch.device, causal: bool) -> unpadding.Unpadding:
         assert mask.device.type == device.type == "cuda"
         with unset_fake_temporarily():
             known = (torch.arange(length) < torch.tensor(values)[:, None]).to(mask.dtype)
-            found = real_pack(known, batch, length, torch.device("cpu"), causal)
+            found = real_unpadding(known, batch, length, torch.device("cpu"), causal)
         assert found is not None
         assert found.indices is not None
         mode = mask.fake_mode  # type: ignore[attr-defined]
         s = found.sequences
-        sequences = packing.Sequences(on_gpu(mode, s.cu_seqlens), s.max_seqlen, s.key_mask, s.causal)
-        return packing.Packing(batch, length, on_gpu(mode, found.indices), sequences)
+        sequences = unpadding.Sequences(on_gpu(mode, s.cu_seqlens), s.max_seqlen, s.key_mask, s.causal)
+        return unpadding.Unpadding(batch, length, on_gpu(mode, found.indices), sequences)
 
-    monkeypatch.setattr(packing, "pack", pack)
+    monkeypatch.setattr(unpadding, "unpadding", unpad)
     return values
 
 

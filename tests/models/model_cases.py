@@ -6,10 +6,13 @@ is all that is needed to see the failure again.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import itertools
+import logging
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +26,33 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import roberta_kernels as rk
 from roberta_kernels.tolerance import Comparison, compare
+
+
+@contextlib.contextmanager
+def log() -> Iterator[list[str]]:
+    """What the package logs as warnings inside the block."""
+    messages: list[str] = []
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+
+    handler = Collect(logging.WARNING)
+    logger = logging.getLogger("roberta_kernels")
+    logger.addHandler(handler)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(handler)
+
+
+@contextlib.contextmanager
+def logged(pattern: str) -> Iterator[None]:
+    """The block logs a warning in which the pattern is found."""
+    with log() as messages:
+        yield
+    assert any(re.search(pattern, message) for message in messages), messages
+
 
 PREFIX = {
     "roberta": "Roberta",

@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
-from model_cases import MASKS, PREFIX, Case, assert_promise, batch_for, batches_for, build, in_dtype
+from model_cases import MASKS, PREFIX, Case, assert_promise, batch_for, batches_for, build, in_dtype, logged
 from transformers import AutoModel, AutoModelForCausalLM, RobertaConfig, RobertaModel
 
 import roberta_kernels as rk
-from roberta_kernels import attention_interface
+from roberta_kernels.hf import attention_interface
 
 SMALL = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "hidden_act": "gelu"}
 
@@ -163,7 +163,7 @@ def test_what_is_not_served_is_said(fallbacks):
     ours = switched(original)
     inputs = batch_for(case, original.config)
     del inputs["labels"]
-    with torch.no_grad(), pytest.warns(UserWarning, match="head_dim 8"):
+    with torch.no_grad(), logged("head_dim 8"):
         got = ours(**inputs, use_cache=False).logits
     with torch.no_grad():
         want = original(**inputs, use_cache=False).logits

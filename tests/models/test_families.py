@@ -20,6 +20,7 @@ from model_cases import (
     build,
     heads_of,
     hf_class,
+    logged,
     patched,
     run,
 )
@@ -27,8 +28,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import roberta_kernels as rk
-from roberta_kernels import probe
-from roberta_kernels.families import FAMILIES, family_classes, part_class
+from roberta_kernels.hf import known_code
+from roberta_kernels.hf.families import FAMILIES, family_classes, part_class
 
 SAME_LAYERS = tuple(PREFIX)[:9]
 ATTENTION_ONLY = tuple(PREFIX)[9:]
@@ -260,7 +261,7 @@ def code_of(cls: type, prefix: str) -> str:
 def test_the_layers_of_these_families_are_one_code(part):
     classes = {}
     for layer in family_classes("layer"):
-        prefix = FAMILIES[layer.__module__].prefix
+        prefix = FAMILIES[layer.__module__.rpartition(".")[0]].prefix
         cls = part_class(layer, part)
         classes[prefix] = code_of(cls, prefix).replace("class BertEncoder", "class Encoder")
     assert set(classes) == {PREFIX[family] for family in SAME_LAYERS}
@@ -280,7 +281,7 @@ def test_a_layer_of_another_structure_is_refused(family, change):
         del core._modules["dropout"]
     else:
         del core.scaling
-    with pytest.warns(UserWarning, match="not the code that is known"):
+    with logged("not the code that is known"):
         report = rk.patch(model)
     refused = [left for left in report.left if "not the code that is known" in left.reason]
     assert [left.name.split(".")[2] for left in refused] == ["1"]
@@ -301,9 +302,9 @@ def test_a_layer_that_computes_something_else_is_refused(family, monkeypatch):
         return (output[0] * 1.01, *output[1:]) if isinstance(output, tuple) else output * 1.01
 
     monkeypatch.setattr(part, "forward", functools.wraps(forward)(other))
-    monkeypatch.setattr(probe, "_known", {})
+    monkeypatch.setattr(known_code, "_facts", {})
     ours = copy.deepcopy(original)
-    with pytest.warns(UserWarning, match="computes something else"):
+    with logged("computes something else"):
         report = rk.patch(ours)
     assert sum("computes something else" in left.reason for left in report.left) == 2
     with warnings.catch_warnings():
@@ -313,7 +314,7 @@ def test_a_layer_that_computes_something_else_is_refused(family, monkeypatch):
 
 @pytest.mark.parametrize("where", [functools.partial(torch.device, "meta"), FakeTensorMode])
 def test_the_probe_leaves_torch_as_it_was(where, monkeypatch):
-    monkeypatch.setattr(probe, "_known", {})
+    monkeypatch.setattr(known_code, "_facts", {})
     torch.manual_seed(3)
     state = torch.get_rng_state()
     with where():

@@ -23,6 +23,7 @@ from model_cases import (
     batches_for,
     build,
     exact_copy,
+    logged,
     patched,
 )
 from safetensors.torch import load_file
@@ -32,8 +33,8 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import RobertaModel
 
 import roberta_kernels as rk
-from roberta_kernels import backends, offloading, tolerance
-from roberta_kernels.packed_weights import QUANTIZATIONS, unavailable
+from roberta_kernels import backends, tolerance
+from roberta_kernels.prepacked import QUANTIZATIONS, offloading, unavailable
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 
@@ -82,8 +83,9 @@ def layers_of(model):
 
 def kept(model):
     """The packed weights that the model keeps."""
-    found = (module.__dict__.get("_rk_prepared") for module in model.modules())
-    return [tensor for mine in found if mine and mine.weights for tensor in mine.weights.tensors]
+    found = (module.__dict__.get("_rk_memory") for module in model.modules())
+    layers = [memory.prepacked for memory in found if memory and memory.prepacked]
+    return [tensor for layer in layers for tensor in layer.copies or ()]
 
 
 # --- the same answers -------------------------------------------------------------------------------------------------
@@ -845,9 +847,9 @@ def test_bad_options(options, error):
 
 
 def test_without_compiled_kernels(monkeypatch):
-    from roberta_kernels import packed_weights
+    from roberta_kernels import prepacked
 
-    monkeypatch.setattr(packed_weights, "unavailable", lambda: "not compiled")
+    monkeypatch.setattr(prepacked, "unavailable", lambda: "not compiled")
     original, ours, batches = pair()
     assert_promise(ours, original, batches)
     assert not serves(ours, batches[0])
@@ -862,7 +864,7 @@ def test_models_that_are_made_quantised():
         model = type(plain)(plain.config).eval()
         with torch.device("meta"):
             type(plain)(plain.config)
-    assert model._rk_state.quantization == "int8"
+    assert model._rk_state.options.quantization == "int8"
     model.load_state_dict(plain.state_dict())
     inputs = batch_for(case, plain.config)
     assert torch.equal(hidden(model, inputs), hidden(patched(plain, quantization="int8"), inputs))
@@ -870,7 +872,7 @@ def test_models_that_are_made_quantised():
 
 def test_a_model_without_such_layers_is_not_quantised():
     model = build(case_of(family="xmod"))
-    with pytest.warns(UserWarning, match="is not quantised"):
+    with logged("is not quantised"):
         report = rk.patch(model, quantization="int8")
     assert any("not quantised" in left.reason for left in report.left)
 
@@ -882,9 +884,9 @@ def mapped(model):
     return [
         parameter
         for module in model.modules()
-        if (mine := module.__dict__.get("_rk_prepared"))
+        if (memory := module.__dict__.get("_rk_memory")) and memory.prepacked
         for parameter in module.parameters()
-        if parameter in mine.offloaded
+        if parameter in memory.prepacked.offloaded
     ]
 
 
@@ -979,7 +981,7 @@ def test_tied_layers():
 def test_no_room(monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "is not there"))
     _, ours, batches = pair(quantization="int8")
-    with pytest.warns(UserWarning, match="weights stay in memory"):
+    with logged("weights stay in memory"):
         got = hidden(ours, batches[0])
     assert not mapped(ours)
     with warnings.catch_warnings():

@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 import transformers
-from model_cases import HEADS, Case, assert_promise, batch_for, batches_for, build, hf_class, patched
+from model_cases import HEADS, Case, assert_promise, batch_for, batches_for, build, hf_class, logged, patched
 from torch import nn
 from transformers import (
     AutoModel,
@@ -157,7 +157,7 @@ def test_an_error_inside_patch_leaves_the_model_as_it_was(monkeypatch):
     with pytest.raises(RuntimeError, match="halfway"):
         rk.patch(model, packed=True)
     assert_restored(patched_before, snapshot(model))
-    assert {module._rk_state.packed for module in model.modules() if "_rk_state" in module.__dict__} == {False}
+    assert {module._rk_state.options.packed for module in model.modules() if "_rk_state" in module.__dict__} == {False}
 
 
 @pytest.mark.parametrize("packed", ["yes", None, 2, 1, 0, "True"])
@@ -351,7 +351,7 @@ def test_fallbacks_are_counted_and_warned_about_once():
     model, inputs = model_and_batch(attention="eager")
     report = rk.patch(model)
     assert report.fallbacks() == {}
-    with pytest.warns(UserWarning, match="attention weights were asked for"):
+    with logged("attention weights were asked for"):
         model(**inputs, output_attentions=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -511,7 +511,7 @@ def test_patch_transformers_as_a_context():
     assert type(own) is OwnModel
     assert not rk.is_patched(outside)
     assert inside._rk_state is inside.roberta._rk_state is inside.roberta.encoder.layer[0]._rk_state
-    assert inside._rk_state.packed is False
+    assert inside._rk_state.options.packed is False
     rk.unpatch(inside)
     assert type(inside) is type(outside)
 
@@ -539,8 +539,8 @@ def test_patch_transformers_contexts_nest():
     config = model_and_batch()[0].config
     with rk.patch_transformers(packed=False):
         with rk.patch_transformers(packed=True):
-            assert RobertaModel(config)._rk_state.packed is True
-        assert RobertaModel(config)._rk_state.packed is False
+            assert RobertaModel(config)._rk_state.options.packed is True
+        assert RobertaModel(config)._rk_state.options.packed is False
     assert not rk.is_patched(RobertaModel(config))
 
 

@@ -14,9 +14,10 @@ import functools
 from collections import Counter
 from typing import Any
 
-import roberta_kernels as rk
 from roberta_kernels.layers import FastLayer, PatchState
 from roberta_kernels.packed_weights import Plan
+
+import roberta_kernels as rk
 
 counts: Counter[str] = Counter()
 fallbacks: Counter[str] = Counter()

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import mmap
 import tempfile
-import warnings
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+logger = logging.getLogger("roberta_kernels")
 
 _PAGE_OUT = 21  # Linux' MADV_PAGEOUT: takes pages out of memory, and loses nothing that was written to them
 
@@ -27,13 +29,13 @@ class Offloaded:
 
     def __init__(self) -> None:
         # id -> the weight, its address, and whether the file is ours
-        self._moved: dict[int, tuple[weakref.ref[nn.Parameter], int, bool]] = {}
+        self._moved: dict[int, tuple[weakref.ref[Tensor], int, bool]] = {}
 
-    def __contains__(self, weight: nn.Parameter) -> bool:
+    def __contains__(self, weight: Tensor) -> bool:
         moved = self._moved.get(id(weight))
         return moved is not None and moved[0]() is weight and moved[1] == weight.data_ptr()
 
-    def move(self, weights: Sequence[nn.Parameter]) -> None:
+    def move(self, weights: Sequence[Tensor]) -> None:
         """Moves weights into files in the temporary directory (tempfile's). Where it has no room, they stay, with a
         warning.
         """
@@ -47,10 +49,10 @@ class Offloaded:
                 try:
                     weight.data = _mapped_copy(weight.detach())
                 except (OSError, RuntimeError) as error:
-                    warnings.warn(
-                        "roberta_kernels: weights stay in memory: there is no room for them in "
-                        f"{tempfile.gettempdir()} ({error})",
-                        stacklevel=2,
+                    logger.warning(
+                        "roberta_kernels: weights stay in memory: there is no room for them in %s (%s)",
+                        tempfile.gettempdir(),
+                        error,
                     )
                     return
             _page_out(weight)
@@ -85,7 +87,7 @@ def _page_out(tensor: Tensor) -> None:
     start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     length = (tensor.data_ptr() + tensor.numel() * tensor.element_size() - start) // mmap.PAGESIZE * mmap.PAGESIZE
     if length > 0:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _PAGE_OUT)  # a wish
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _PAGE_OUT)  # a hint
 
 
 def _mapped_copy(tensor: Tensor) -> Tensor:

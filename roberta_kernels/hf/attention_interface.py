@@ -16,23 +16,37 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 from roberta_kernels import ops
-from roberta_kernels.layers import FUSABLE_DTYPES, PatchState, functorch_active
+from roberta_kernels.hf.choice import TORCH_FUNC
+from roberta_kernels.hf.fusable import FUSABLE_DTYPES, functorch_active
+from roberta_kernels.hf.names import ATTENTION
+from roberta_kernels.hf.state import PatchState, logger
 from roberta_kernels.ops.attention import supported_head_dim
-from roberta_kernels.packing import equal_lengths
+from roberta_kernels.unpadding import equal_lengths
 
-NAME = "roberta_kernels"
 _state = PatchState()
+unavailable: str | None = "it was not registered"  # why no model can use it, or None
+
+try:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+except ImportError as error:  # a release that has them elsewhere; everything but this switch works without
+    unavailable = f"this release of transformers is not as known: {error}"
 
 
 def register() -> None:
-    """Makes `attn_implementation="roberta_kernels"` known to transformers. Importing the package has done it."""
-    AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, attention_mask)
+    """Makes `attn_implementation="roberta_kernels"` known to transformers. Importing the package has done it. Where a
+    release does not allow it, `unavailable` says why.
+    """
+    global unavailable
+    if unavailable is not None and unavailable.startswith("this release"):
+        logger.info("roberta_kernels: no attn_implementation=%r: %s", ATTENTION, unavailable)
+        return
+    AttentionInterface.register(ATTENTION, attention_forward)
+    AttentionMaskInterface.register(ATTENTION, attention_mask)
+    unavailable = None
 
 
 def fallbacks() -> dict[str, int]:
@@ -47,7 +61,7 @@ def attention_mask(
     kv_length: int,
     q_offset: Any = 0,
     kv_offset: int = 0,
-    mask_function: Any = causal_mask_function,
+    mask_function: Any = None,
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
@@ -58,6 +72,7 @@ def attention_mask(
     Returns:
         None, `[B, K]` or `[B, 1, 1, K]` (see above), or sdpa's `[B, 1, Q, K]`.
     """
+    mask_function = causal_mask_function if mask_function is None else mask_function
     # A static cache has more keys than there are tokens; a sliding one, or assisted generation, starts elsewhere.
     whole = kv_offset == 0 and (attention_mask is None or attention_mask.shape[-1] == kv_length)
     if whole and mask_function is bidirectional_mask_function:
@@ -154,7 +169,7 @@ def _unserved(
     if dropout >= 1.0:
         return "attention dropout is 1"
     if functorch_active():
-        return "inside a torch.func transform"
+        return TORCH_FUNC
     return None
 
 

@@ -1,8 +1,8 @@
-"""Padded batches and packed tokens, and which rows form a sequence.
+"""Padded batches and unpadded tokens, and which rows form a sequence.
 
-A padded batch `[B, S]` has two layouts here. *Packed*: only the real tokens, `[T]`, one sequence after another; what it
-costs follows the data, so that it needs to read the mask on the host. *Padded*: all `B * S` rows, with a key mask; its
-shapes do not depend on the data, which tracing needs.
+A padded batch `[B, S]` has two layouts here. *Unpadded*: only the real tokens, `[T]`, one sequence after another; what
+it costs follows the data, so that it needs to read the mask on the host. *Padded*: all `B * S` rows, with a key mask;
+its shapes do not depend on the data, which tracing needs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Sequences:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Packing:
+class Unpadding:
     """A padded batch `[batch, length]` and the rows of it that are kept; indices None: all of them."""
 
     batch: int
@@ -36,16 +36,17 @@ class Packing:
     indices: Tensor | None  # int64 [T], ascending, into the flattened batch
     sequences: Sequences
 
-    def pack(self, padded: Tensor) -> Tensor:
+    def unpad(self, padded: Tensor) -> Tensor:
         """`[batch, length, ...]` -> `[T, ...]`."""
         rows = padded.reshape(self.batch * self.length, *padded.shape[2:])
         return rows if self.indices is None else rows.index_select(0, self.indices)
 
-    def unpack(self, packed: Tensor) -> Tensor:
+    def pad(self, unpadded: Tensor) -> Tensor:
         """`[T, H]` -> `[batch, length, H]`, zeros where nothing was kept."""
-        rows = packed
+        rows = unpadded
         if self.indices is not None:
-            rows = packed.new_zeros(self.batch * self.length, packed.shape[1]).index_copy(0, self.indices, packed)
+            zeros = unpadded.new_zeros(self.batch * self.length, unpadded.shape[1])
+            rows = zeros.index_copy(0, self.indices, unpadded)
         return rows.view(self.batch, self.length, -1)
 
 
@@ -60,8 +61,8 @@ def padded_sequences(batch: int, length: int, mask: Tensor | None, device: torch
     return Sequences(equal_lengths(batch, length, device), length, key_mask, causal)
 
 
-def pack(mask: Tensor | None, batch: int, length: int, device: torch.device, causal: bool) -> Packing | None:
-    """The packed layout, or None where packing would lose a row that is read.
+def unpadding(mask: Tensor | None, batch: int, length: int, device: torch.device, causal: bool) -> Unpadding | None:
+    """The unpadded layout, or None where unpadding would lose a row that is read.
 
     mask: `[batch, length]`, nonzero for real tokens, holes allowed; None: all real. One read of the mask on the host.
 
@@ -69,7 +70,7 @@ def pack(mask: Tensor | None, batch: int, length: int, device: torch.device, cau
     each sequence, so that row must be computed even where it is padding (left padding; a sequence of padding only).
     """
     if mask is None:
-        return Packing(batch, length, None, padded_sequences(batch, length, None, device, causal))
+        return Unpadding(batch, length, None, padded_sequences(batch, length, None, device, causal))
     real = mask.to(torch.bool)
     lengths = real.sum(1, dtype=torch.int32)
     summary = torch.cat([lengths, real[:, :1].all().to(torch.int32).reshape(1)]).tolist()  # the one synchronisation
@@ -78,8 +79,8 @@ def pack(mask: Tensor | None, batch: int, length: int, device: torch.device, cau
         return None
     total = sum(summary)
     if total == batch * length:
-        return Packing(batch, length, None, padded_sequences(batch, length, None, device, causal))
+        return Unpadding(batch, length, None, padded_sequences(batch, length, None, device, causal))
     cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32, device=device)
     torch.cumsum(lengths, 0, dtype=torch.int32, out=cu_seqlens[1:])
     indices = torch.nonzero_static(real.reshape(-1), size=total).squeeze(1)
-    return Packing(batch, length, indices, Sequences(cu_seqlens, max(summary), None, causal))
+    return Unpadding(batch, length, indices, Sequences(cu_seqlens, max(summary), None, causal))

@@ -1,0 +1,179 @@
+"""How each part of a layer runs: chosen once for a call, so that what runs it asks nothing more."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from roberta_kernels.hf import known_code
+from roberta_kernels.hf.fusable import (
+    FUSABLE_DTYPES,
+    foreign_hooks,
+    functorch_active,
+    gelu_kind,
+    plain_dropout,
+    plain_layer_norm,
+    plain_linear,
+    tracing,
+)
+from roberta_kernels.ops.attention import serving_head_dim
+
+_OWN_CODE = "a part of the layer has code of its own"
+# Adapters, quantised weights: the modules run as they are, and what is around them stays fused.
+_OWN_PROJECTION = "query, key or value is not a plain nn.Linear (an adapter, a quantised weight), and runs its own code"
+_OWN_PRODUCT = "an output product is not a plain nn.Linear (an adapter, a quantised weight), and runs its own code"
+_OWN_FEED_FORWARD = "a product of the feed-forward is not a plain nn.Linear (an adapter, a quantised weight)"
+TORCH_FUNC = "inside a torch.func transform"
+
+
+class OutputChoice(NamedTuple):
+    """dense, dropout, residual and LayerNorm at the end of both halves of a layer.
+
+    reason: why the original code runs, or None. plain: whether the product is. said: what runs its own code inside.
+    """
+
+    reason: str | None
+    plain: bool = True
+    said: tuple[str, ...] = ()
+
+
+class AttentionChoice(NamedTuple):
+    """The attention half of a layer that is handed sequences.
+
+    reason: why the original code runs, or None. projections: whether those of query, key and value are plain products.
+    head_dim: that the op runs with. output: of what follows. said: as OutputChoice's, of all parts.
+    """
+
+    reason: str | None
+    projections: tuple[bool, bool, bool] = (True, True, True)
+    head_dim: int = 0
+    output: OutputChoice = OutputChoice(None)
+    said: tuple[str, ...] = ()
+
+
+class FeedForwardChoice(NamedTuple):
+    """The other half. gelu: gelu_ffn's `approximate`; None: the modules run as they are, and only the norm is fused.
+    cast: dtype of the products under autocast."""
+
+    reason: str | None
+    gelu: str | None = None
+    cast: torch.dtype | None = None
+    output: OutputChoice = OutputChoice(None)
+    said: tuple[str, ...] = ()
+
+
+class LayerChoice(NamedTuple):
+    """Both halves. call: prepacked.EncoderCall of this layer by itself, or None, and `no_call` says why."""
+
+    attention: AttentionChoice
+    feed_forward: FeedForwardChoice
+    call: Any = None
+    no_call: str | None = None
+
+    @property
+    def fused(self) -> str | None:
+        """Why not both halves run fused, or None."""
+        return self.attention.reason or self.feed_forward.reason
+
+
+def skipped(module: nn.Module) -> str | None:
+    """Why a module's own call may not be skipped, or None: somebody would notice."""
+    if foreign_hooks(module):
+        return "hooks on a module that fusing would skip"
+    return None if tracing() else known_code.replaced_code(type(module))
+
+
+def any_skipped(*modules: Any) -> str | None:
+    for module in modules:
+        if isinstance(module, nn.Module):
+            reason = skipped(module)
+            if reason is not None:
+                return reason
+    return None
+
+
+def dtype_reason(dtype: torch.dtype, layer_norm: Any) -> str | None:
+    if dtype not in FUSABLE_DTYPES:
+        return f"no kernels for {dtype}"
+    if layer_norm.weight.dtype != dtype:
+        return f"hidden states are {dtype} and LayerNorm is {layer_norm.weight.dtype}"
+    return None
+
+
+def output_choice(output: Any, dtype: torch.dtype, hidden: int) -> OutputChoice:
+    """Of a SelfOutput or Output module, for hidden states `[..., hidden]` of this dtype."""
+    parts = output._modules
+    dense, layer_norm, dropout = parts["dense"], parts["LayerNorm"], parts["dropout"]
+    if not plain_layer_norm(layer_norm, hidden):
+        return OutputChoice("LayerNorm is not a plain nn.LayerNorm")
+    if not plain_dropout(dropout):
+        return OutputChoice("dropout is not a plain nn.Dropout with p < 1")
+    reason = any_skipped(output, dense, layer_norm, dropout) or dtype_reason(dtype, layer_norm)
+    if reason is None and functorch_active():
+        reason = TORCH_FUNC
+    plain = plain_linear(dense)
+    return OutputChoice(reason, plain, () if plain else (_OWN_PRODUCT,))
+
+
+def self_attention_choice(core: Any, dtype: torch.dtype) -> AttentionChoice:
+    """Of a SelfAttention module by itself."""
+    head_dim = serving_head_dim(core.attention_head_size)
+    if head_dim is None:
+        return AttentionChoice(f"head_dim {core.attention_head_size} is not served")
+    parts = core._modules
+    if parts["dropout"].p >= 1.0:
+        return AttentionChoice("attention dropout is 1")
+    query, key, value = parts["query"], parts["key"], parts["value"]
+    reason = any_skipped(core, query, key, value, parts["dropout"])
+    if reason is None and functorch_active():
+        reason = TORCH_FUNC
+    if reason is None and dtype not in FUSABLE_DTYPES:
+        reason = f"no kernels for {dtype}"
+    projections = plain_linear(query), plain_linear(key), plain_linear(value)
+    said = () if all(projections) else (_OWN_PROJECTION,)
+    return AttentionChoice(reason, projections, head_dim, said=said)
+
+
+def attention_choice(layer: Any, dtype: torch.dtype, hidden: int) -> AttentionChoice:
+    facts = layer._rk_facts
+    attention = layer._modules["attention"]
+    if type(attention) is not facts.attention:
+        return AttentionChoice(_OWN_CODE)
+    core, output = attention._modules["self"], attention._modules["output"]
+    if type(core) is not facts.self_attention or type(output) not in layer._rk_self_outputs:
+        return AttentionChoice(_OWN_CODE)
+    own = self_attention_choice(core, dtype)
+    end = output_choice(output, dtype, hidden)
+    reason = skipped(attention) or own.reason or end.reason
+    return AttentionChoice(reason, own.projections, own.head_dim, end, own.said + end.said)
+
+
+def feed_forward_choice(layer: Any, dtype: torch.dtype, hidden: int, autocast: torch.dtype | None) -> FeedForwardChoice:
+    facts = layer._rk_facts
+    intermediate, output = layer._modules["intermediate"], layer._modules["output"]
+    if type(intermediate) is not facts.intermediate or type(output) is not facts.output:
+        return FeedForwardChoice(_OWN_CODE)
+    w_in, activation, w_out = intermediate._modules["dense"], intermediate.intermediate_act_fn, output._modules["dense"]
+    end = output_choice(output, dtype, hidden)
+    reason = any_skipped(intermediate, w_in, activation) or end.reason
+    plain = plain_linear(w_in) and plain_linear(w_out)
+    said = end.said if plain else (_OWN_FEED_FORWARD, *end.said)
+    gelu = gelu_kind(activation)
+    if (
+        not plain
+        or w_in.bias is None
+        or (autocast is None and not (w_in.weight.dtype == w_in.bias.dtype == w_out.weight.dtype == dtype))
+    ):
+        gelu = None
+    return FeedForwardChoice(reason, gelu, autocast, end, said)
+
+
+def layer_choice(layer: Any, dtype: torch.dtype, hidden: int, autocast: torch.dtype | None) -> LayerChoice:
+    """Of a layer with a fast class, for hidden states `[..., hidden]` of this dtype. autocast: its dtype, if any."""
+    return LayerChoice(attention_choice(layer, dtype, hidden), feed_forward_choice(layer, dtype, hidden, autocast))
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None

@@ -1,0 +1,146 @@
+"""Word, position and token-type embeddings, LayerNorm and dropout in one op."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from roberta_kernels import ops
+from roberta_kernels.hf.arguments import by_name
+from roberta_kernels.hf.choice import TORCH_FUNC, any_skipped, dtype_reason
+from roberta_kernels.hf.fusable import (
+    dropout_of,
+    functorch_active,
+    input_grads_hook,
+    plain_dropout,
+    plain_embedding,
+    plain_layer_norm,
+    tracing,
+)
+from roberta_kernels.hf.known_code import padded_positions
+from roberta_kernels.hf.state import state_of
+
+if TYPE_CHECKING:
+    HuggingFaceModule = Any
+else:
+    # What a mixin is put before; to a type checker it has whatever attributes the Hugging Face class has.
+    HuggingFaceModule = object
+
+_IDS = ("input_ids", "token_type_ids", "position_ids")
+
+
+class FastEmbeddings(HuggingFaceModule):
+    """RoBERTa's: positions are made from the ids, and stay at padding_idx where there is padding."""
+
+    _rk_parameters: tuple[str, ...]  # names of forward's positional parameters, in order
+    _rk_defaults: dict[str, Any]  # names of all its parameters -> their defaults
+
+    def fused_reason(self) -> str | None:
+        """Why the embeddings cannot be fused, or None."""
+        modules = self._modules
+        tables = [modules[name] for name in ("word_embeddings", "position_embeddings", "token_type_embeddings")]
+        layer_norm, dropout = modules["LayerNorm"], modules["dropout"]
+        if not all(plain_embedding(table) for table in tables):
+            return "an embedding table is not a plain nn.Embedding"
+        if not plain_layer_norm(layer_norm, tables[0].embedding_dim):
+            return "LayerNorm is not a plain nn.LayerNorm"
+        if not plain_dropout(dropout):
+            return "dropout is not a plain nn.Dropout with p < 1"
+        if functorch_active():
+            return TORCH_FUNC
+        reason = any_skipped(*tables, layer_norm, dropout)
+        if reason is None and len({module.weight.dtype for module in (*tables, layer_norm)}) != 1:
+            reason = "the tables and LayerNorm have different dtypes"
+        return reason or dtype_reason(tables[0].weight.dtype, layer_norm)
+
+    def _rk_forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        named = by_name(self, args, kwargs)
+        reason = self.fused_reason() or self._unknown_argument(named)
+        if reason is not None or named.get("input_ids") is None or named.get("inputs_embeds") is not None:
+            if reason is not None:
+                state_of(self).fell_back(self, reason)
+            return super().forward(*args, **kwargs)
+        input_ids, token_type_ids, position_ids = (named.get(name) for name in _IDS)
+        if position_ids is None:
+            position_ids = self.positions(input_ids)
+        batch, length = input_ids.shape
+        if not tracing():
+            self.check_positions(position_ids)
+        hidden_states = self.embed(
+            input_ids.reshape(-1),
+            position_ids.expand(batch, length).reshape(-1),
+            None if token_type_ids is None else token_type_ids.expand(batch, length).reshape(-1),
+        )
+        return hidden_states.view(batch, length, -1)
+
+    def _unknown_argument(self, named: dict[str, Any]) -> str | None:
+        """Which argument is given and unknown, or None: the number of tokens in a cache, say."""
+        for name, value in named.items():
+            if name not in (*_IDS, "inputs_embeds") and value is not None and value != self._rk_defaults.get(name):
+                return f"{name} was given"
+        return None
+
+    def positions(self, input_ids: Tensor) -> Tensor:
+        """Position ids `[B, S]` of ids `[B, S]`."""
+        return padded_positions(input_ids, self.padding_idx)
+
+    def first_position(self) -> int:
+        """What the position ids of a sequence count from."""
+        return self.padding_idx + 1
+
+    def check_positions(self, position_ids: Tensor) -> None:
+        """Raises IndexError where a position `[B, S]` lies outside of the table, before any kernel runs.
+
+        A batch of no more columns than the table has room for cannot hold one, and its values are not looked at (on a
+        GPU that would be a synchronisation).
+        """
+        rows = self.position_embeddings.weight.shape[0]
+        if position_ids.shape[1] + self.first_position() <= rows:
+            return
+        highest = int(position_ids.max())
+        if highest >= rows:
+            raise IndexError(
+                f"index out of range in self: position {highest}, and there are {rows} position embeddings "
+                "(a sequence has more tokens than the model has positions)"
+            )
+
+    def embed(self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
+        """`[T]` ids -> `[T, H]`."""
+        word, position = self.word_embeddings, self.position_embeddings
+        layer_norm, dropout_p = self.LayerNorm, dropout_of(self.dropout)
+        hidden_states = ops.embedding_layer_norm(
+            input_ids,
+            position_ids,
+            token_type_ids,
+            word.weight,
+            position.weight,
+            self.token_type_embeddings.weight,
+            layer_norm.weight,
+            layer_norm.bias,
+            eps=layer_norm.eps,
+            dropout_p=dropout_p,
+            seed=ops.draw_seeds(1, input_ids.device)[0] if dropout_p > 0 else None,
+            word_padding_idx=word.padding_idx,
+            position_padding_idx=position.padding_idx,
+        )
+        if (
+            word._forward_hooks
+            and torch.is_grad_enabled()
+            and not hidden_states.requires_grad
+            and any(input_grads_hook(hook) for hook in word._forward_hooks.values())
+        ):
+            hidden_states.requires_grad_(True)  # frozen tables: reentrant checkpointing needs an input with a gradient
+        return hidden_states
+
+
+class FastAbsoluteEmbeddings(FastEmbeddings):
+    """BERT's: positions count from 0, through padding as well."""
+
+    def positions(self, input_ids: Tensor) -> Tensor:
+        """`[1, S]`."""
+        return self.position_ids[:, : input_ids.shape[1]]
+
+    def first_position(self) -> int:
+        return 0

@@ -1,0 +1,96 @@
+"""Which layers can run as one op call on prepacked weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from roberta_kernels import backends, prepacked
+from roberta_kernels.hf.choice import LayerChoice
+from roberta_kernels.hf.state import Options, memory_of
+from roberta_kernels.ops.attention import supported_head_dim
+from roberta_kernels.prepacked import EncoderCall, LayerCopies, LayerSettings, LayerTensors
+
+GRADIENTS = "gradients are needed (torch.no_grad() was not set)"
+_TRAINING = "training mode"
+
+
+def no_call(options: Options, like: Tensor) -> str | None:
+    """Why no layer can run from prepacked weights in such a call, or None. like: a tensor of the device and dtype of
+    the hidden states."""
+    if not options.prepack:
+        return "prepack=False"
+    if not like.is_cpu or like.dtype != torch.float32 or type(like) not in (Tensor, nn.Parameter):
+        return "hidden states are not float32 on the CPU"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast"
+    if not backends.cpu_serves(like):
+        return "another backend than the CPU kernels serves"
+    return prepacked.unavailable()
+
+
+def no_layer_call(layer: Any, choice: LayerChoice) -> str | None:
+    """Why a layer cannot, whatever the call, or None."""
+    if any(module.training for module in layer.modules()):
+        return _TRAINING
+    attention, feed_forward = choice.attention, choice.feed_forward
+    if choice.fused is not None:
+        return choice.fused
+    if attention.said or feed_forward.said:
+        return "a product is not a plain nn.Linear (an adapter, a quantised weight)"
+    tensors = tensors_of(layer)
+    if any(tensor is None for tensor in tensors):
+        return "a product has no bias"
+    if not all(map(_plain_float32, tensors)):
+        return "not all of its parameters are plain, contiguous float32 tensors on the CPU"
+    core = layer.attention.self
+    if not supported_head_dim(core.attention_head_size):
+        return f"head_dim {core.attention_head_size}"
+    if feed_forward.gelu is None:
+        return f"activation {type(layer.intermediate.intermediate_act_fn).__name__}"
+    if layer.attention.output.LayerNorm.eps != layer.output.LayerNorm.eps:
+        return "its LayerNorms differ in eps"
+    return "a feed-forward in chunks" if layer.chunk_size_feed_forward != 0 else None
+
+
+def tensors_of(layer: Any) -> LayerTensors:
+    core, first, inner, last = layer.attention.self, layer.attention.output, layer.intermediate.dense, layer.output
+    modules = (core.query, core.key, core.value, first.dense, first.LayerNorm, inner, last.dense, last.LayerNorm)
+    return LayerTensors(*(tensor for module in modules for tensor in (module.weight, module.bias)))
+
+
+def _plain_float32(tensor: Any) -> bool:
+    return (
+        type(tensor) is nn.Parameter
+        and tensor.is_cpu
+        and tensor.dtype == torch.float32
+        and tensor.is_contiguous()
+        and not tensor.is_inference()  # whose edits are not counted
+    )
+
+
+def _settings(layer: Any, choice: LayerChoice) -> LayerSettings:
+    core = layer.attention.self
+    return LayerSettings(
+        heads=core.num_attention_heads,
+        scale=float(core.scaling),
+        eps=layer.output.LayerNorm.eps,
+        tanh=choice.feed_forward.gelu == "tanh",
+    )
+
+
+def encoder_call(layers: Sequence[Any], choices: Sequence[LayerChoice], options: Options) -> EncoderCall | None:
+    """One call through layers that each could be one, or None where they differ in what the op takes of them."""
+    settings = {_settings(layer, choice) for layer, choice in zip(layers, choices, strict=True)}
+    if len(settings) != 1:
+        return None
+    places = []
+    for layer in layers:
+        memory = memory_of(layer)
+        if memory.prepacked is None:
+            memory.prepacked = LayerCopies()
+        places.append((memory.prepacked, tensors_of(layer)))
+    return EncoderCall(places, settings.pop(), prepacked.KINDS[options.quantization], options.offloads)

@@ -1,0 +1,221 @@
+"""The fast classes: every known Hugging Face class with the fused code in front of it.
+
+`fast_class(RobertaLayer)` is a subclass of RobertaLayer that puts a mixin before it. `patch` gives a module that class;
+the FastRoberta* classes are such classes themselves. So there is one mechanism: what a patched model runs and what
+FastRoberta runs is the same class. To whoever looks a class up by module and name it goes by those of the original.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import inspect
+import types
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from roberta_kernels.hf import attention_interface, known_code
+from roberta_kernels.hf.arguments import parameters
+from roberta_kernels.hf.embeddings import FastAbsoluteEmbeddings, FastEmbeddings
+from roberta_kernels.hf.families import family_class, family_classes, role_of
+from roberta_kernels.hf.heads import FastHead, FastNextTokenHead, FastSpanHead, FastSummaryHead, FastTokenHead
+from roberta_kernels.hf.layer import FastLayer, FastSelfAttention, FastSelfOutput
+from roberta_kernels.hf.model import FastAttentionModel, FastModel
+from roberta_kernels.hf.names import ATTENTION
+from roberta_kernels.hf.state import PatchState, attach, detach, keep_implementation, kept_implementation
+
+_MIXINS: dict[str, type] = {
+    "embeddings": FastEmbeddings,
+    "absolute_embeddings": FastAbsoluteEmbeddings,
+    "self_attention": FastSelfAttention,
+    "attention_model": FastAttentionModel,
+    "summary_head": FastSummaryHead,
+    "self_output": FastSelfOutput,
+    "layer": FastLayer,
+    "model": FastModel,
+    "token_head": FastTokenHead,
+    "next_token_head": FastNextTokenHead,
+    "span_head": FastSpanHead,
+    "head": FastHead,
+}
+# Roles of whole models: what a user constructs.
+MODEL_ROLES = ("model", "attention_model", "token_head", "next_token_head", "span_head", "summary_head", "head")
+
+
+class FastType(type):
+    """Class of the fast classes. They have the module and name of their originals, by which pickle would find those:
+    so a fast class is pickled as what makes it again."""
+
+
+def _reduce(cls: Any) -> Any:
+    return (fast_class, (cls._rk_original,)) if is_fast_class(cls) else cls.__qualname__
+
+
+copyreg.pickle(FastType, _reduce)  # type: ignore[arg-type]
+
+
+@functools.cache
+def fast_class(original: Any) -> Any:
+    """The fast subclass of a known Hugging Face class; it keeps the name, which transformers looks classes up by.
+
+    Raises TypeError for a class that is not known, or not as this version knows it.
+    """
+    role = role_of(original)
+    if role is None or is_fast_class(original):
+        raise TypeError(f"{original.__module__}.{original.__name__} is not a class that roberta_kernels knows")
+    difference = known_code.difference(original, role)
+    if difference is not None:
+        raise TypeError(difference)
+    mixin = _MIXINS[role]
+    namespace: dict[str, Any] = {
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        **_own_functions(mixin),
+        "_rk_original": original,
+        **parameters(original),
+    }
+    namespace |= _of_role(original, role, namespace["_rk_defaults"])
+    forward = namespace.get("_rk_forward")
+    if forward is not None:
+        namespace["forward"] = _like(original.forward, forward)
+    if role in MODEL_ROLES:
+        namespace["__init__"] = _like(original.__init__, _initialise(original))
+    return FastType(original.__name__, (mixin, original), namespace)
+
+
+def _of_role(original: Any, role: str, defaults: dict[str, Any]) -> dict[str, Any]:
+    """What a mixin must know of the class that it is put before."""
+    if role in ("model", "attention_model"):
+        facts = known_code.model_facts(original, role)
+        taken = inspect.signature(facts.embeddings.forward).parameters
+        ours = {"_rk_facts": facts, "_rk_embedding_arguments": tuple(name for name in taken if name in defaults)}
+        if facts.masks is not None:
+            ours["_create_attention_masks"] = getattr(original, "_create_attention_masks", None)
+        return ours
+    if role == "layer":
+        layer_facts = known_code.layer_facts(original)
+        self_output = layer_facts.self_output
+        known = role_of(self_output)
+        fused = known is not None and known_code.difference(self_output, known) is None
+        return {
+            "_rk_facts": layer_facts,
+            "_rk_self_outputs": (self_output, *((fast_class(self_output),) if fused else ())),
+        }
+    if role.endswith("_head"):
+        return {"_rk_base_arguments": frozenset(_base_arguments(original))}
+    return {}
+
+
+def _base_arguments(head: Any) -> set[str]:
+    """What the base models of the head's family take: no labels."""
+    package = head.__module__.rpartition(".")[0]
+    models = [cls for cls in family_classes("model", "attention_model") if cls.__module__.startswith(f"{package}.")]
+    return {name for cls in models for name in inspect.signature(cls.forward).parameters}
+
+
+def _like(original: Callable[..., Any], replacement: Callable[..., Any]) -> Callable[..., Any]:
+    """replacement with the signature, name and docstring of the original."""
+
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return replacement(self, *args, **kwargs)
+
+    return functools.wraps(original)(_own_code(method))
+
+
+def _own_functions(mixin: type) -> dict[str, Callable[..., Any]]:
+    """The methods of a mixin, each with a code object of its own."""
+    functions: dict[str, Callable[..., Any]] = {}
+    for base in reversed(mixin.__mro__):
+        functions |= {name: _own_code(value) for name, value in vars(base).items() if inspect.isfunction(value)}
+    return functions
+
+
+def _own_code(function: Any) -> Any:
+    """A copy of the function that shares no code object with it.
+
+    torch.compile keeps what it compiled by code object, and gives up on one that it compiled eight times: classes that
+    share their code would use up each other's share.
+    """
+    code = function.__code__.replace()
+    copied = types.FunctionType(
+        code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return functools.update_wrapper(copied, function)
+
+
+def _initialise(original: Any) -> Callable[..., None]:
+    """__init__ of a fast class: builds the Hugging Face model, then gives its parts their fast classes."""
+
+    def initialise(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        state = PatchState()
+        attach(self, state)  # Hugging Face code that runs during construction may already look it up
+        original.__init__(self, *args, **kwargs)
+        for module in self.modules():
+            make_fast(module, state)
+
+    return initialise
+
+
+def make_fast(module: nn.Module, state: PatchState) -> bool:
+    """Gives a module its fast class, in place, and the state it shares with the rest of its model; False if not
+    known.
+    """
+    cls: Any = type(module)
+    if not is_fast_class(cls):
+        if role_of(cls) is None or mismatch(module) is not None:
+            return False
+        module.__class__ = fast_class(cls)
+    attach(module, state)
+    _set_interface(module)
+    return True
+
+
+def mismatch(module: nn.Module) -> str | None:
+    """How a module of a known class differs from the code that is known, or None."""
+    cls: Any = type(module)
+    role = None if is_fast_class(cls) else role_of(cls)
+    if role is None:
+        return None
+    return known_code.structure_difference(module, role) or known_code.difference(cls, role)
+
+
+def _set_interface(module: Any) -> None:
+    """Where nobody can replace the layers' mask, calls in the padded layout reach the fused attention through
+    transformers' attention interface instead."""
+    facts = type(module).__dict__.get("_rk_facts")
+    implementation = None if getattr(facts, "masks", None) is None else module.config._attn_implementation
+    if implementation in ("eager", "sdpa") and attention_interface.unavailable is None:
+        keep_implementation(module, implementation)
+        module.set_attn_implementation(ATTENTION)
+
+
+def make_original(module: Any) -> None:
+    """Undoes make_fast."""
+    cls: Any = type(module)
+    if is_fast_class(cls):
+        module.__class__ = cls._rk_original
+    implementation = kept_implementation(module)
+    if implementation is not None and module.config._attn_implementation == ATTENTION:
+        module.set_attn_implementation(implementation)
+    detach(module)
+
+
+def is_fast_class(cls: type) -> bool:
+    return "_rk_original" in cls.__dict__
+
+
+def holds_fast_class(cls: type) -> bool:
+    """Whether modules of this class run a fast class: it is one, or was derived from one (fully_shard does that)."""
+    return hasattr(cls, "_rk_original")
+
+
+def fast_class_named(name: str) -> Any:
+    """FastXLMRobertaModel, FastRobertaLayer, ...; FastRoberta is FastRobertaModel. None: there is no such class."""
+    if not name.startswith("Fast"):
+        return None
+    original = family_class("RobertaModel" if name == "FastRoberta" else name.removeprefix("Fast"))
+    return None if original is None else fast_class(original)

@@ -1,0 +1,147 @@
+"""Which modules are plainly what they look like, so that their own call may be skipped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
+
+FUSABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+# --- calls ----------------------------------------------------------------------------------------------------------
+
+
+def tracing() -> bool:
+    """Whether a graph is being recorded, which must not depend on the data."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def functorch_active() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
+
+
+# --- hooks ----------------------------------------------------------------------------------------------------------
+
+
+def foreign_hooks(module: Any) -> bool:
+    """Whether something would notice that this module's own call is skipped: a hook, or a forward bound to the
+    instance.
+
+    Two of transformers' own do not count. Those that record hidden states and attentions: model.py handles these
+    outputs itself. That of enable_input_require_grads, which gradient checkpointing sets: `embed` does what it does.
+    """
+    if (
+        _has_any_global_hook()
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or module._forward_pre_hooks
+        or own_forward(module)
+    ):
+        return True
+    if not module._forward_hooks:
+        return False
+    return not all(own_hook(hook) for hook in module._forward_hooks.values())
+
+
+def own_forward(module: Any) -> bool:
+    """Whether a forward is bound to the instance, as accelerate's hooks are."""
+    return "forward" in module.__dict__
+
+
+def own_hook(hook: Any) -> bool:
+    return getattr(hook, "__module__", None) == "transformers.utils.output_capturing" or input_grads_hook(hook)
+
+
+def input_grads_hook(hook: Any) -> bool:
+    """PreTrainedModel.enable_input_require_grads' hook on the word embeddings: what they give shall require grad."""
+    name = getattr(hook, "__qualname__", "")
+    return name.endswith("enable_input_require_grads.<locals>.make_inputs_require_grads")
+
+
+def compiled(module: Any) -> bool:
+    """Whether module.compile() gave its call a compiled code."""
+    return module.__dict__.get("_compiled_call_impl") is not None
+
+
+# --- modules --------------------------------------------------------------------------------------------------------
+
+
+def _plain(tensor: Any) -> bool:
+    """An ordinary weight: not quantised, not distributed, not on the meta device."""
+    if type(tensor) not in (nn.Parameter, Tensor):
+        # torch.export puts fake tensors in the place of weights.
+        return torch.compiler.is_exporting() and type(tensor).__module__.startswith("torch._subclasses.")
+    return tensor.device.type != "meta"
+
+
+def plain_linear(module: Any) -> bool:
+    """Exactly nn.Linear (adapters subclass it or take its name), with an ordinary weight."""
+    return type(module) is nn.Linear and _plain(module._parameters.get("weight"))  # pruning takes it out
+
+
+def plain_layer_norm(module: Any, hidden: int) -> bool:
+    return (
+        type(module) is nn.LayerNorm
+        and module.normalized_shape == (hidden,)
+        and module.weight is not None
+        and module.bias is not None
+        and _plain(module.weight)
+    )
+
+
+def plain_embedding(module: Any) -> bool:
+    return (
+        type(module) is nn.Embedding
+        and module.max_norm is None
+        and not module.scale_grad_by_freq
+        and not module.sparse
+        and _plain(module.weight)
+    )
+
+
+def plain_dropout(module: Any) -> bool:
+    return type(module) is nn.Dropout and module.p < 1.0
+
+
+def dropout_of(module: Any) -> float:
+    return module.p if module.training else 0.0
+
+
+_gelu_kinds: dict[type, str | None] = {}  # transformers' activation classes that were run -> gelu_ffn's `approximate`
+
+
+def gelu_kind(activation: Any) -> str | None:
+    """gelu_ffn's `approximate` for this activation, or None where it is not a GELU that the op knows."""
+    if type(activation) is nn.GELU:
+        return activation.approximate
+    if activation is F.gelu:
+        return "none"
+    cls = type(activation)
+    if not tracing() and cls not in _gelu_kinds:
+        _gelu_kinds[cls] = _run_gelu(activation)
+    return _gelu_kinds.get(cls)
+
+
+def _run_gelu(activation: Any) -> str | None:
+    """Which GELU a module of transformers' activations computes, found out by running it: names may change."""
+    cls = type(activation)
+    if not (isinstance(activation, nn.Module) and cls.__module__.partition(".")[0] == "transformers"):
+        return None
+    if any(True for _ in activation.parameters()):
+        return None
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    with torch.no_grad(), torch.device("cpu"), unset_fake_temporarily():
+        x = torch.linspace(-12.0, 12.0, 193, dtype=torch.float64)
+        try:
+            y = activation(x)
+        except Exception:
+            return None
+        for kind in ("none", "tanh"):
+            if isinstance(y, Tensor) and torch.allclose(y, F.gelu(x, approximate=kind), rtol=1e-9, atol=1e-9):
+                return kind
+    return None

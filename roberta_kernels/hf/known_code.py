@@ -1,0 +1,366 @@
+"""Whether a Hugging Face class is the code that the fused code stands in for: by its parts, and by running it.
+
+Names and signatures prove nothing, and change without a change of meaning. So before the first module of a class is
+replaced, a tiny one of the class is made and compared, in float64, with the same mathematics in plain torch:
+milliseconds, once for each class. What else the fused code must know of the class (the classes of its parts, what a
+model gives out, whether its mask can be replaced) is read from the same tiny module.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.nn import functional as F
+
+from roberta_kernels.hf.families import part_class
+
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+_OUTPUT_PARTS = {"dense", "LayerNorm", "dropout"}
+# Module -> its children, and the attributes that the fused code reads.
+_LAYER_STRUCTURE: dict[str, tuple[set[str], set[str]]] = {
+    "": ({"attention", "intermediate", "output"}, {"chunk_size_feed_forward", "seq_len_dim"}),
+    "attention": ({"self", "output"}, set()),
+    "attention.self": (
+        {"query", "key", "value", "dropout"},
+        {"num_attention_heads", "attention_head_size", "scaling"},
+    ),
+    "attention.output": (_OUTPUT_PARTS, set()),
+    "intermediate": ({"dense"}, {"intermediate_act_fn"}),
+    "output": (_OUTPUT_PARTS, set()),
+}
+_TABLES = {"word_embeddings", "position_embeddings", "token_type_embeddings"}
+_STRUCTURES: dict[str, dict[str, tuple[set[str], set[str]]]] = {
+    "layer": _LAYER_STRUCTURE,
+    "self_attention": {"": _LAYER_STRUCTURE["attention.self"]},
+    "self_output": {"": (_OUTPUT_PARTS, set())},
+    "embeddings": {"": (_TABLES | {"LayerNorm", "dropout"}, {"padding_idx"})},
+    "absolute_embeddings": {"": (_TABLES | {"LayerNorm", "dropout"}, {"position_ids"})},
+}
+# An activation may be a function; a decoder's layers may have a second attention, which never runs fused.
+_OPTIONAL_PARTS = {"intermediate_act_fn", "crossattention"}
+# Attributes of the modules inside that the fused code reads beside their parameters.
+ATTRIBUTES = frozenset(
+    {name for _, names in (part for parts in _STRUCTURES.values() for part in parts.values()) for name in names}
+    | {"eps", "p", "normalized_shape", "max_norm", "scale_grad_by_freq", "sparse", "approximate"}
+)
+
+
+def structure_difference(module: Any, role: str) -> str | None:
+    """How the parts of a module of a role differ from the known ones, or None."""
+    for name, (children, attributes) in _STRUCTURES.get(role, {}).items():
+        part = module
+        for step in name.split("."):
+            part = part._modules[step] if step else part
+        found = set(part._modules)
+        if not children <= found or not found <= children | _OPTIONAL_PARTS:
+            return f"{type(part).__name__} holds {sorted(found)}, expected {sorted(children)}"
+        missing = sorted(attribute for attribute in attributes if not hasattr(part, attribute))
+        if missing:
+            return f"{type(part).__name__} has no {', '.join(missing)}"
+    return None
+
+
+# --- code of somebody else's in a class ------------------------------------------------------------------------------
+
+_METHODS = ("forward", "feed_forward_chunk", "create_position_ids_from_input_ids", "_create_attention_masks")
+
+
+def replaced_code(cls: type) -> str | None:
+    """Which method of a class of transformers' or torch's is not its own any more (a monkey patch), or None."""
+    cls = getattr(cls, "_rk_original", cls)  # a fast class stands for its original
+    package = cls.__module__.partition(".")[0]
+    for name in _METHODS:
+        function = getattr(cls, name, None)
+        while function is not None:
+            scope = getattr(function, "__globals__", None)
+            if scope is not None and str(scope.get("__name__")).partition(".")[0] not in (package, "torch"):
+                return f"{cls.__name__}.{name} was replaced by code of {scope.get('__name__')}"
+            function = getattr(function, "__wrapped__", None)
+    return None
+
+
+def methods(cls: type) -> tuple[Any, ...]:
+    """What replaced_code looks at: the same objects, the same answer."""
+    cls = getattr(cls, "_rk_original", cls)
+    return tuple(getattr(cls, name, None) for name in _METHODS)
+
+
+# --- running it -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """Classes of the parts of a layer that a fused one steps over."""
+
+    attention: type
+    self_attention: type
+    self_output: type
+    intermediate: type
+    output: type
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a model of a class is made of, and what it does beside running its parts.
+
+    output: what makes its output of last_hidden_state (and pooler_output, where `pooled`). unpadded: why its forward
+    is not embeddings, layers and pooler, one after the other, or None. masks: why its layers cannot be handed
+    something in place of the mask, or None.
+    """
+
+    embeddings: type
+    encoder: type
+    layer: type
+    attention: type
+    output: type
+    pooled: bool
+    unpadded: str | None
+    masks: str | None
+
+
+_facts: dict[tuple[type, str], LayerFacts | ModelFacts | None] = {}
+_differences: dict[tuple[type, str], str] = {}
+
+
+def difference(cls: Any, role: str) -> str | None:
+    """How a class of a role differs in what it computes from what the fused code stands in for, or None.
+
+    torch's random state, default dtype, default device and fake tensors are neither used nor changed.
+    """
+    reason = replaced_code(cls)
+    if reason is not None:
+        return reason
+    key = (cls, role)
+    if key not in _facts and key not in _differences and role in _RUNS:
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.device("cpu"), unset_fake_temporarily():
+                facts, same = _RUNS[role](cls)
+        except Exception as error:
+            # Not kept: a later call may come from where it can be run.
+            return f"{cls.__name__} cannot be run as known: {type(error).__name__}: {error}"
+        if same:
+            _facts[key] = facts
+        else:
+            _differences[key] = f"{cls.__name__} computes something else"
+    return _differences.get(key)
+
+
+def layer_facts(cls: type) -> LayerFacts:
+    """Of a class whose `difference` as a layer is None."""
+    facts = _facts[cls, "layer"]
+    assert isinstance(facts, LayerFacts)
+    return facts
+
+
+def model_facts(cls: type, role: str) -> ModelFacts:
+    """Of a class whose `difference` as a model is None."""
+    facts = _facts[cls, role]
+    assert isinstance(facts, ModelFacts)
+    return facts
+
+
+def _config(cls: type) -> Any:
+    """A tiny configuration of the class's family. Attributes that a family does not know do nothing."""
+    config = part_class(cls, "Config")(
+        hidden_size=16,
+        embedding_size=12,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        intermediate_size=12,
+        vocab_size=20,
+        max_position_embeddings=24,
+        type_vocab_size=2,
+        pad_token_id=1,
+        hidden_act="gelu",
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        pronunciation_vocab_size=20,
+        pronunciation_embed_dim=12,
+        shape_vocab_size=20,
+        shape_embed_dim=12,
+        default_language="en_XX",
+    )
+    config._attn_implementation = "eager"
+    return config
+
+
+def _tiny(cls: Any) -> Any:
+    module = cls(_config(cls)).to(torch.float64).eval()
+    for i, parameter in enumerate(module.parameters()):
+        parameter.copy_(_numbers(parameter.shape, i))
+    return module
+
+
+_MASK = torch.tensor([[0.0] * 5, [0.0] * 3 + [-1e9] * 2], dtype=torch.float64)[:, None, None, :]
+_IDS = [[5, 6, 7, 8, 9], [9, 6, 7, 1, 1]]  # 1: padding
+
+
+def _layer(cls: Any) -> tuple[LayerFacts, bool]:
+    module = _tiny(cls)
+    x = _numbers((2, 5, 16), 100)
+    attended = _attention(module.attention.self, x, _MASK)
+    attended = _output(module.attention.output, attended, x)
+    want = _output(module.output, F.gelu(_dense(module.intermediate, attended)), attended)
+    attention = module.attention
+    facts = LayerFacts(
+        *(type(attention), type(attention.self), type(attention.output)),
+        *(type(module.intermediate), type(module.output)),
+    )
+    return facts, _same(module(x, _MASK), want)
+
+
+def _self_attention(cls: Any) -> tuple[None, bool]:
+    module = _tiny(cls)
+    x = _numbers((2, 5, 16), 100)
+    return None, _same(module(x, _MASK)[0], _attention(module, x, _MASK))
+
+
+def _self_output(cls: Any) -> tuple[None, bool]:
+    module = _tiny(cls)
+    x, residual = _numbers((2, 5, 16), 100), _numbers((2, 5, 16), 101)
+    return None, _same(module(x, residual), _output(module, x, residual))
+
+
+def _embeddings(positions: Callable[[Tensor], Tensor]) -> Callable[[Any], tuple[None, bool]]:
+    def run(cls: Any) -> tuple[None, bool]:
+        module = _tiny(cls)
+        ids = torch.tensor(_IDS)
+        types, own = (ids > 6).long(), torch.tensor([[3, 1, 2, 4, 7]])
+        norm = module.LayerNorm
+
+        def want(types: Tensor, positions: Tensor) -> Tensor:
+            x = module.word_embeddings.weight[ids] + module.token_type_embeddings.weight[types]
+            x = x + module.position_embeddings.weight[positions]
+            return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+        plain = _same(module(input_ids=ids), want(torch.zeros_like(ids), positions(ids)))
+        given = module(input_ids=ids, token_type_ids=types, position_ids=own)
+        return None, plain and _same(given, want(types, own))
+
+    return run
+
+
+def padded_positions(ids: Tensor, padding_idx: int) -> Tensor:
+    """RoBERTa's position ids, of ids `[B, S]`: padding stays at padding_idx, the rest counts on from it."""
+    real = ids.ne(padding_idx).int()
+    return (torch.cumsum(real, dim=1).type_as(real) * real).long() + padding_idx
+
+
+def _model(cls: Any) -> tuple[ModelFacts, bool]:
+    module, ids = _tiny(cls), torch.tensor(_IDS)
+    mask = (ids != 1).long()
+    out = module(input_ids=ids, attention_mask=mask)
+    pooled = "pooler_output" in inspect.signature(type(out)).parameters
+    unpadded: str | None
+    try:
+        x = module.embeddings(input_ids=ids)
+        project = module._modules.get("embeddings_project")
+        x = x if project is None else project(x)
+        for layer in module.encoder.layer:
+            x = layer(x, _MASK)
+        same = _same(out.last_hidden_state[mask.bool()], x[mask.bool()])
+        if same and pooled and module._modules.get("pooler") is not None:
+            same = _same(out.pooler_output, module.pooler(x))
+        unpadded = None if same else f"{cls.__name__}.forward does more than run its parts"
+    except Exception as error:
+        unpadded = f"the parts of {cls.__name__} cannot be run as known: {type(error).__name__}: {error}"
+    return _model_facts(module, out, pooled, unpadded, _masks_reach(module, ids, mask, "")), True
+
+
+def _attention_model(cls: Any) -> tuple[ModelFacts, bool]:
+    module, ids = _tiny(cls), torch.tensor(_IDS)
+    mask = (ids != 1).long()
+    out = module(input_ids=ids, attention_mask=mask)
+    reach = _masks_reach(module, ids, mask, "attention.self")
+    return _model_facts(module, out, False, "only the attention of this family runs fused", reach), True
+
+
+def _model_facts(module: Any, out: Any, pooled: bool, unpadded: str | None, masks: str | None) -> ModelFacts:
+    layer = module.encoder.layer[0]
+    return ModelFacts(
+        embeddings=type(module.embeddings),
+        encoder=type(module.encoder),
+        layer=type(layer),
+        attention=type(layer.attention),
+        output=type(out),
+        pooled=pooled,
+        unpadded=unpadded,
+        masks=masks,
+    )
+
+
+def _masks_reach(module: Any, ids: Tensor, mask: Tensor, where: str) -> str | None:
+    """Why what a model's `_create_attention_masks` gives does not come to its layers (to their part `where`) as it is,
+    or None: this is how the fused code hands them sequences in place of a mask."""
+    original = getattr(module, "_create_attention_masks", None)
+    name = type(module).__name__
+    if original is None:
+        return f"{name} has no _create_attention_masks"
+    given: list[bool] = []
+    received: list[bool] = []
+
+    def hand_over(*args: Any, **kwargs: Any) -> Any:
+        given.append(any(value is mask for value in (*args, *kwargs.values())))
+        return (_MASK, *original(*args, **kwargs)[1:])
+
+    def look(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        received.append(any(value is _MASK for value in (*args, *kwargs.values())))
+
+    parts = [layer.get_submodule(where) for layer in module.encoder.layer]
+    handles = [part.register_forward_pre_hook(look, with_kwargs=True) for part in parts]
+    module.__dict__["_create_attention_masks"] = hand_over
+    try:
+        module(input_ids=ids, attention_mask=mask)
+    except Exception as error:
+        return f"{name}._create_attention_masks is not as known: {type(error).__name__}: {error}"
+    finally:
+        del module.__dict__["_create_attention_masks"]
+        for handle in handles:
+            handle.remove()
+    if given != [True] or received != [True] * len(parts):
+        return f"{name}._create_attention_masks does not make the layers' mask"
+    return None
+
+
+_RUNS: dict[str, Callable[[Any], tuple[LayerFacts | ModelFacts | None, bool]]] = {
+    "layer": _layer,
+    "self_attention": _self_attention,
+    "self_output": _self_output,
+    "embeddings": _embeddings(lambda ids: padded_positions(ids, 1)),
+    "absolute_embeddings": _embeddings(lambda ids: torch.arange(ids.shape[1])[None]),
+    "model": _model,
+    "attention_model": _attention_model,
+}
+
+
+def _same(got: Any, want: Tensor) -> bool:
+    return isinstance(got, Tensor) and got.shape == want.shape and torch.allclose(got, want, rtol=1e-9, atol=1e-9)
+
+
+def _numbers(shape: Any, start: int) -> Tensor:
+    count = torch.Size(shape).numel()
+    return torch.sin(torch.arange(count, dtype=torch.float64) * 1.7 + start).view(shape)
+
+
+def _dense(module: Any, x: Tensor) -> Tensor:
+    return F.linear(x, module.dense.weight, module.dense.bias)
+
+
+def _output(module: Any, x: Tensor, residual: Tensor) -> Tensor:
+    norm: nn.LayerNorm = module.LayerNorm
+    return F.layer_norm(_dense(module, x) + residual, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+def _attention(core: Any, x: Tensor, mask: Tensor) -> Tensor:
+    heads = []
+    for linear in (core.query, core.key, core.value):
+        heads.append(F.linear(x, linear.weight, linear.bias).unflatten(-1, (2, 8)).transpose(1, 2))
+    query, key, value = heads
+    return ((query @ key.mT * 8**-0.5 + mask).softmax(-1) @ value).transpose(1, 2).flatten(2)

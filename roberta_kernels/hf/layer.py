@@ -1,0 +1,218 @@
+"""A Transformer layer: subclasses of the Hugging Face modules that run the same mathematics on the fused ops.
+
+Each is a mixin that fast_class.py puts in front of the Hugging Face class, so that `super().forward` is the original
+code. What of it runs fused was chosen before (choice.py): by the model for its layers, which find the choice in the
+mask that they are handed, or by the module itself where transformers' code calls it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from roberta_kernels import ops
+from roberta_kernels.hf.choice import (
+    AttentionChoice,
+    FeedForwardChoice,
+    LayerChoice,
+    OutputChoice,
+    autocast_dtype,
+    feed_forward_choice,
+    layer_choice,
+    output_choice,
+    self_attention_choice,
+)
+from roberta_kernels.hf.embeddings import HuggingFaceModule
+from roberta_kernels.hf.fusable import dropout_of
+from roberta_kernels.hf.masks import LayerMask, find, put
+from roberta_kernels.hf.state import drop_prepacked, in_force, state_of
+from roberta_kernels.unpadding import Sequences
+
+_QUANTISED = "the quantised weights are not used"
+
+
+def _count(module: Any, reasons: tuple[str, ...]) -> None:
+    for reason in reasons:
+        state_of(module).fell_back(module, reason)
+
+
+# --- what the fused halves are made of --------------------------------------------------------------------------------
+
+
+def _attend(
+    core: Any, choice: AttentionChoice, hidden_states: Tensor, sequences: Sequences, seed: Tensor | None
+) -> Tensor:
+    """Projections and attention of a SelfAttention module. hidden_states `[..., H]` -> `[..., heads * head_dim]`."""
+    heads, head_dim = core.num_attention_heads, core.attention_head_size
+    query, key, value = (
+        (F.linear(hidden_states, m.weight, m.bias) if plain else m(hidden_states)).reshape(-1, heads, head_dim)
+        for m, plain in zip((core.query, core.key, core.value), choice.projections, strict=True)
+    )
+    if choice.head_dim != head_dim:
+        query, key, value = (F.pad(t, (0, choice.head_dim - head_dim)) for t in (query, key, value))
+    dropout_p = attention_dropout(core)
+    context = ops.attention(
+        query,
+        key,
+        value,
+        sequences.cu_seqlens,
+        max_seqlen_q=sequences.max_seqlen,
+        scale=core.scaling,
+        causal=sequences.causal,
+        key_mask=sequences.key_mask,
+        dropout_p=dropout_p,
+        seed=seed if dropout_p > 0 else None,
+    )
+    return context[..., :head_dim].reshape(*hidden_states.shape[:-1], heads * head_dim)
+
+
+def attention_dropout(core: Any) -> float:
+    """Of a SelfAttention module, whose own mode decides, as in the original."""
+    return core.dropout.p if core.training else 0.0
+
+
+def _project_add_norm(output: Any, choice: OutputChoice, x: Tensor, residual: Tensor, seed: Tensor | None) -> Tensor:
+    """output is a SelfOutput or Output module; x `[..., K]`, residual `[..., H]`."""
+    dense = output.dense
+    if choice.plain:
+        return _add_norm(output, F.linear(x, dense.weight), dense.bias, residual, seed)
+    return _add_norm(output, dense(x), None, residual, seed)
+
+
+def _add_norm(output: Any, x: Tensor, x_bias: Tensor | None, residual: Tensor, seed: Tensor | None) -> Tensor:
+    layer_norm, hidden = output.LayerNorm, residual.shape[-1]
+    dropout_p = dropout_of(output.dropout)
+    normalised = ops.add_layer_norm(
+        x.reshape(-1, hidden).to(residual.dtype),  # autocast gives the product in its own dtype
+        residual.reshape(-1, hidden),
+        layer_norm.weight,
+        layer_norm.bias,
+        eps=layer_norm.eps,
+        x_bias=x_bias,
+        dropout_p=dropout_p,
+        seed=seed if dropout_p > 0 else None,
+    )
+    return normalised.view(residual.shape)
+
+
+# --- modules ----------------------------------------------------------------------------------------------------------
+
+
+class FastSelfAttention(HuggingFaceModule):
+    """The attention of a layer whose other parts are not RoBERTa's: fused where the model hands it sequences."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        mask = find(LayerMask, args, kwargs)
+        if mask is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        with in_force(state_of(self)):
+            choice = None if mask.choices is None else mask.choices[id(self)]
+            if choice is None:
+                choice = self_attention_choice(self, hidden_states.dtype)
+            reason = choice.reason or mask.unknown(args, kwargs)
+            _count(self, choice.said if reason is None else (reason,))
+            if reason is not None:
+                args, kwargs = put(mask.original(), mask, args, kwargs)
+                return super().forward(hidden_states, *args, **kwargs)
+            seed = ops.draw_seeds(1, hidden_states.device)[0] if attention_dropout(self) > 0 else None
+            return _attend(self, choice, hidden_states, mask.sequences, seed), None
+
+
+class FastSelfOutput(HuggingFaceModule):
+    """dense, dropout, residual and LayerNorm of an attention block, where the block itself runs the original code."""
+
+    def forward(self, hidden_states: Tensor, input_tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        choice = output_choice(self, input_tensor.dtype, input_tensor.shape[-1])
+        reason = choice.reason or ("arguments that are not known" if args or kwargs else None)
+        _count(self, choice.said if reason is None else (reason,))
+        if reason is not None:
+            return super().forward(hidden_states, input_tensor, *args, **kwargs)
+        seed = ops.draw_seeds(1, input_tensor.device)[0] if dropout_of(self.dropout) > 0 else None
+        return _project_add_norm(self, choice, hidden_states, input_tensor, seed)
+
+
+class FastLayer(HuggingFaceModule):
+    """Fused attention where the model hands it sequences, fused feed-forward always."""
+
+    _rk_facts: Any  # known_code.LayerFacts of the Hugging Face class
+    _rk_self_outputs: tuple[type, ...]  # the classes that attention.output may have
+
+    def train(self, mode: bool = True) -> Any:
+        if mode:
+            drop_prepacked(self)
+        return super().train(mode)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        mask = find(LayerMask, args, kwargs)
+        state = state_of(self)
+        if mask is None:  # called with a Hugging Face mask: the model chose the original attention
+            if state.options.quantization is not None:
+                state.fell_back(self, "float32 weights: the original attention runs", _QUANTISED)
+            return super().forward(hidden_states, *args, **kwargs)
+        with in_force(state):
+            return self._rk_run(mask, hidden_states, args, kwargs)
+
+    def _rk_run(self, mask: LayerMask, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        choice = self._rk_choice(mask, hidden_states)
+        unknown = mask.unknown(args, kwargs)
+        if choice.call is not None and unknown is None:
+            return choice.call.run(hidden_states, mask.sequences)
+        state = state_of(self)
+        if state.options.quantization is not None:
+            state.fell_back(self, f"float32 weights: {choice.no_call or f'{unknown} was given'}", _QUANTISED)
+        reason = choice.attention.reason or (None if unknown is None else f"{unknown} was given")
+        if reason is not None:
+            state.fell_back(self, reason)
+            args, kwargs = put(mask.original(), mask, args, kwargs)
+            return super().forward(hidden_states, *args, **kwargs)
+        hidden_states = self._rk_attention(choice.attention, hidden_states, mask.sequences)
+        if self.chunk_size_feed_forward == 0:
+            return self._rk_feed_forward(choice.feed_forward, hidden_states)
+        rows = self.chunk_size_feed_forward
+        dim = 1
+        if hidden_states.dim() == 2:  # unpadded: as many rows at a time as chunks of the padded batch have
+            rows, dim = rows * (mask.sequences.cu_seqlens.shape[0] - 1), 0
+        chunks = [self._rk_feed_forward(choice.feed_forward, chunk) for chunk in hidden_states.split(rows, dim)]
+        return torch.cat(chunks, dim)
+
+    def _rk_choice(self, mask: LayerMask, hidden_states: Tensor) -> LayerChoice:
+        if mask.choices is not None and not torch.compiler.is_compiling():
+            return mask.choices[id(self)]
+        device = hidden_states.device.type
+        return layer_choice(self, hidden_states.dtype, hidden_states.shape[-1], autocast_dtype(device))
+
+    def _rk_attention(self, choice: AttentionChoice, hidden_states: Tensor, sequences: Sequences) -> Tensor:
+        """Projections, attention, output projection, dropout, residual, LayerNorm. hidden_states `[..., H]`."""
+        _count(self, choice.said)
+        attention = self.attention
+        seeds: tuple[Tensor | None, ...] = (None, None)
+        if attention_dropout(attention.self) > 0 or dropout_of(attention.output.dropout) > 0:
+            seeds = ops.draw_seeds(2, hidden_states.device)
+        context = _attend(attention.self, choice, hidden_states, sequences, seeds[0])
+        return _project_add_norm(attention.output, choice.output, context, hidden_states, seeds[1])
+
+    def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
+        """The feed-forward half, as the original forward calls it."""
+        hidden, device = attention_output.shape[-1], attention_output.device.type
+        choice = feed_forward_choice(self, attention_output.dtype, hidden, autocast_dtype(device))
+        return self._rk_feed_forward(choice, attention_output)
+
+    def _rk_feed_forward(self, choice: FeedForwardChoice, attention_output: Tensor) -> Tensor:
+        intermediate, output = self.intermediate, self.output
+        _count(self, choice.said if choice.reason is None else (choice.reason,))
+        if choice.reason is not None:
+            return output(intermediate(attention_output), attention_output)
+        seed = ops.draw_seeds(1, attention_output.device)[0] if dropout_of(output.dropout) > 0 else None
+        if choice.gelu is None:
+            # Another activation (which the report said), an adapter, a quantised weight: these modules run as they are.
+            inner = intermediate(attention_output)
+            return _project_add_norm(output, choice.output, inner, attention_output, seed)
+        w_in, w_out = intermediate.dense, output.dense
+        tensors = (attention_output.reshape(-1, attention_output.shape[-1]), w_in.weight, w_in.bias, w_out.weight)
+        if choice.cast is not None:
+            tensors = tuple(tensor.to(choice.cast) for tensor in tensors)
+        inner = ops.gelu_ffn(*tensors, approximate=choice.gelu)
+        return _add_norm(output, inner, w_out.bias, attention_output, seed)

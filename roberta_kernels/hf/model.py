@@ -1,0 +1,170 @@
+"""RobertaModel and its like: unpadded from the embeddings to the last layer where it can be, else padded, else the
+original. route.py decides; what is here runs what was decided."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from roberta_kernels import backends, prepacked, unpadding
+from roberta_kernels.hf import route
+from roberta_kernels.hf.arguments import by_name
+from roberta_kernels.hf.choice import AttentionChoice, self_attention_choice
+from roberta_kernels.hf.embeddings import HuggingFaceModule
+from roberta_kernels.hf.fusable import own_forward
+from roberta_kernels.hf.layer import FastLayer, FastSelfAttention
+from roberta_kernels.hf.masks import AllRows, Handover, LayerMask, find, put
+from roberta_kernels.hf.state import Options, drop_prepacked, state_of
+from roberta_kernels.unpadding import Unpadding
+
+
+class FastModel(HuggingFaceModule):
+    """A model all of whose layers are RoBERTa's."""
+
+    _rk_facts: Any  # known_code.ModelFacts of the Hugging Face class
+    _rk_parameters: tuple[str, ...]  # names of forward's positional parameters, in order
+    _rk_defaults: dict[str, Any]  # names of all its parameters -> their defaults
+    _rk_embedding_arguments: tuple[str, ...]  # what the embeddings take of these
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)
+        dropped = [drop_prepacked(module) for module in self.modules()] if mode else []
+        if any(dropped):
+            prepacked.trim()
+        return self
+
+    def _rk_forward(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs = by_name(self, args, kwargs)
+        backend = state_of(self).options.backend
+        if backend != "auto":
+            with backends.backend(backend):
+                return self._rk_run(kwargs)
+        return self._rk_run(kwargs)
+
+    def _rk_run(self, kwargs: dict[str, Any]) -> Any:
+        chosen = route.decide(self, kwargs)
+        mask = kwargs.get("attention_mask")
+        if type(mask) is AllRows:
+            kwargs = kwargs | {"attention_mask": mask.attention_mask}
+        if isinstance(chosen, route.Unpadded):
+            return self._rk_unpadded(chosen, kwargs)
+        return self._rk_padded(chosen, kwargs)
+
+    # --- unpadded ---
+
+    def _rk_unpadded(self, chosen: route.Unpadded, kwargs: dict[str, Any]) -> Any:
+        given = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        batch, length = given.shape[:2]
+        mask, causal = kwargs.get("attention_mask"), bool(self.config.is_decoder)
+        batch_layout = unpadding.unpadding(mask, batch, length, given.device, causal)
+        if batch_layout is None:  # a sequence does not start with a real token
+            return self._rk_padded(chosen.padded, kwargs)
+        hidden_states = self._rk_embed(chosen, batch_layout, kwargs)
+        if isinstance(chosen, route.Encoder):
+            hidden_states = chosen.call.run(hidden_states, batch_layout.sequences)
+        else:
+            layer_mask = LayerMask(batch_layout.sequences, chosen.choices)
+            for layer in self.encoder.layer:
+                hidden_states = layer(hidden_states, layer_mask)
+        return self._rk_output(batch_layout.pad(hidden_states), kwargs.get("return_dict"))
+
+    def _rk_embed(self, chosen: route.Unpadded, batch_layout: Unpadding, kwargs: dict[str, Any]) -> Tensor:
+        embeddings = self.embeddings
+        if chosen.fused_embeddings:
+            input_ids, token_type_ids = kwargs["input_ids"], kwargs.get("token_type_ids")
+            position_ids = kwargs.get("position_ids")
+            if position_ids is None:
+                position_ids = embeddings.positions(input_ids)
+            position_ids = position_ids.expand(input_ids.shape)
+            embeddings.check_positions(position_ids)
+            hidden_states = embeddings.embed(
+                batch_layout.unpad(input_ids),
+                batch_layout.unpad(position_ids),
+                None if token_type_ids is None else batch_layout.unpad(token_type_ids.expand(input_ids.shape)),
+            )
+        else:
+            given = {name: kwargs[name] for name in self._rk_embedding_arguments if name in kwargs}
+            hidden_states = batch_layout.unpad(embeddings(**given))
+        project = self._modules.get("embeddings_project")
+        return hidden_states if project is None else project(hidden_states)
+
+    def _rk_output(self, sequence_output: Tensor, return_dict: bool | None) -> Any:
+        facts = self._rk_facts
+        given = {"last_hidden_state": sequence_output}
+        if facts.pooled:
+            pooler = self.pooler
+            given["pooler_output"] = None if pooler is None else pooler(sequence_output)
+        output = facts.output(**given)
+        return_dict = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
+
+    # --- padded ---
+
+    def _rk_padded(self, chosen: route.Padded | route.ThroughInterface | route.Original, kwargs: dict[str, Any]) -> Any:
+        if isinstance(chosen, route.Original):
+            state_of(self).fell_back(self, chosen.reason)
+            return super().forward(**kwargs)
+        if chosen.reason is not None:
+            state_of(self).stayed_padded(chosen.reason)
+        if isinstance(chosen, route.ThroughInterface):
+            return super().forward(**kwargs)
+        mask, embeds = kwargs.get("attention_mask"), kwargs.get("inputs_embeds")
+        given = kwargs["input_ids"] if embeds is None else embeds
+        batch, length = given.shape[:2]
+        sequences = unpadding.padded_sequences(batch, length, mask, given.device, bool(self.config.is_decoder))
+        vetted = tuple([value for value in kwargs.values() if value is not None])
+
+        def layer_mask(make_original: Any) -> LayerMask:
+            return LayerMask(sequences, chosen.choices, vetted, make_original)
+
+        output = super().forward(**kwargs | {"attention_mask": Handover(mask, layer_mask)})
+        return _zero_padding(output, mask) if chosen.zeros else output
+
+    def _create_attention_masks(self, *args: Any, **kwargs: Any) -> Any:
+        """Called by the original forward; gives the layers sequences in place of a mask."""
+        handover = find(Handover, args, kwargs)
+        if handover is None:
+            return super()._create_attention_masks(*args, **kwargs)
+        args, kwargs = put(handover.attention_mask, handover, args, kwargs)
+        make = super()._create_attention_masks
+        return handover.layer_mask(lambda: make(*args, **kwargs)[0]), None
+
+    # --- what route.decide asks of the kind of model ---
+
+    def _rk_known_layers(self, layers: tuple[Any, ...]) -> bool:
+        return all(isinstance(layer, FastLayer) for layer in layers)
+
+    def _rk_choices(self, survey: route.Survey, call: route.Call, options: Options) -> dict[int, Any]:
+        return route.layer_choices(survey, call, options)
+
+
+def _zero_padding(output: Any, mask: Tensor | None) -> Any:
+    """The output of a model that ran padded, in a graph, with zeros where the unpadded layout leaves them."""
+    if mask is None:
+        return output
+    real = mask.to(torch.bool)
+    padding = ~real & real[:, :1].all()  # where a sequence starts with padding, the pass is not an unpadded one
+    hidden_states = output[0].masked_fill(padding.unsqueeze(-1), 0.0)
+    if isinstance(output, tuple):
+        return (hidden_states, *output[1:])
+    return type(output)(**dict(output) | {"last_hidden_state": hidden_states})
+
+
+class FastAttentionModel(FastModel):
+    """A model of which only the attention is RoBERTa's."""
+
+    def _rk_known_layers(self, layers: tuple[Any, ...]) -> bool:
+        facts = self._rk_facts
+        return all(
+            type(layer) is facts.layer
+            and type(layer.attention) is facts.attention
+            and isinstance(layer.attention.self, FastSelfAttention)
+            and not any(map(own_forward, (layer, layer.attention, layer.attention.self)))
+            for layer in layers
+        )
+
+    def _rk_choices(self, survey: route.Survey, call: route.Call, options: Options) -> dict[int, AttentionChoice]:
+        cores = [layer.attention.self for layer in survey.layers]
+        return {id(core): self_attention_choice(core, survey.like.dtype) for core in cores}

@@ -1,0 +1,362 @@
+"""The route of a call: decided once, before anything runs; what then runs it asks nothing more.
+
+    Encoder          unpadded, all layers in one op call (prepacked weights)
+    Unpadded         unpadded, layer by layer
+    Padded           every row of the batch, through the model's original forward, layers fused
+    ThroughInterface the same where a release lets nobody replace the layers' mask: attention by way of transformers'
+                     attention interface
+    Original         the original attention; what else of a layer can be fused still is
+
+A route follows from two things alone. `Call` is all that it depends on in a call; `Survey` is all that it depends on in
+the modules, and holds as long as its Watch does. So the routes of a survey are kept by call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from roberta_kernels import prepacked
+from roberta_kernels.hf import encoder_layers
+from roberta_kernels.hf.choice import TORCH_FUNC, LayerChoice, autocast_dtype, layer_choice, skipped
+from roberta_kernels.hf.embeddings import FastEmbeddings
+from roberta_kernels.hf.fusable import (
+    compiled,
+    functorch_active,
+    input_grads_hook,
+    own_forward,
+    plain_linear,
+    tracing,
+)
+from roberta_kernels.hf.known_code import replaced_code
+from roberta_kernels.hf.masks import AllRows
+from roberta_kernels.hf.names import ATTENTION
+from roberta_kernels.hf.same_attention import attention_difference
+from roberta_kernels.hf.state import Options, memory_of, state_of
+from roberta_kernels.hf.watch import Watch
+
+# What a model's own forward, or transformers' around it, does with these is known, and is done on every route.
+_HANDLED = frozenset(
+    {
+        *("input_ids", "attention_mask", "inputs_embeds", "encoder_hidden_states", "encoder_attention_mask"),
+        *("output_attentions", "output_hidden_states", "return_dict", "use_cache", "is_causal", "num_items_in_batch"),
+    }
+)
+# What only flash attention reads, which takes the boundaries of several sequences in a row from them.
+_FLASH = frozenset({"position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"})
+
+
+@dataclass(frozen=True)
+class Original:
+    reason: str
+
+
+@dataclass(frozen=True)
+class ThroughInterface:
+    reason: str
+
+
+@dataclass(frozen=True)
+class Padded:
+    """reason: why not unpadded; None: `packed=False`. choices: by id of a layer; None in a graph that is being traced,
+    where each layer looks again. zeros: whether padded rows come back as zeros, as in the unpadded layout."""
+
+    reason: str | None
+    choices: dict[int, Any] | None
+    zeros: bool = False
+
+
+@dataclass(frozen=True)
+class Unpadded:
+    """fused_embeddings: else their original code runs, on the padded batch. padded: the route of a batch in which a
+    sequence does not start with a real token, which only its data tells."""
+
+    fused_embeddings: bool
+    choices: dict[int, Any]
+    padded: Padded | ThroughInterface | Original
+
+
+@dataclass(frozen=True)
+class Encoder(Unpadded):
+    call: prepacked.EncoderCall
+
+
+Route = Original | ThroughInterface | Padded | Unpadded
+
+
+# --- what a route depends on in a call --------------------------------------------------------------------------------
+
+
+class Call(NamedTuple):
+    """original: why only the original attention can give what the call asks for, or None. padded: why every row must
+    be computed, or None. embeds: dtype of the inputs_embeds that it gives in the place of input_ids, and embeds_grad
+    whether they need a gradient. autocast: its dtype, if any. no_encoder: why no op call of prepacked weights can be
+    made, or None. grad: whether gradients are recorded."""
+
+    original: str | None
+    padded: str | None
+    embeds: torch.dtype | None
+    embeds_grad: bool
+    autocast: torch.dtype | None
+    no_encoder: str | None
+    grad: bool
+
+
+def call_of(model: Any, like: Tensor, kwargs: dict[str, Any]) -> Call:
+    """kwargs: all arguments of the model's forward, by name. like: Survey's."""
+    mask = kwargs.get("attention_mask")
+    rows_read = type(mask) is AllRows
+    embeds = kwargs.get("inputs_embeds")
+    return Call(
+        original=_original_reason(model, kwargs, mask.attention_mask if rows_read else mask),
+        padded="a head reads padded rows" if rows_read else _padded_call(model, like, kwargs),
+        embeds=None if embeds is None else embeds.dtype,
+        embeds_grad=embeds is not None and embeds.requires_grad,
+        autocast=autocast_dtype(like.device.type),
+        no_encoder="a graph is being traced" if tracing() else encoder_layers.no_call(state_of(model).options, like),
+        grad=torch.is_grad_enabled(),
+    )
+
+
+def wants(model: Any, output: str, kwargs: dict[str, Any]) -> Any:
+    """What the call asks of this output, as transformers' capture_outputs looks it up: a None given is a no."""
+    return kwargs.get(output, getattr(model.config, output, False))
+
+
+def _original_reason(model: Any, kwargs: dict[str, Any], mask: Any) -> str | None:
+    config = model.config
+    if wants(model, "output_attentions", kwargs):
+        return "attention weights were asked for"  # which the fused kernel never makes
+    causal = kwargs.get("is_causal", getattr(config, "is_causal", None))
+    if causal is not None and bool(causal) != bool(config.is_decoder):
+        return f"is_causal={causal}"
+    reason = _unknown_argument(model, kwargs)
+    if reason is not None:
+        return reason
+    if config.is_decoder and (
+        kwargs.get("encoder_hidden_states") is not None
+        or (config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"])
+    ):
+        return "a key/value cache or cross-attention"
+    ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+    if (ids is None) == (embeds is None):
+        return "not one of input_ids and inputs_embeds"
+    given = ids if embeds is None else embeds
+    if given.dim() != (2 if embeds is None else 3):
+        return "input_ids is not [batch, length], or inputs_embeds not [batch, length, hidden]"
+    if mask is not None and (not isinstance(mask, Tensor) or mask.shape != given.shape[:2]):
+        return "the attention mask is not [batch, length]"
+    if given.numel() == 0:
+        return "an empty batch"
+    if functorch_active():
+        return TORCH_FUNC
+    return attention_difference(model, config._attn_implementation)
+
+
+def _unknown_argument(model: Any, kwargs: dict[str, Any]) -> str | None:
+    """Which argument is given (not None, not its default) and unknown, so that only the original code can take it."""
+    flash = str(model.config._attn_implementation).startswith("flash_attention")
+    defaults = model._rk_defaults
+    for name, value in kwargs.items():
+        if value is None or name in _HANDLED or value is defaults.get(name, False):
+            continue
+        if name in _FLASH:
+            if flash:
+                return f"{name} was given, which flash attention takes sequence boundaries from"
+        elif name not in model._rk_embedding_arguments:
+            return f"{name} was given"
+    return None
+
+
+def _padded_call(model: Any, like: Tensor, kwargs: dict[str, Any]) -> str | None:
+    if asked := wants(model, "output_hidden_states", kwargs):
+        return f"output_hidden_states={asked}"
+    # Without CUDA's state (fake tensors, on a machine without a GPU) there is no capture, and asking is an error.
+    if like.is_cuda and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        return "CUDA graph capture"
+    return None
+
+
+# --- what it depends on in the modules --------------------------------------------------------------------------------
+
+
+@dataclass
+class Survey:
+    """What the modules of a model allow, whatever the call; each reason is None where nothing is in the way.
+
+    watch: None in a graph that is being traced. layers: of the encoder. original: why they cannot be handed sequences.
+    interface: why their mask cannot be replaced, and through_interface whether transformers' attention interface leads
+    to ours instead. padded: why they cannot run unpadded. tables: why the embeddings
+    cannot be fused. own_embeddings: why what their original code gives cannot be unpadded. like: a tensor of the
+    embeddings, of the hidden states' dtype and device. requires_grad: whether the hidden states or a parameter of a
+    layer may. routes: of the calls that were made.
+    """
+
+    watch: Watch | None
+    layers: tuple[Any, ...]
+    original: str | None
+    interface: str | None
+    through_interface: bool
+    padded: str | None
+    tables: str | None
+    own_embeddings: str | None
+    like: Tensor
+    hidden: int
+    requires_grad: bool
+    routes: dict[Call, Route] = field(default_factory=dict)
+
+
+def survey_of(model: Any) -> Survey:
+    """The survey that holds now."""
+    if tracing():
+        return _survey(model, None)
+    memory = memory_of(model)
+    survey = memory.survey
+    if survey is None or not survey.watch.holds():
+        survey = memory.survey = _survey(model, Watch(model))
+    return survey
+
+
+def _survey(model: Any, watch: Watch | None) -> Survey:
+    facts = model._rk_facts
+    modules = model._modules
+    embeddings, encoder, project = modules["embeddings"], modules["encoder"], modules.get("embeddings_project")
+    layers = tuple(encoder._modules["layer"]) if type(encoder) is facts.encoder else ()
+    norm = embeddings.LayerNorm.weight
+    first = (embeddings, *layers) if project is None else (embeddings, project, *layers)
+    return Survey(
+        watch=watch,
+        layers=layers,
+        original=_unknown_layers(model, layers),
+        interface=facts.masks,
+        through_interface=model.config._attn_implementation == ATTENTION,
+        padded=_padded_modules(model, encoder, layers, project),
+        tables=skipped(embeddings) or embeddings.fused_reason() if isinstance(embeddings, FastEmbeddings) else None,
+        own_embeddings=_own_embeddings(facts, embeddings),
+        like=norm,
+        hidden=norm.shape[0] if project is None else project.weight.shape[0],
+        requires_grad=any(_wants_grad(module) for module in first),
+    )
+
+
+def _wants_grad(module: Any) -> bool:
+    word = module._modules.get("word_embeddings")
+    if word is not None and any(input_grads_hook(hook) for hook in word._forward_hooks.values()):
+        return True
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _unknown_layers(model: Any, layers: tuple[Any, ...]) -> str | None:
+    """Whether the encoder and all its layers are what the fused code stands in for."""
+    known = bool(layers) and not any(own_forward(layer) for layer in layers)
+    return None if known and model._rk_known_layers(layers) else "an encoder or layer with code of its own"
+
+
+def _padded_modules(model: Any, encoder: Any, layers: tuple[Any, ...], project: Any) -> str | None:
+    reason = model._rk_facts.unpadded
+    if reason is None and not tracing():
+        reason = replaced_code(type(model)._rk_original)
+    if reason is None and skipped(encoder):
+        reason = "hooks on the encoder" if tracing() else skipped(encoder)
+    if reason is None and any(skipped(layer) for layer in layers):
+        reason = "hooks on a layer"
+    if reason is None and project is not None and (skipped(project) or not plain_linear(project)):
+        reason = "embeddings_project is not a plain nn.Linear"  # ELECTRA's, between tables and layers of two widths
+    if reason is None and project is not None and project.weight.dtype != model.embeddings.LayerNorm.weight.dtype:
+        reason = "embeddings_project is of another dtype than the embeddings"
+    return reason
+
+
+def _own_embeddings(facts: Any, embeddings: Any) -> str | None:
+    """Their original code runs on the padded batch, before unpadding. The layers take its dtype for granted."""
+    if not isinstance(embeddings, FastEmbeddings) and type(embeddings) is not facts.embeddings:
+        return "the embeddings have code of their own"
+    dtype = embeddings.LayerNorm.weight.dtype
+    if any(parameter.dtype != dtype for parameter in embeddings.parameters()):
+        return "embeddings of several dtypes"
+    return None
+
+
+# --- the decision -----------------------------------------------------------------------------------------------------
+
+
+def decide(model: Any, kwargs: dict[str, Any]) -> Route:
+    """The route of a call of a model with a fast class. kwargs: all arguments of its forward, by name."""
+    survey = survey_of(model)
+    call = call_of(model, survey.like, kwargs)
+    if survey.watch is None:
+        return _decide(model, survey, call)
+    route = survey.routes.get(call)
+    if route is None:
+        route = survey.routes[call] = _decide(model, survey, call)
+    return route
+
+
+def _decide(model: Any, survey: Survey, call: Call) -> Route:
+    reason = call.original or survey.original
+    if reason is not None:
+        return Original(reason)
+    options = state_of(model).options
+    choices = model._rk_choices(survey, call, options)
+    if options.packed is False:
+        return _padded(survey, None, choices)
+    fused = isinstance(model._modules["embeddings"], FastEmbeddings) and call.embeds is None
+    reason = call.padded or survey.padded or _embeddings_reason(survey, call, fused)
+    if reason is None:
+        reason = next((choice.fused for choice in choices.values() if choice.fused is not None), None)
+    if reason is not None:
+        return _padded(survey, reason, choices)
+    if survey.watch is None:
+        return _padded(survey, "traced", choices, zeros=True)
+    padded = _padded(survey, "a sequence does not start with a real token", choices)
+    call_all = _one_call(survey, choices, options)
+    if call_all is None:
+        return Unpadded(fused, choices, padded)
+    return Encoder(fused, choices, padded, call_all)
+
+
+def _padded(
+    survey: Survey, reason: str | None, choices: dict[int, Any], zeros: bool = False
+) -> Padded | ThroughInterface | Original:
+    if survey.interface is not None:
+        reason = survey.interface if reason is None else f"{reason}; {survey.interface}"
+        return ThroughInterface(reason) if survey.through_interface else Original(reason)
+    return Padded(reason, None if survey.watch is None else choices, zeros)
+
+
+def _embeddings_reason(survey: Survey, call: Call, fused: bool) -> str | None:
+    if fused:
+        return None if survey.tables is None else "the embeddings cannot be fused"
+    if survey.own_embeddings is not None:
+        return survey.own_embeddings
+    if call.autocast is not None:
+        return "embeddings of several dtypes"
+    if call.embeds is not None and call.embeds != survey.like.dtype:
+        return "inputs_embeds of another dtype than the embeddings"
+    return None
+
+
+def layer_choices(survey: Survey, call: Call, options: Options) -> dict[int, LayerChoice]:
+    """Of a model all of whose layers have fast classes: by the id of each."""
+    no_call = call.no_encoder
+    if no_call is None and call.grad and (survey.requires_grad or call.embeds_grad):
+        no_call = encoder_layers.GRADIENTS
+    choices = {}
+    for layer in survey.layers:
+        choice = layer_choice(layer, survey.like.dtype, survey.hidden, call.autocast)
+        reason = no_call or encoder_layers.no_layer_call(layer, choice)
+        if reason is None:
+            own = encoder_layers.encoder_call([layer], [choice], options)
+            choices[id(layer)] = choice._replace(call=own)
+        else:
+            choices[id(layer)] = choice._replace(no_call=reason)
+    return choices
+
+
+def _one_call(survey: Survey, choices: dict[int, LayerChoice], options: Options) -> prepacked.EncoderCall | None:
+    if any(choice.call is None for choice in choices.values()) or any(map(compiled, survey.layers)):
+        return None
+    return encoder_layers.encoder_call(survey.layers, list(choices.values()), options)

@@ -1,0 +1,218 @@
+"""What a patched model carries: its options, what was counted, and where a module keeps them.
+
+Four entries of a module's `__dict__`, which only this file touches:
+
+    _rk_state   PatchState, one for all modules of a patched model; a copy of the model gets a copy of it
+    _rk_name    the module's name in the model, for the report
+    _rk_memory  Memory: what was derived from the module and can be derived again; never copied, pickled or saved
+    _rk_implementation  the attention implementation that a model had before patching, where that had to change
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import nn
+
+from roberta_kernels import backends, prepacked
+from roberta_kernels.backends import BackendError
+
+# A fallback is said by logging, as transformers says its own: a warning would be an error under `python -W error`, and
+# a call that works must not raise.
+_NOTHING = contextlib.nullcontext()
+logger = logging.getLogger("roberta_kernels")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a model is to run, as `patch` takes it.
+
+    packed: "auto": padding is left out of the computation wherever the answer cannot depend on it. False: never. True:
+        also where a token or span head reads padded rows, which then come from zeros.
+    backend: "auto", or the backend that shall serve this model.
+    prepack: whether inference on a CPU keeps a copy of the layers' weights in the order in which the kernels read
+        them, made in the first call. It is faster, and takes as much memory again as these weights do.
+    quantization: None; or what that copy is rounded to, of a float32 model on a CPU: "bfloat16" (products accumulate
+        in float32), "int8" (weights only), "int8-dynamic" (weights, and activations as they come). The answers are
+        then no longer those of the original (`verify` measures them). Parameters, state dict and saved files stay
+        float32; a call that cannot use the copy, as in training, runs the float32 weights, and the report's fallbacks
+        say so.
+    offload: True: weights that were copied leave memory for an unlinked file in the temporary directory (TMPDIR),
+        mapped in their place; they read, train and save as before. None: where `quantization` is set.
+    """
+
+    packed: str | bool = "auto"
+    backend: str = "auto"
+    prepack: bool = True
+    quantization: str | None = None
+    offload: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.packed != "auto" and not isinstance(self.packed, bool):
+            raise ValueError(f'packed must be "auto", True or False, got {self.packed!r}')
+        if not isinstance(self.prepack, bool):
+            raise ValueError(f"prepack must be True or False, got {self.prepack!r}")
+        if self.quantization not in prepacked.KINDS:
+            raise ValueError(
+                f"quantization must be None or one of {', '.join(prepacked.QUANTIZATIONS)}, got {self.quantization!r}"
+            )
+        if self.offload is not None and not isinstance(self.offload, bool):
+            raise ValueError(f"offload must be None, True or False, got {self.offload!r}")
+        if not self.prepack and (self.quantization is not None or self.offload):
+            raise ValueError("quantization and offload concern prepacked weights: prepack must be True with them")
+        if self.quantization is not None and self.backend not in ("auto", "cpu"):
+            raise ValueError(
+                f"backend must be auto or cpu with quantization={self.quantization!r}, got {self.backend!r}"
+            )
+
+    @property
+    def offloads(self) -> bool:
+        return self.quantization is not None if self.offload is None else self.offload
+
+    def check_available(self) -> None:
+        """Raises BackendError where this process cannot do it."""
+        with backends.backend(self.backend):
+            pass
+        reason = None if self.quantization is None else prepacked.unavailable()
+        if reason is not None:
+            raise BackendError(f"quantization={self.quantization!r} needs the compiled CPU kernels: {reason}")
+
+
+def takes_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function whose last parameter is `options: Options`, with the fields of Options as keywords in its place."""
+    signature = inspect.signature(function)
+    names = [f.name for f in fields(Options)]
+    keywords = [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+        for f in fields(Options)
+    ]
+
+    @wraps(function)
+    def method(*args: Any, **kwargs: Any) -> Any:
+        unknown = [name for name in kwargs if name not in names and name not in signature.parameters]
+        if unknown:
+            raise TypeError(f"{function.__name__}() got an unexpected keyword argument {unknown[0]!r}")
+        options = Options(**{name: kwargs.pop(name) for name in names if name in kwargs})
+        return function(*args, options=options, **kwargs)
+
+    kept = [parameter for parameter in signature.parameters.values() if parameter.name != "options"]
+    method.__signature__ = signature.replace(parameters=[*kept, *keywords])  # type: ignore[attr-defined]
+    return method
+
+
+@dataclass
+class PatchState:
+    """What `patch` was asked for, and what happened since: shared by the modules of one patched model.
+
+    fallbacks: (name of the module, its class, reason) -> calls in which it ran the original code. padded: reason ->
+    calls in which a model ran fused, but on all rows of the padded batch. said: what was logged.
+    """
+
+    options: Options = field(default_factory=Options)
+    fallbacks: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+    padded: Counter[str] = field(default_factory=Counter)
+    said: set[str] = field(default_factory=set)
+
+    def fell_back(self, module: Any, reason: str, runs: str = "the original code runs") -> None:
+        if torch.compiler.is_compiling():
+            return
+        key = (module.__dict__.get("_rk_name", ""), type(module).__name__, reason)
+        self.fallbacks[key] += 1
+        what = f"{key[1]}: {reason}"
+        if what not in self.said:
+            self.said.add(what)
+            logger.warning("roberta_kernels: %s; %s (said once)", what, runs)
+
+    def stayed_padded(self, reason: str) -> None:
+        if not torch.compiler.is_compiling():
+            self.padded[reason] += 1
+
+    def reasons(self) -> dict[str, int]:
+        """ "class: reason" -> calls of all modules of that class."""
+        counts: Counter[str] = Counter()
+        for (_, cls, reason), calls in self.fallbacks.items():
+            counts[f"{cls}: {reason}"] += calls
+        return dict(counts)
+
+
+class Memory:
+    """What a module keeps that can be derived again: a copy or a pickle of the module takes an empty one with it.
+
+    survey: route.Survey of a model. prepacked: prepacked.LayerCopies of a layer.
+    """
+
+    __slots__ = ("prepacked", "survey")
+
+    def __init__(self) -> None:
+        self.survey: Any = None
+        self.prepacked: Any = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Memory, ()
+
+
+def attach(module: nn.Module, state: PatchState) -> None:
+    module.__dict__["_rk_state"] = state
+
+
+def attach_name(module: nn.Module, name: str) -> None:
+    module.__dict__["_rk_name"] = name
+
+
+def attached(module: nn.Module) -> PatchState | None:
+    """The state that a module has, or None."""
+    return module.__dict__.get("_rk_state")
+
+
+def state_of(module: Any) -> PatchState:
+    return module.__dict__["_rk_state"]
+
+
+def memory_of(module: Any) -> Memory:
+    """The module's own, made when first asked for."""
+    return module.__dict__.setdefault("_rk_memory", Memory())
+
+
+def drop_prepacked(module: nn.Module) -> bool:
+    """Frees a layer's prepacked weights, and says whether there were any."""
+    memory = module.__dict__.get("_rk_memory")
+    return memory is not None and memory.prepacked is not None and memory.prepacked.drop()
+
+
+def in_force(state: PatchState) -> contextlib.AbstractContextManager[Any]:
+    """Puts the backend that the model was patched for in force, where another is: gradient checkpointing runs a layer
+    again in backward, outside of its model's forward."""
+    backend = state.options.backend
+    if backend == "auto" or torch.compiler.is_compiling() or backend == backends.current_backend():
+        return _NOTHING
+    return backends.backend(backend)
+
+
+def forget(module: nn.Module) -> None:
+    """Undoes all that was derived: frees prepacked weights, brings offloaded weights back into memory."""
+    memory = module.__dict__.pop("_rk_memory", None)
+    if memory is not None and memory.prepacked is not None:
+        memory.prepacked.bring_back()
+
+
+def keep_implementation(module: nn.Module, implementation: str) -> None:
+    module.__dict__["_rk_implementation"] = implementation
+
+
+def kept_implementation(module: nn.Module) -> str | None:
+    return module.__dict__.get("_rk_implementation")
+
+
+def detach(module: nn.Module) -> None:
+    """Takes everything of ours from a module."""
+    forget(module)
+    for name in ("_rk_state", "_rk_name", "_rk_implementation"):
+        module.__dict__.pop(name, None)
