@@ -1,7 +1,7 @@
 """Runs scripts in processes that have torch imported already, for half of what a process of its own costs.
 
-Run as a script, it reads a job a line from its input, forks, runs the job in the child, and answers with a line that
-is the child's exit status. It must never import transformers, nor compute anything: what a child imports is the child's own.
+Run as a script, it reads a job a line from its input, forks, runs the job in the child, and answers with a line: the
+child's exit status. It must never import transformers, nor compute anything: what a child imports is its own.
 """
 
 from __future__ import annotations
