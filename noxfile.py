@@ -40,7 +40,7 @@ QUICK = (
     "test_plain_use",
     "test_packing",
 )
-# The newest transformers is tried with these; beside the quick ones, what meets its classes, and what replaces its code.
+# The newest transformers is tried with these: the quick ones, what meets its classes, what somebody replaced in them.
 NEWEST = (*QUICK, "test_families", "test_tools", "test_replaced_code")
 # People's packages around these models, and the tests of those.
 TOOLS = ("accelerate", "datasets", "peft", "sentence-transformers")
