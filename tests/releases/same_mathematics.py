@@ -99,8 +99,8 @@ ARGUMENTS = [
     Release(
         "position_ids_argument_renamed",
         both(lambda prefix: word("position_ids", "places")),
+        fuses="some",
         names={"position_ids": "places"},
-        unfused=("position ids",),
     ),
     Release(
         "arguments_added",
@@ -369,7 +369,13 @@ NAMES = [
         ),
         fuses="none",
     ),
-    Release("parts_renamed", both(lambda prefix: sub(r"self\.intermediate\b", "self.widen")), fuses="none"),
+    # Its weights are others, as they are drawn by their names.
+    Release(
+        "parts_renamed",
+        both(lambda prefix: sub(r"self\.intermediate\b", "self.widen")),
+        fuses="none",
+        other_answers=True,
+    ),
     # The feed-forward's kernel is chosen by what it computes, or stays the original.
     Release("activation_class_renamed", {"activations.py": word("GELUActivation", "GaussianErrorUnit")}, fuses="some"),
     Release(
