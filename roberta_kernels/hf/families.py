@@ -34,13 +34,15 @@ class Family:
     """prefix: of its class names. roles: class name without the prefix -> what the class is to the fused code.
 
     model: name without the prefix of the class that transformers gives by its public name and whose module has the
-    others. left: class name without the prefix -> why `patch` leaves it, which its report says.
+    others. left: class name without the prefix -> why `patch` leaves it, which its report says. own: arguments of the
+    model that change nothing in what runs fused.
     """
 
     prefix: str
     roles: Mapping[str, str]
     model: str = "Model"
     left: Mapping[str, str] = field(default_factory=dict)
+    own: frozenset[str] = frozenset()
 
 
 def _embeddings_left(what: str) -> dict[str, str]:
@@ -77,7 +79,7 @@ FAMILIES = {
     ),
     "transformers.models.roberta_prelayernorm": Family("RobertaPreLayerNorm", _ATTENTION_ONLY, left=_OWN_LAYER),
     "transformers.models.xlm_roberta_xl": Family("XLMRobertaXL", _ATTENTION_ONLY, left=_OWN_LAYER),
-    "transformers.models.xmod": Family("Xmod", _ATTENTION_ONLY, left=_OWN_LAYER),
+    "transformers.models.xmod": Family("Xmod", _ATTENTION_ONLY, left=_OWN_LAYER, own=frozenset({"lang_ids"})),
 }
 
 

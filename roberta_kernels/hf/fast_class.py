@@ -19,7 +19,7 @@ from torch import nn
 from roberta_kernels.hf import attention_interface, known_code
 from roberta_kernels.hf.arguments import parameters
 from roberta_kernels.hf.embeddings import FastAbsoluteEmbeddings, FastEmbeddings
-from roberta_kernels.hf.families import family_class, family_classes, role_of
+from roberta_kernels.hf.families import family_class, family_classes, family_of, role_of
 from roberta_kernels.hf.heads import FastHead, FastNextTokenHead, FastSpanHead, FastSummaryHead, FastTokenHead
 from roberta_kernels.hf.layer import FastLayer, FastSelfAttention, FastSelfOutput
 from roberta_kernels.hf.model import FastAttentionModel, FastModel
@@ -91,7 +91,10 @@ def _of_role(original: Any, role: str, defaults: dict[str, Any]) -> dict[str, An
     if role in ("model", "attention_model"):
         facts = known_code.model_facts(original, role)
         taken = inspect.signature(facts.embeddings.forward).parameters
-        ours = {"_rk_facts": facts, "_rk_embedding_arguments": tuple(name for name in taken if name in defaults)}
+        names = tuple(name for name in taken if name in defaults)
+        family = family_of(original)
+        assert family is not None
+        ours = {"_rk_facts": facts, "_rk_embedding_arguments": names, "_rk_known_arguments": family.own.union(names)}
         if facts.masks is not None:
             ours["_create_attention_masks"] = getattr(original, "_create_attention_masks", None)
         return ours

@@ -69,14 +69,14 @@ def structure_difference(module: Any, role: str) -> str | None:
 
 # --- code of somebody else's in a class ------------------------------------------------------------------------------
 
-_METHODS = ("forward", "feed_forward_chunk", "create_position_ids_from_input_ids", "_create_attention_masks")
+METHODS = ("forward", "feed_forward_chunk", "create_position_ids_from_input_ids", "_create_attention_masks")
 
 
 def replaced_code(cls: type) -> str | None:
     """Which method of a class of transformers' or torch's is not its own any more (a monkey patch), or None."""
     cls = getattr(cls, "_rk_original", cls)  # a fast class stands for its original
     package = cls.__module__.partition(".")[0]
-    for name in _METHODS:
+    for name in METHODS:
         function = getattr(cls, name, None)
         while function is not None:
             scope = getattr(function, "__globals__", None)
@@ -84,12 +84,6 @@ def replaced_code(cls: type) -> str | None:
                 return f"{cls.__name__}.{name} was replaced by code of {scope.get('__name__')}"
             function = getattr(function, "__wrapped__", None)
     return None
-
-
-def methods(cls: type) -> tuple[Any, ...]:
-    """What replaced_code looks at: the same objects, the same answer."""
-    cls = getattr(cls, "_rk_original", cls)
-    return tuple(getattr(cls, name, None) for name in _METHODS)
 
 
 # --- running it -------------------------------------------------------------------------------------------------------
@@ -125,8 +119,8 @@ class ModelFacts:
     masks: str | None
 
 
-_facts: dict[tuple[type, str], LayerFacts | ModelFacts | None] = {}
-_differences: dict[tuple[type, str], str] = {}
+# (class, role) -> its facts, and how it differs from what is known.
+_known: dict[tuple[type, str], tuple[LayerFacts | ModelFacts | None, str | None]] = {}
 
 
 def difference(cls: Any, role: str) -> str | None:
@@ -138,30 +132,27 @@ def difference(cls: Any, role: str) -> str | None:
     if reason is not None:
         return reason
     key = (cls, role)
-    if key not in _facts and key not in _differences and role in _RUNS:
+    if key not in _known and role in _RUNS:
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.device("cpu"), unset_fake_temporarily():
                 facts, same = _RUNS[role](cls)
         except Exception as error:
             # Not kept: a later call may come from where it can be run.
             return f"{cls.__name__} cannot be run as known: {type(error).__name__}: {error}"
-        if same:
-            _facts[key] = facts
-        else:
-            _differences[key] = f"{cls.__name__} computes something else"
-    return _differences.get(key)
+        _known[key] = facts, None if same else f"{cls.__name__} computes something else"
+    return _known[key][1] if key in _known else None
 
 
 def layer_facts(cls: type) -> LayerFacts:
     """Of a class whose `difference` as a layer is None."""
-    facts = _facts[cls, "layer"]
+    facts, _ = _known[cls, "layer"]
     assert isinstance(facts, LayerFacts)
     return facts
 
 
 def model_facts(cls: type, role: str) -> ModelFacts:
     """Of a class whose `difference` as a model is None."""
-    facts = _facts[cls, role]
+    facts, _ = _known[cls, role]
     assert isinstance(facts, ModelFacts)
     return facts
 

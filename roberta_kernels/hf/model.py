@@ -27,11 +27,11 @@ class FastModel(HuggingFaceModule):
     _rk_parameters: tuple[str, ...]  # names of forward's positional parameters, in order
     _rk_defaults: dict[str, Any]  # names of all its parameters -> their defaults
     _rk_embedding_arguments: tuple[str, ...]  # what the embeddings take of these
+    _rk_known_arguments: frozenset[str]  # these, and those of the family's own that change nothing for us
 
     def train(self, mode: bool = True) -> Any:
         super().train(mode)
-        dropped = [drop_prepacked(module) for module in self.modules()] if mode else []
-        if any(dropped):
+        if mode and drop_prepacked(self):
             prepacked.trim()
         return self
 

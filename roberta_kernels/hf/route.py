@@ -166,7 +166,7 @@ def _unknown_argument(model: Any, kwargs: dict[str, Any]) -> str | None:
         if name in _FLASH:
             if flash:
                 return f"{name} was given, which flash attention takes sequence boundaries from"
-        elif name not in model._rk_embedding_arguments:
+        elif name not in model._rk_known_arguments:
             return f"{name} was given"
     return None
 
@@ -190,9 +190,9 @@ class Survey:
     watch: None in a graph that is being traced. layers: of the encoder. original: why they cannot be handed sequences.
     interface: why their mask cannot be replaced, and through_interface whether transformers' attention interface leads
     to ours instead. padded: why they cannot run unpadded. tables: why the embeddings
-    cannot be fused. own_embeddings: why what their original code gives cannot be unpadded. like: a tensor of the
-    embeddings, of the hidden states' dtype and device. requires_grad: whether the hidden states or a parameter of a
-    layer may. routes: of the calls that were made.
+    cannot be fused. own_embeddings: why what their original code gives cannot be unpadded. like: a tensor
+    of the hidden states' dtype, device and width. embeddings_grad: whether what the embeddings give may need a
+    gradient. routes: of the calls that were made.
     """
 
     watch: Watch | None
@@ -204,8 +204,7 @@ class Survey:
     tables: str | None
     own_embeddings: str | None
     like: Tensor
-    hidden: int
-    requires_grad: bool
+    embeddings_grad: bool
     routes: dict[Call, Route] = field(default_factory=dict)
 
 
@@ -225,8 +224,7 @@ def _survey(model: Any, watch: Watch | None) -> Survey:
     modules = model._modules
     embeddings, encoder, project = modules["embeddings"], modules["encoder"], modules.get("embeddings_project")
     layers = tuple(encoder._modules["layer"]) if type(encoder) is facts.encoder else ()
-    norm = embeddings.LayerNorm.weight
-    first = (embeddings, *layers) if project is None else (embeddings, project, *layers)
+    like = _like(embeddings) if project is None else project.weight.t()
     return Survey(
         watch=watch,
         layers=layers,
@@ -236,10 +234,15 @@ def _survey(model: Any, watch: Watch | None) -> Survey:
         padded=_padded_modules(model, encoder, layers, project),
         tables=skipped(embeddings) or embeddings.fused_reason() if isinstance(embeddings, FastEmbeddings) else None,
         own_embeddings=_own_embeddings(facts, embeddings),
-        like=norm,
-        hidden=norm.shape[0] if project is None else project.weight.shape[0],
-        requires_grad=any(_wants_grad(module) for module in first),
+        like=like,
+        embeddings_grad=_wants_grad(embeddings) or (project is not None and _wants_grad(project)),
     )
+
+
+def _like(embeddings: Any) -> Tensor:
+    """A tensor `[..., H]` of the dtype and device that the embeddings give."""
+    norm = embeddings._modules.get("LayerNorm")
+    return embeddings.word_embeddings.weight if norm is None else norm.weight
 
 
 def _wants_grad(module: Any) -> bool:
@@ -265,7 +268,7 @@ def _padded_modules(model: Any, encoder: Any, layers: tuple[Any, ...], project: 
         reason = "hooks on a layer"
     if reason is None and project is not None and (skipped(project) or not plain_linear(project)):
         reason = "embeddings_project is not a plain nn.Linear"  # ELECTRA's, between tables and layers of two widths
-    if reason is None and project is not None and project.weight.dtype != model.embeddings.LayerNorm.weight.dtype:
+    if reason is None and project is not None and project.weight.dtype != _like(model.embeddings).dtype:
         reason = "embeddings_project is of another dtype than the embeddings"
     return reason
 
@@ -274,7 +277,7 @@ def _own_embeddings(facts: Any, embeddings: Any) -> str | None:
     """Their original code runs on the padded batch, before unpadding. The layers take its dtype for granted."""
     if not isinstance(embeddings, FastEmbeddings) and type(embeddings) is not facts.embeddings:
         return "the embeddings have code of their own"
-    dtype = embeddings.LayerNorm.weight.dtype
+    dtype = _like(embeddings).dtype
     if any(parameter.dtype != dtype for parameter in embeddings.parameters()):
         return "embeddings of several dtypes"
     return None
@@ -341,13 +344,13 @@ def _embeddings_reason(survey: Survey, call: Call, fused: bool) -> str | None:
 
 def layer_choices(survey: Survey, call: Call, options: Options) -> dict[int, LayerChoice]:
     """Of a model all of whose layers have fast classes: by the id of each."""
-    no_call = call.no_encoder
-    if no_call is None and call.grad and (survey.requires_grad or call.embeds_grad):
-        no_call = encoder_layers.GRADIENTS
+    grad = call.grad and (survey.embeddings_grad or call.embeds_grad)
     choices = {}
     for layer in survey.layers:
-        choice = layer_choice(layer, survey.like.dtype, survey.hidden, call.autocast)
-        reason = no_call or encoder_layers.no_layer_call(layer, choice)
+        choice = layer_choice(layer, survey.like.dtype, survey.like.shape[-1], call.autocast)
+        # From the first layer on that has something to learn, the hidden states need gradients.
+        grad = grad or (call.grad and any(parameter.requires_grad for parameter in layer.parameters()))
+        reason = call.no_encoder or (encoder_layers.GRADIENTS if grad else encoder_layers.no_layer_call(layer, choice))
         if reason is None:
             own = encoder_layers.encoder_call([layer], [choice], options)
             choices[id(layer)] = choice._replace(call=own)
@@ -359,4 +362,4 @@ def layer_choices(survey: Survey, call: Call, options: Options) -> dict[int, Lay
 def _one_call(survey: Survey, choices: dict[int, LayerChoice], options: Options) -> prepacked.EncoderCall | None:
     if any(choice.call is None for choice in choices.values()) or any(map(compiled, survey.layers)):
         return None
-    return encoder_layers.encoder_call(survey.layers, list(choices.values()), options)
+    return encoder_layers.encoder_call(survey.layers, [choices[id(layer)] for layer in survey.layers], options)

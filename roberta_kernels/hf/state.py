@@ -181,10 +181,15 @@ def memory_of(module: Any) -> Memory:
     return module.__dict__.setdefault("_rk_memory", Memory())
 
 
-def drop_prepacked(module: nn.Module) -> bool:
-    """Frees a layer's prepacked weights, and says whether there were any."""
-    memory = module.__dict__.get("_rk_memory")
-    return memory is not None and memory.prepacked is not None and memory.prepacked.drop()
+def drop_prepacked(root: nn.Module) -> bool:
+    """Frees the prepacked weights of all layers under a module, and says whether there were any."""
+    dropped = False
+    for module in root.modules():
+        memory = module.__dict__.get("_rk_memory")
+        if memory is not None:
+            memory.survey = None  # its routes have calls that hold them
+            dropped = (memory.prepacked is not None and memory.prepacked.drop()) or dropped
+    return dropped
 
 
 def in_force(state: PatchState) -> contextlib.AbstractContextManager[Any]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import copy
 import functools
-import inspect
-import warnings
+import types
 
 import pytest
 import torch
@@ -29,7 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import roberta_kernels as rk
 from roberta_kernels.hf import known_code
-from roberta_kernels.hf.families import FAMILIES, family_classes, part_class
+from roberta_kernels.hf.families import family_classes, part_class
 
 SAME_LAYERS = tuple(PREFIX)[:9]
 ATTENTION_ONLY = tuple(PREFIX)[9:]
@@ -201,9 +199,7 @@ def test_head_dims(family, hidden, heads):
     original = build(case)
     ours = patched(original)
     report = rk.patch(ours)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert_promise(ours, original, batches_for(case, original.config, 8), backward=True)
+    assert_promise(ours, original, batches_for(case, original.config, 8), backward=True)
     reasons = {reason.split(": ", 1)[1] for reason in report.fallbacks()}
     assert reasons == ({"head_dim 136 is not served"} if hidden == 136 else set())
 
@@ -246,27 +242,20 @@ def test_positions_outside_of_the_table(family):
 # --- the code that is known -------------------------------------------------------------------------------------------
 
 
-def code_of(cls: type, prefix: str) -> str:
-    """A class without its docstrings and with the family's prefix taken out of every name."""
-    tree = ast.parse(inspect.getsource(cls))
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
-            node.body = node.body[1:] or [ast.Pass()]
-    return ast.unparse(tree).replace(prefix, "")
+@pytest.mark.parametrize("role", ["layer", "self_attention", "self_output", "embeddings", "absolute_embeddings"])
+def test_the_classes_of_every_family_compute_what_is_known(role):
+    classes = family_classes(role)
+    assert classes
+    assert [reason for cls in classes if (reason := known_code.difference(cls, role)) is not None] == []
 
 
-@pytest.mark.parametrize(
-    "part", ["SelfAttention", "CrossAttention", "SelfOutput", "Attention", "Intermediate", "Output", "Layer", "Encoder"]
-)
-def test_the_layers_of_these_families_are_one_code(part):
-    classes = {}
-    for layer in family_classes("layer"):
-        prefix = FAMILIES[layer.__module__.rpartition(".")[0]].prefix
-        cls = part_class(layer, part)
-        classes[prefix] = code_of(cls, prefix).replace("class BertEncoder", "class Encoder")
-    assert set(classes) == {PREFIX[family] for family in SAME_LAYERS}
-    differing = [prefix for prefix, code in classes.items() if code != classes["Roberta"]]
-    assert differing == []
+@pytest.mark.parametrize("role", ["model", "attention_model"])
+def test_the_models_of_every_family_can_be_handed_sequences(role):
+    for cls in family_classes(role):
+        assert known_code.difference(cls, role) is None
+        facts = known_code.model_facts(cls, role)
+        assert facts.masks is None, "the layers' mask can be replaced"
+        assert (facts.unpadded is None) == (role == "model"), facts.unpadded
 
 
 @pytest.mark.parametrize("change", ["a part more", "a part less", "an attribute less"])
@@ -301,20 +290,20 @@ def test_a_layer_that_computes_something_else_is_refused(family, monkeypatch):
         output = forward(self, *args, **kwargs)
         return (output[0] * 1.01, *output[1:]) if isinstance(output, tuple) else output * 1.01
 
-    monkeypatch.setattr(part, "forward", functools.wraps(forward)(other))
-    monkeypatch.setattr(known_code, "_facts", {})
+    # As code of transformers' own: a monkey patch of somebody else's is told by where it comes from.
+    own = types.FunctionType(other.__code__, forward.__globals__, "forward", None, other.__closure__)
+    monkeypatch.setattr(part, "forward", own)
+    monkeypatch.setattr(known_code, "_known", {})
     ours = copy.deepcopy(original)
     with logged("computes something else"):
         report = rk.patch(ours)
     assert sum("computes something else" in left.reason for left in report.left) == 2
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert_promise(ours, original, batches_for(case, original.config, 2))
+    assert_promise(ours, original, batches_for(case, original.config, 2))
 
 
 @pytest.mark.parametrize("where", [functools.partial(torch.device, "meta"), FakeTensorMode])
 def test_the_probe_leaves_torch_as_it_was(where, monkeypatch):
-    monkeypatch.setattr(known_code, "_facts", {})
+    monkeypatch.setattr(known_code, "_known", {})
     torch.manual_seed(3)
     state = torch.get_rng_state()
     with where():
@@ -333,10 +322,8 @@ def test_a_refused_layer_runs_its_own_code():
     case = Case(seed=11, config=SMALL)
     original = build(case)
     original.encoder.layer[1].extra = nn.Identity()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        ours = patched(original)
-        assert_promise(ours, original, batches_for(case, original.config, 2))
+    ours = patched(original)
+    assert_promise(ours, original, batches_for(case, original.config, 2))
 
 
 def test_every_class_that_a_family_has_is_known():

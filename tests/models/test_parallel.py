@@ -79,7 +79,6 @@ def dispatched(model, folder, blocks):
     return dispatch_model(model, places, main_device="cpu", offload_dir=folder, force_hooks=True)
 
 
-@pytest.mark.filterwarnings("ignore:roberta_kernels")
 @pytest.mark.parametrize("blocks", [True, False], ids=["blocks", "every module"])
 @pytest.mark.parametrize("first", ["patch", "dispatch"])
 @pytest.mark.parametrize("family", ["roberta", "electra", "xmod"])
