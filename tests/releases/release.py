@@ -25,6 +25,7 @@ class Release:
 
     edits, moved: as overlay.make takes them. names: what a public argument is called there. given: arguments that
     only this release has -> dtype and shape. unfused: calls that need not run fused, by the end of their name.
+    interface: whether attn_implementation="roberta_kernels" must be there; without it transformers refuses that name.
     other_answers: whether stock models answer otherwise than in the installed release.
     """
 
@@ -36,6 +37,7 @@ class Release:
     names: Mapping[str, str] = field(default_factory=dict)
     given: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
     unfused: tuple[str, ...] = ()
+    interface: bool = True
 
 
 def both(edit: Callable[[str], Edit]) -> dict[str, Edit]:

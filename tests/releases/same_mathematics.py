@@ -335,7 +335,7 @@ PRIVATE = [
                 word("sdpa_attention_forward", "attention_by_sdpa"),
             ),
         },
-        unfused=("by the interface",),
+        interface=False,
     ),
     Release(
         "layers_without_checkpointing",

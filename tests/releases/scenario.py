@@ -166,7 +166,7 @@ def differences(got: dict[str, Tensor], want: dict[str, Tensor]) -> list[str]:
         if got[name].shape != tensor.shape or got[name].dtype != tensor.dtype:
             found.append(f"{name} is {got[name].dtype} {list(got[name].shape)}, not {tensor.dtype} {[*tensor.shape]}")
             continue
-        # The gradients of the keys' biases are zero in exact arithmetic, and hold rounding of what the others are made of.
+        # The gradients of the keys' biases are zero in exact arithmetic, and hold rounding of the size of the queries'.
         beside = want.get(name.replace("key.bias", "query.bias"), tensor)
         largest = max(float(tensor.abs().max()), float(beside.abs().max()), 1e-2)
         error = float((got[name] - tensor).abs().max())
