@@ -143,8 +143,9 @@ def _patch_module(name: str, module: nn.Module, report: PatchReport, before: lis
         if report.quantization is not None:
             _check_float32(name, module, report.quantization)
     elif role in ("model", "attention_model"):
-        limits = [reason for reason in (module._rk_facts.masks, module._rk_facts.unpadded) if reason is not None]
-        fused = "; ".join([fused, *limits] if role == "model" else [fused, *limits[:-1]])
+        facts: Any = module._rk_facts
+        limits = (facts.masks, facts.unpadded if role == "model" else None)
+        fused = "; ".join([fused, *(reason for reason in limits if reason is not None)])
     report.replaced.append(Replaced(name, original.__name__, fused))
 
 

@@ -12,6 +12,7 @@ from roberta_kernels.hf.arguments import by_name
 from roberta_kernels.hf.choice import TORCH_FUNC, any_skipped, dtype_reason
 from roberta_kernels.hf.fusable import (
     dropout_of,
+    fake,
     functorch_active,
     input_grads_hook,
     plain_dropout,
@@ -62,11 +63,12 @@ class FastEmbeddings(HuggingFaceModule):
             if reason is not None:
                 state_of(self).fell_back(self, reason)
             return super().forward(*args, **kwargs)
-        input_ids, token_type_ids, position_ids = (named.get(name) for name in _IDS)
+        input_ids: Tensor = named["input_ids"]
+        token_type_ids, position_ids = named.get("token_type_ids"), named.get("position_ids")
         if position_ids is None:
             position_ids = self.positions(input_ids)
         batch, length = input_ids.shape
-        if not tracing():
+        if not tracing() and not fake(input_ids):
             self.check_positions(position_ids)
         hidden_states = self.embed(
             input_ids.reshape(-1),

@@ -90,7 +90,8 @@ def _of_role(original: Any, role: str, defaults: dict[str, Any]) -> dict[str, An
     """What a mixin must know of the class that it is put before."""
     if role in ("model", "attention_model"):
         facts = known_code.model_facts(original, role)
-        taken = inspect.signature(facts.embeddings.forward).parameters
+        embeddings: Any = facts.embeddings
+        taken = inspect.signature(embeddings.forward).parameters
         names = tuple(name for name in taken if name in defaults)
         family = family_of(original)
         assert family is not None

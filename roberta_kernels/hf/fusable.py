@@ -20,6 +20,11 @@ def tracing() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
+def fake(tensor: Any) -> bool:
+    """Whether a tensor has a shape and no data, as in FakeTensorMode."""
+    return type(tensor).__module__.startswith("torch._subclasses.")
+
+
 def functorch_active() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
 
@@ -74,7 +79,7 @@ def _plain(tensor: Any) -> bool:
     """An ordinary weight: not quantised, not distributed, not on the meta device."""
     if type(tensor) not in (nn.Parameter, Tensor):
         # torch.export puts fake tensors in the place of weights.
-        return torch.compiler.is_exporting() and type(tensor).__module__.startswith("torch._subclasses.")
+        return torch.compiler.is_exporting() and fake(tensor)
     return tensor.device.type != "meta"
 
 

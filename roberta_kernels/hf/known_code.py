@@ -25,7 +25,7 @@ from roberta_kernels.hf.families import part_class
 _OUTPUT_PARTS = {"dense", "LayerNorm", "dropout"}
 # Module -> its children, and the attributes that the fused code reads.
 _LAYER_STRUCTURE: dict[str, tuple[set[str], set[str]]] = {
-    "": ({"attention", "intermediate", "output"}, {"chunk_size_feed_forward", "seq_len_dim"}),
+    "": ({"attention", "intermediate", "output"}, {"chunk_size_feed_forward"}),
     "attention": ({"self", "output"}, set()),
     "attention.self": (
         {"query", "key", "value", "dropout"},

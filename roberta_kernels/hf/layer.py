@@ -104,7 +104,7 @@ def _add_norm(output: Any, x: Tensor, x_bias: Tensor | None, residual: Tensor, s
 class FastSelfAttention(HuggingFaceModule):
     """The attention of a layer whose other parts are not RoBERTa's: fused where the model hands it sequences."""
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _rk_forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         mask = find(LayerMask, args, kwargs)
         if mask is None:
             return super().forward(hidden_states, *args, **kwargs)
@@ -124,7 +124,7 @@ class FastSelfAttention(HuggingFaceModule):
 class FastSelfOutput(HuggingFaceModule):
     """dense, dropout, residual and LayerNorm of an attention block, where the block itself runs the original code."""
 
-    def forward(self, hidden_states: Tensor, input_tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _rk_forward(self, hidden_states: Tensor, input_tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         choice = output_choice(self, input_tensor.dtype, input_tensor.shape[-1])
         reason = choice.reason or ("arguments that are not known" if args or kwargs else None)
         _count(self, choice.said if reason is None else (reason,))
@@ -145,7 +145,7 @@ class FastLayer(HuggingFaceModule):
             drop_prepacked(self)
         return super().train(mode)
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _rk_forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         mask = find(LayerMask, args, kwargs)
         state = state_of(self)
         if mask is None:  # called with a Hugging Face mask: the model chose the original attention
@@ -211,8 +211,9 @@ class FastLayer(HuggingFaceModule):
             inner = intermediate(attention_output)
             return _project_add_norm(output, choice.output, inner, attention_output, seed)
         w_in, w_out = intermediate.dense, output.dense
-        tensors = (attention_output.reshape(-1, attention_output.shape[-1]), w_in.weight, w_in.bias, w_out.weight)
+        x = attention_output.reshape(-1, attention_output.shape[-1])
+        tensors = [x, w_in.weight, w_in.bias, w_out.weight]
         if choice.cast is not None:
-            tensors = tuple(tensor.to(choice.cast) for tensor in tensors)
+            tensors = [tensor.to(choice.cast) for tensor in tensors]
         inner = ops.gelu_ffn(*tensors, approximate=choice.gelu)
         return _add_norm(output, inner, w_out.bias, attention_output, seed)

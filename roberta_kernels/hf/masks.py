@@ -32,8 +32,8 @@ class AllRows:
 class LayerMask:
     """What a layer gets of a model that runs fused.
 
-    sequences: which rows belong together. choices: id of a layer -> its LayerChoice; None in a graph that is being
-    traced, where each layer looks again. vetted: values that the model's caller gave and that change nothing in a
+    sequences: which rows belong together. choices: id of a layer -> its LayerChoice; None where each
+    layer looks again (route.Padded). vetted: values that the model's caller gave and that change nothing in a
     layer. make_original: makes the mask that the original code would have got; None in the unpadded layout, which is
     taken only where every layer runs fused.
     """

@@ -92,7 +92,7 @@ class FastModel(HuggingFaceModule):
 
     def _rk_output(self, sequence_output: Tensor, return_dict: bool | None) -> Any:
         facts = self._rk_facts
-        given = {"last_hidden_state": sequence_output}
+        given: dict[str, Tensor | None] = {"last_hidden_state": sequence_output}
         if facts.pooled:
             pooler = self.pooler
             given["pooler_output"] = None if pooler is None else pooler(sequence_output)

@@ -25,6 +25,7 @@ from roberta_kernels.hf.choice import TORCH_FUNC, LayerChoice, autocast_dtype, l
 from roberta_kernels.hf.embeddings import FastEmbeddings
 from roberta_kernels.hf.fusable import (
     compiled,
+    fake,
     functorch_active,
     input_grads_hook,
     own_forward,
@@ -61,8 +62,13 @@ class ThroughInterface:
 
 @dataclass(frozen=True)
 class Padded:
-    """reason: why not unpadded; None: `packed=False`. choices: by id of a layer; None in a graph that is being traced,
-    where each layer looks again. zeros: whether padded rows come back as zeros, as in the unpadded layout."""
+    """Every row, fused.
+
+    reason: why not unpadded; None: `packed=False`.
+    choices: by id of a layer; None where each layer looks again: in a graph that is being traced, or when the
+        embeddings may give another dtype than their parameters have.
+    zeros: whether padded rows come back as zeros, as in the unpadded layout.
+    """
 
     reason: str | None
     choices: dict[int, Any] | None
@@ -105,9 +111,10 @@ class Call(NamedTuple):
     grad: bool
 
 
-def call_of(model: Any, like: Tensor, kwargs: dict[str, Any]) -> Call:
-    """kwargs: all arguments of the model's forward, by name. like: Survey's."""
-    mask = kwargs.get("attention_mask")
+def call_of(model: Any, survey: Survey, kwargs: dict[str, Any]) -> Call:
+    """kwargs: all arguments of the model's forward, by name."""
+    like, traced = survey.like, survey.watch is None
+    mask: Any = kwargs.get("attention_mask")
     rows_read = type(mask) is AllRows
     embeds = kwargs.get("inputs_embeds")
     return Call(
@@ -116,7 +123,7 @@ def call_of(model: Any, like: Tensor, kwargs: dict[str, Any]) -> Call:
         embeds=None if embeds is None else embeds.dtype,
         embeds_grad=embeds is not None and embeds.requires_grad,
         autocast=autocast_dtype(like.device.type),
-        no_encoder="a graph is being traced" if tracing() else encoder_layers.no_call(state_of(model).options, like),
+        no_encoder="a graph is being traced" if traced else encoder_layers.no_call(state_of(model).options, like),
         grad=torch.is_grad_enabled(),
     )
 
@@ -144,7 +151,7 @@ def _original_reason(model: Any, kwargs: dict[str, Any], mask: Any) -> str | Non
     ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
     if (ids is None) == (embeds is None):
         return "not one of input_ids and inputs_embeds"
-    given = ids if embeds is None else embeds
+    given: Any = ids if embeds is None else embeds
     if given.dim() != (2 if embeds is None else 3):
         return "input_ids is not [batch, length], or inputs_embeds not [batch, length, hidden]"
     if mask is not None and (not isinstance(mask, Tensor) or mask.shape != given.shape[:2]):
@@ -187,12 +194,17 @@ def _padded_call(model: Any, like: Tensor, kwargs: dict[str, Any]) -> str | None
 class Survey:
     """What the modules of a model allow, whatever the call; each reason is None where nothing is in the way.
 
-    watch: None in a graph that is being traced. layers: of the encoder. original: why they cannot be handed sequences.
+    watch: None in a graph that is being traced, and for tensors without data, to which the same applies.
+    layers: of the encoder.
+    original: why they cannot be handed sequences.
     interface: why their mask cannot be replaced, and through_interface whether transformers' attention interface leads
-    to ours instead. padded: why they cannot run unpadded. tables: why the embeddings
-    cannot be fused. own_embeddings: why what their original code gives cannot be unpadded. like: a tensor
-    of the hidden states' dtype, device and width. embeddings_grad: whether what the embeddings give may need a
-    gradient. routes: of the calls that were made.
+        to ours instead.
+    padded: why they cannot run unpadded.
+    tables: why the embeddings cannot be fused.
+    own_embeddings: why what their original code gives cannot be unpadded.
+    like: a tensor of the hidden states' dtype, device and width.
+    embeddings_grad: whether what the embeddings give may need a gradient.
+    routes: of the calls that were made.
     """
 
     watch: Watch | None
@@ -210,8 +222,6 @@ class Survey:
 
 def survey_of(model: Any) -> Survey:
     """The survey that holds now."""
-    if tracing():
-        return _survey(model, None)
     memory = memory_of(model)
     survey = memory.survey
     if survey is None or not survey.watch.holds():
@@ -240,9 +250,10 @@ def _survey(model: Any, watch: Watch | None) -> Survey:
 
 
 def _like(embeddings: Any) -> Tensor:
-    """A tensor `[..., H]` of the dtype and device that the embeddings give."""
-    norm = embeddings._modules.get("LayerNorm")
-    return embeddings.word_embeddings.weight if norm is None else norm.weight
+    """A tensor `[..., H]` of the dtype and device that the embeddings give, as far as their parameters tell."""
+    norm, word = embeddings._modules.get("LayerNorm"), embeddings._modules.get("word_embeddings")
+    found = getattr(norm, "weight", None) if norm is not None else getattr(word, "weight", None)
+    return next(embeddings.parameters(), torch.empty(0)) if found is None else found
 
 
 def _wants_grad(module: Any) -> bool:
@@ -254,8 +265,10 @@ def _wants_grad(module: Any) -> bool:
 
 def _unknown_layers(model: Any, layers: tuple[Any, ...]) -> str | None:
     """Whether the encoder and all its layers are what the fused code stands in for."""
-    known = bool(layers) and not any(own_forward(layer) for layer in layers)
-    return None if known and model._rk_known_layers(layers) else "an encoder or layer with code of its own"
+    known = type(model._modules["encoder"]) is model._rk_facts.encoder
+    if known and not any(own_forward(layer) for layer in layers) and model._rk_known_layers(layers):
+        return None
+    return "an encoder or layer with code of its own"
 
 
 def _padded_modules(model: Any, encoder: Any, layers: tuple[Any, ...], project: Any) -> str | None:
@@ -288,10 +301,12 @@ def _own_embeddings(facts: Any, embeddings: Any) -> str | None:
 
 def decide(model: Any, kwargs: dict[str, Any]) -> Route:
     """The route of a call of a model with a fast class. kwargs: all arguments of its forward, by name."""
+    given = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+    if tracing() or fake(given):
+        survey = _survey(model, None)
+        return _decide(model, survey, call_of(model, survey, kwargs))
     survey = survey_of(model)
-    call = call_of(model, survey.like, kwargs)
-    if survey.watch is None:
-        return _decide(model, survey, call)
+    call = call_of(model, survey, kwargs)
     route = survey.routes.get(call)
     if route is None:
         route = survey.routes[call] = _decide(model, survey, call)
@@ -303,18 +318,20 @@ def _decide(model: Any, survey: Survey, call: Call) -> Route:
     if reason is not None:
         return Original(reason)
     options = state_of(model).options
-    choices = model._rk_choices(survey, call, options)
-    if options.packed is False:
-        return _padded(survey, None, choices)
     fused = isinstance(model._modules["embeddings"], FastEmbeddings) and call.embeds is None
-    reason = call.padded or survey.padded or _embeddings_reason(survey, call, fused)
+    unknown = _embeddings_reason(survey, call, fused)  # of which dtype the hidden states will be, say
+    choices = model._rk_choices(survey, call, options)
+    handed = choices if unknown is None and survey.watch is not None else None
+    if options.packed is False:
+        return _padded(survey, None, handed)
+    reason = call.padded or survey.padded or unknown
     if reason is None:
         reason = next((choice.fused for choice in choices.values() if choice.fused is not None), None)
     if reason is not None:
-        return _padded(survey, reason, choices)
+        return _padded(survey, reason, handed)
     if survey.watch is None:
-        return _padded(survey, "traced", choices, zeros=True)
-    padded = _padded(survey, "a sequence does not start with a real token", choices)
+        return _padded(survey, "traced", handed, zeros=True)
+    padded = _padded(survey, "a sequence does not start with a real token", handed)
     call_all = _one_call(survey, choices, options)
     if call_all is None:
         return Unpadded(fused, choices, padded)
@@ -322,12 +339,12 @@ def _decide(model: Any, survey: Survey, call: Call) -> Route:
 
 
 def _padded(
-    survey: Survey, reason: str | None, choices: dict[int, Any], zeros: bool = False
+    survey: Survey, reason: str | None, choices: dict[int, Any] | None, zeros: bool = False
 ) -> Padded | ThroughInterface | Original:
     if survey.interface is not None:
         reason = survey.interface if reason is None else f"{reason}; {survey.interface}"
         return ThroughInterface(reason) if survey.through_interface else Original(reason)
-    return Padded(reason, None if survey.watch is None else choices, zeros)
+    return Padded(reason, choices, zeros)
 
 
 def _embeddings_reason(survey: Survey, call: Call, fused: bool) -> str | None:
