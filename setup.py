@@ -25,6 +25,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -53,7 +54,8 @@ X86_ISAS = {
         *("-mfma", "-mprefer-vector-width=512"),
     ],
 }
-CPU_OPS = ["attention", "add_layer_norm", "gelu_ffn", "embedding_layer_norm", "packed_encoder"]
+OPS = re.findall(r'^RK_SCHEMA\("(\w+)_forward\(', (ROOT / "roberta_kernels/schemas.def").read_text(), re.MULTILINE)
+CPU_OPS = [*OPS, "packed_encoder"]
 CXX_FLAGS = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
 # Error messages name source files by their place in the project.
 CXX_FLAGS.append(f"-ffile-prefix-map={ROOT}/=")

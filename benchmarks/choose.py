@@ -1,4 +1,4 @@
-"""`python -m benchmarks choose RESULTS`: the choosing table, roberta_kernels/choices.json, from the suite's results.
+"""`python -m benchmarks choose RESULTS`: the choosing table, backends/choices.json, from the suite's results.
 
 What counts of an op, in a dtype, at a size is the geometric mean of its times over all cases there, forward and forward
 + backward and of every model size alike: one choice serves them all. The CUDA kernels are entered where they took less
@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report
-from roberta_kernels import choosing
-from roberta_kernels.choosing import Entry
+from roberta_kernels.backends import choosing
+from roberta_kernels.backends.choosing import Entry
 
 ROOT = Path(__file__).parents[1]
 MARGIN = 0.97

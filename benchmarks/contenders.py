@@ -13,7 +13,8 @@ from torch import Tensor
 from benchmarks.ops import OPS
 from benchmarks.problem import Contender, Entry, Problem
 from benchmarks.workloads import Case
-from roberta_kernels import backends, choosing
+from roberta_kernels import backends
+from roberta_kernels.backends import choosing
 
 # Backends to measure, per device type. The reference is the definition of the ops, not a competitor: it stands in only
 # where no kernels are there, or when it is asked for by name.

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-OPS = ("attention", "add_layer_norm", "gelu_ffn", "embedding_layer_norm")
+from roberta_kernels.schemas import OPS
+
 DIRECTIONS = ("forward", "forward_backward")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from roberta_kernels import __version__, backends, choosing
+from roberta_kernels import __version__, backends
+from roberta_kernels.backends import choosing
 
 BROKEN, BAD_REQUEST, INTERRUPTED = 1, 2, 130
 
@@ -566,4 +567,9 @@ def bench(context: typer.Context) -> None:
 
 
 def main() -> None:
+    try:
+        backends.check_environment()
+    except backends.BackendError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(BAD_REQUEST) from None
     app()

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from roberta_kernels import backends, choosing, cli, ops
-from roberta_kernels.choosing import ChoicesError, Entry
+from roberta_kernels import backends, cli, ops
+from roberta_kernels.backends import choosing, op_namespaces, selection
+from roberta_kernels.backends.choosing import ChoicesError, Entry
 
 ENTRY = Entry(
     op="attention",
@@ -39,7 +40,7 @@ def entry(**changes) -> Entry:
 
 def test_the_shipped_table_is_one_and_says_where_it_comes_from():
     for one in choosing.load():
-        assert (choosing.PATH.parents[1] / one.results).is_file(), "an entry without its committed results"
+        assert (choosing.PATH.parents[2] / one.results).is_file(), "an entry without its committed results"
     assert choosing.dumps(choosing.load()) == choosing.PATH.read_text()
 
 
@@ -141,7 +142,7 @@ def test_the_table_for_a_reader_tells_the_unmeasured():
 
 
 def test_env_prints_the_table(monkeypatch, capsys):
-    monkeypatch.setattr(backends, "_table", (ENTRY,))
+    monkeypatch.setattr(selection, "_table", (ENTRY,))
     monkeypatch.setattr(cli.out, "width", 200)
     cli.env()
     told = capsys.readouterr().out
@@ -175,21 +176,21 @@ def pretend(monkeypatch) -> Iterator:
     def start(table: tuple[Entry, ...] = (), archs: tuple[int, ...] = (90,), missing: tuple[str, ...] = ()):
         for name in ("cuda", "triton"):
             there = backends.BackendStatus(name not in missing, "pretended")
-            monkeypatch.setitem(backends._status, name, there)
-            monkeypatch.setitem(backends._kernels, name, SimpleNamespace(name=name))
+            monkeypatch.setitem(op_namespaces._status, name, there)
+            monkeypatch.setitem(op_namespaces._kernels, name, SimpleNamespace(name=name))
         monkeypatch.setattr(torch.ops, "roberta_kernels_cuda", library, raising=False)
-        monkeypatch.setattr(backends, "_table", choosing.checked(table))
-        monkeypatch.setattr(backends, "_gpus", dict(enumerate(archs)))
-        backends._follow_gpus()
+        monkeypatch.setattr(selection, "_table", choosing.checked(table))
+        monkeypatch.setattr(selection, "_gpus", dict(enumerate(archs)))
+        selection._follow_gpus()
         return library
 
     yield start
     monkeypatch.undo()
-    backends._follow_gpus()
+    selection._follow_gpus()
 
 
 def gpu(dtype: torch.dtype = torch.bfloat16, index: int = 0) -> SimpleNamespace:
-    return SimpleNamespace(device=torch.device("cuda", index), dtype=dtype)
+    return SimpleNamespace(device=torch.device("cuda", index), dtype=dtype, is_cuda=True, is_cpu=False)
 
 
 def served(op: str, size: int, dtype: torch.dtype = torch.bfloat16, index: int = 0) -> str:
@@ -231,10 +232,10 @@ def test_the_table_decides_by_architecture(pretend):
 
 def test_one_answer_for_all_sizes_is_one_lookup(pretend):
     pretend((entry(size_min=0, size_max=None),), archs=(90, 90))
-    assert backends._chosen["attention", "cuda", torch.bfloat16].name == "cuda"
+    assert selection._answers["auto"].chosen["attention", "cuda", torch.bfloat16].name == "cuda"
     pretend((entry(backend="triton", variant=None),))
-    assert backends._chosen["attention", "cuda", torch.bfloat16].name == "triton"
-    assert not backends._by_size, "what is measured agrees with what is not"
+    assert selection._answers["auto"].chosen["attention", "cuda", torch.bfloat16].name == "triton"
+    assert not selection._answers["auto"].by_size, "what is measured agrees with what is not"
 
 
 def test_an_entry_for_a_backend_that_is_missing_falls_back(pretend):
@@ -276,7 +277,7 @@ def test_the_table_is_followed_once_cuda_is_initialised(pretend, monkeypatch):
     assert served("attention", 100) == "triton", "as fake tensors are served before that"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, index))
-    backends._on_cuda()
+    selection._on_cuda()
     assert served("attention", 100) == "cuda"
     assert library.active["attention"] == "sm90"
 
@@ -342,9 +343,10 @@ def test_without_entries_a_trace_does_not_look_at_sizes():
 def test_with_entries_a_trace_is_tied_to_a_range_and_no_more(monkeypatch):
     with backends.backend("reference"):
         serves = backends.namespaces()["reference"]
+        answers = selection._answers["reference"]
         steps = ((64, serves), (float("inf"), serves))
-        monkeypatch.delitem(backends._chosen, ("attention", "cpu", torch.float32))
-        monkeypatch.setitem(backends._by_size, ("attention", torch.device("cpu"), torch.float32), steps)
+        monkeypatch.delitem(answers.chosen, ("attention", "cpu", torch.float32))
+        monkeypatch.setitem(answers.by_size, ("attention", torch.device("cpu"), torch.float32), steps)
         assert compilations((9, 14, 100, 200, 10)) == [1, 1, 2, 2, 2]
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from roberta_kernels import backends, choosing
+from roberta_kernels import backends
+from roberta_kernels.backends import choosing
 
 ROOT = Path(__file__).parents[1]
 pytest.importorskip("pytest_benchmark")

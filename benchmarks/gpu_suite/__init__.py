@@ -39,6 +39,7 @@ from typing import Any
 from benchmarks.gpu_suite.jobs import ROOT, Job, Running, run_jobs
 from benchmarks.results_file import commit, save
 
+OPS = ("attention", "add_layer_norm", "gelu_ffn", "embedding_layer_norm")  # this process imports no torch
 STAGES = ("build", "roofs", "tests", "sanitizer", "kernels", "models")
 # Seconds that a stage may take at most.
 BUDGETS = {"build": 200.0, "roofs": 45.0, "tests": 170.0, "sanitizer": 110.0, "kernels": 190.0, "models": 170.0}
@@ -261,7 +262,7 @@ class Suite:
         program = shutil.which("compute-sanitizer")
         if program is None or (not self.smoke and not self.results["backends"].get("cuda", [False])[0]):
             return
-        names = ("tolerance",) if self.smoke else ("attention", "add_layer_norm", "gelu_ffn", "embedding_layer_norm")
+        names = ("tolerance",) if self.smoke else OPS
         checked = [*((name, "") for name in names), *self._variants()]
         for tool in ("memcheck", "racecheck"):
             for name, variant in checked:

@@ -52,7 +52,8 @@ class Part:
         from benchmarks import machine
         from benchmarks.roofs import measure_roofs
         from benchmarks.timing import Clock
-        from roberta_kernels import backends, choosing
+        from roberta_kernels import backends
+        from roberta_kernels.backends import choosing
 
         if self.device == "cuda":
             import torch

@@ -6,11 +6,8 @@ else torch offers for it).
 
 from __future__ import annotations
 
-from benchmarks.ops import add_layer_norm, attention, embedding_layer_norm, gelu_ffn
+import importlib
 
-OPS = {
-    "attention": attention,
-    "add_layer_norm": add_layer_norm,
-    "gelu_ffn": gelu_ffn,
-    "embedding_layer_norm": embedding_layer_norm,
-}
+from roberta_kernels import schemas
+
+OPS = {op: importlib.import_module(f"benchmarks.ops.{op}") for op in schemas.OPS}

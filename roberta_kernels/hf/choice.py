@@ -78,11 +78,14 @@ class LayerChoice(NamedTuple):
         return self.attention.reason or self.feed_forward.reason
 
 
+def replaced(module: nn.Module) -> str | None:
+    """Which of a module's methods is somebody else's code, or None. A graph that is being traced does not look."""
+    return None if tracing() else known_code.replaced_code(type(module))
+
+
 def skipped(module: nn.Module) -> str | None:
     """Why a module's own call may not be skipped, or None: somebody would notice."""
-    if foreign_hooks(module):
-        return "hooks on a module that fusing would skip"
-    return None if tracing() else known_code.replaced_code(type(module))
+    return "hooks on a module that fusing would skip" if foreign_hooks(module) else replaced(module)
 
 
 def any_skipped(*modules: Any) -> str | None:
@@ -146,7 +149,7 @@ def attention_choice(layer: Any, dtype: torch.dtype, hidden: int) -> AttentionCh
         return AttentionChoice(_OWN_CODE)
     own = self_attention_choice(core, dtype)
     end = output_choice(output, dtype, hidden)
-    reason = skipped(attention) or own.reason or end.reason
+    reason = replaced(layer) or skipped(attention) or own.reason or end.reason
     return AttentionChoice(reason, own.projections, own.head_dim, end, own.said + end.said)
 
 
@@ -176,4 +179,5 @@ def layer_choice(layer: Any, dtype: torch.dtype, hidden: int, autocast: torch.dt
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+    enabled = device_type != "meta" and torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if enabled else None

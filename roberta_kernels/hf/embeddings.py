@@ -9,7 +9,7 @@ from torch import Tensor
 
 from roberta_kernels import ops
 from roberta_kernels.hf.arguments import by_name
-from roberta_kernels.hf.choice import TORCH_FUNC, any_skipped, dtype_reason
+from roberta_kernels.hf.choice import TORCH_FUNC, any_skipped, dtype_reason, replaced
 from roberta_kernels.hf.fusable import (
     dropout_of,
     fake,
@@ -51,7 +51,7 @@ class FastEmbeddings(HuggingFaceModule):
             return "dropout is not a plain nn.Dropout with p < 1"
         if functorch_active():
             return TORCH_FUNC
-        reason = any_skipped(*tables, layer_norm, dropout)
+        reason = replaced(self) or any_skipped(*tables, layer_norm, dropout)
         if reason is None and len({module.weight.dtype for module in (*tables, layer_norm)}) != 1:
             reason = "the tables and LayerNorm have different dtypes"
         return reason or dtype_reason(tables[0].weight.dtype, layer_norm)

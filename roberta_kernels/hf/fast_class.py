@@ -108,8 +108,12 @@ def _of_role(original: Any, role: str, defaults: dict[str, Any]) -> dict[str, An
             "_rk_facts": layer_facts,
             "_rk_self_outputs": (self_output, *((fast_class(self_output),) if fused else ())),
         }
-    if role.endswith("_head"):
-        return {"_rk_base_arguments": frozenset(_base_arguments(original))}
+    if role.endswith("head"):
+        head = known_code.head_facts(original, role)
+        return {
+            "_rk_base_arguments": frozenset(_base_arguments(original)),
+            "_rk_always_reads": head is not None and head.reads_padding,
+        }
     return {}
 
 

@@ -25,18 +25,36 @@ _NO_LABELS = frozenset(
 
 
 class FastHead(HuggingFaceModule):
-    """A head that reads position 0 only: nothing to add to what its base model does."""
-
-
-class FastTokenHead(HuggingFaceModule):
-    """A head with a loss over positions: a label may make it read a padded row."""
+    """A head that reads position 0 only: nothing to add to what its base model does, unless the release has it read
+    more."""
 
     _rk_parameters: tuple[str, ...]
     _rk_base_arguments: frozenset[str]  # what the base model's forward takes
-    _rk_shift = 0  # label i is compared with the logits of position i - shift
-    _rk_mask_dim = 2
+    _rk_always_reads: bool  # known_code.HeadFacts.reads_padding
+
+    def _rk_forward(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs = by_name(self, args, kwargs)
+        mask = kwargs.get("attention_mask")
+        if (
+            isinstance(mask, Tensor)
+            and state_of(self).options.packed == "auto"
+            and (self._rk_always_reads or self._rk_reads_padding(mask, kwargs))
+        ):
+            kwargs = kwargs | {"attention_mask": AllRows(mask)}
+        return super().forward(**kwargs)
 
     def _rk_reads_padding(self, mask: Tensor, kwargs: dict[str, Any]) -> bool:
+        return False
+
+
+class FastTokenHead(FastHead):
+    """A head with a loss over positions: a label may make it read a padded row."""
+
+    _rk_shift = 0  # label i is compared with the logits of position i - shift
+
+    def _rk_reads_padding(self, mask: Tensor, kwargs: dict[str, Any]) -> bool:
+        if mask.dim() != 2:
+            return False
         if self._rk_unknown_tensor(kwargs):
             return True
         labels = kwargs.get("labels")
@@ -61,18 +79,6 @@ class FastTokenHead(HuggingFaceModule):
             isinstance(value, Tensor) and name not in _NO_LABELS and name not in known for name, value in kwargs.items()
         )
 
-    def _rk_forward(self, *args: Any, **kwargs: Any) -> Any:
-        kwargs = by_name(self, args, kwargs)
-        mask = kwargs.get("attention_mask")
-        if (
-            isinstance(mask, Tensor)
-            and mask.dim() == self._rk_mask_dim
-            and state_of(self).options.packed == "auto"
-            and self._rk_reads_padding(mask, kwargs)
-        ):
-            kwargs = kwargs | {"attention_mask": AllRows(mask)}
-        return super().forward(**kwargs)
-
 
 class FastNextTokenHead(FastTokenHead):
     """Causal language modelling: label i is compared with the logits of position i - 1."""
@@ -84,13 +90,11 @@ class FastSpanHead(FastTokenHead):
     """Question answering: a softmax over positions reads the logits of every row, padded ones too."""
 
     def _rk_reads_padding(self, mask: Tensor, kwargs: dict[str, Any]) -> bool:
-        return True
+        return mask.dim() == 2
 
 
 class FastSummaryHead(FastTokenHead):
     """ELECTRA's multiple choice: takes position 0 of each choice, or what its config says, which may be padding."""
 
-    _rk_mask_dim = 3  # [batch, choices, length]
-
     def _rk_reads_padding(self, mask: Tensor, kwargs: dict[str, Any]) -> bool:
-        return self.sequence_summary.summary_type != "first"
+        return mask.dim() == 3 and self.sequence_summary.summary_type != "first"

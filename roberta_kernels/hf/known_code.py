@@ -119,8 +119,15 @@ class ModelFacts:
     masks: str | None
 
 
+@dataclass(frozen=True)
+class HeadFacts:
+    """reads_padding: whether padded rows of the base model's hidden states change what the head gives elsewhere."""
+
+    reads_padding: bool
+
+
 # (class, role) -> its facts, and how it differs from what is known.
-_known: dict[tuple[type, str], tuple[LayerFacts | ModelFacts | None, str | None]] = {}
+_known: dict[tuple[type, str], tuple[LayerFacts | ModelFacts | HeadFacts | None, str | None]] = {}
 
 
 def difference(cls: Any, role: str) -> str | None:
@@ -147,6 +154,13 @@ def layer_facts(cls: type) -> LayerFacts:
     """Of a class whose `difference` as a layer is None."""
     facts, _ = _known[cls, "layer"]
     assert isinstance(facts, LayerFacts)
+    return facts
+
+
+def head_facts(cls: type, role: str) -> HeadFacts | None:
+    """Of a class with a head, whose `difference` is None; None of a kind of head that needs no look."""
+    facts, _ = _known.get((cls, role), (None, None))
+    assert facts is None or isinstance(facts, HeadFacts)
     return facts
 
 
@@ -256,13 +270,58 @@ def _model(cls: Any) -> tuple[ModelFacts, bool]:
         x = x if project is None else project(x)
         for layer in module.encoder.layer:
             x = layer(x, _MASK)
-        same = _same(out.last_hidden_state[mask.bool()], x[mask.bool()])
-        if same and pooled and module._modules.get("pooler") is not None:
-            same = _same(out.pooler_output, module.pooler(x))
-        unpadded = None if same else f"{cls.__name__}.forward does more than run its parts"
+        real = mask.bool()
+        same = _same(out.last_hidden_state[real], x[real])
+        pooler = module._modules.get("pooler") if pooled else None
+        if pooler is not None:
+            same = same and _same(out.pooler_output, pooler(x))
+        more = [name for name in out if name not in ("last_hidden_state", "pooler_output") and out[name] is not None]
+        unpadded = None if same and not more else f"{cls.__name__}.forward does more than run its parts"
+        if unpadded is None and pooler is not None and not _same(out.pooler_output, pooler(_without_padding(x, real))):
+            unpadded = f"{type(pooler).__name__} reads padded rows"
     except Exception as error:
         unpadded = f"the parts of {cls.__name__} cannot be run as known: {type(error).__name__}: {error}"
     return _model_facts(module, out, pooled, unpadded, _masks_reach(module, ids, mask, "")), True
+
+
+def _without_padding(x: Tensor, real: Tensor) -> Tensor:
+    """What the unpadded layout gives of hidden states: zeros at padded positions."""
+    return x.masked_fill(~real[..., None], 0.0)
+
+
+def _head(cls: Any) -> tuple[HeadFacts, bool]:
+    """Whether what stands behind the base model reads padded rows."""
+    module, ids = _tiny(cls), torch.tensor(_IDS)
+    base = getattr(module, module.base_model_prefix)
+    for shape in ((2, 5), (1, 2, 5)):  # of multiple choice
+        try:
+            given, mask = ids.view(shape), (ids != 1).long().view(shape)
+            want = module(input_ids=given, attention_mask=mask)
+            break
+        except Exception:
+            if len(shape) == 3:
+                return HeadFacts(reads_padding=True), True  # for all that is known
+    real = ids != 1
+
+    def hook(_module: Any, _args: Any, out: Any) -> Any:
+        hidden_states = _without_padding(out[0], real)
+        if isinstance(out, tuple):
+            return (hidden_states, *out[1:])
+        return type(out)(**{**out, "last_hidden_state": hidden_states})
+
+    handle = base.register_forward_hook(hook)
+    try:
+        got = module(input_ids=given, attention_mask=mask)
+    finally:
+        handle.remove()
+    return HeadFacts(reads_padding=not all(_same_rows(got[name], want[name], real) for name in want)), True
+
+
+def _same_rows(got: Any, want: Any, real: Tensor) -> bool:
+    """At the real positions of a tensor of the shape `[batch, length, ...]`; of any other, everywhere."""
+    if isinstance(want, Tensor) and want.shape[:2] == real.shape:
+        return _same(got[real], want[real])
+    return _same(got, want) if isinstance(want, Tensor) else True
 
 
 def _attention_model(cls: Any) -> tuple[ModelFacts, bool]:
@@ -320,7 +379,7 @@ def _masks_reach(module: Any, ids: Tensor, mask: Tensor, where: str) -> str | No
     return None
 
 
-_RUNS: dict[str, Callable[[Any], tuple[LayerFacts | ModelFacts | None, bool]]] = {
+_RUNS: dict[str, Callable[[Any], tuple[LayerFacts | ModelFacts | HeadFacts | None, bool]]] = {
     "layer": _layer,
     "self_attention": _self_attention,
     "self_output": _self_output,
@@ -328,6 +387,8 @@ _RUNS: dict[str, Callable[[Any], tuple[LayerFacts | ModelFacts | None, bool]]] =
     "absolute_embeddings": _embeddings(lambda ids: torch.arange(ids.shape[1])[None]),
     "model": _model,
     "attention_model": _attention_model,
+    "head": _head,
+    "token_head": _head,
 }
 
 

@@ -23,6 +23,7 @@ from roberta_kernels.hf.choice import (
     feed_forward_choice,
     layer_choice,
     output_choice,
+    replaced,
     self_attention_choice,
 )
 from roberta_kernels.hf.embeddings import HuggingFaceModule
@@ -196,6 +197,8 @@ class FastLayer(HuggingFaceModule):
 
     def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
         """The feed-forward half, as the original forward calls it."""
+        if replaced(self):
+            return super().feed_forward_chunk(attention_output)
         hidden, device = attention_output.shape[-1], attention_output.device.type
         choice = feed_forward_choice(self, attention_output.dtype, hidden, autocast_dtype(device))
         return self._rk_feed_forward(choice, attention_output)

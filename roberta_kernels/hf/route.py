@@ -21,7 +21,7 @@ from torch import Tensor
 
 from roberta_kernels import prepacked
 from roberta_kernels.hf import encoder_layers
-from roberta_kernels.hf.choice import TORCH_FUNC, LayerChoice, autocast_dtype, layer_choice, skipped
+from roberta_kernels.hf.choice import TORCH_FUNC, LayerChoice, autocast_dtype, layer_choice, replaced, skipped
 from roberta_kernels.hf.embeddings import FastEmbeddings
 from roberta_kernels.hf.fusable import (
     compiled,
@@ -32,7 +32,6 @@ from roberta_kernels.hf.fusable import (
     plain_linear,
     tracing,
 )
-from roberta_kernels.hf.known_code import replaced_code
 from roberta_kernels.hf.masks import AllRows
 from roberta_kernels.hf.names import ATTENTION
 from roberta_kernels.hf.same_attention import attention_difference
@@ -158,8 +157,6 @@ def _original_reason(model: Any, kwargs: dict[str, Any], mask: Any) -> str | Non
         return "the attention mask is not [batch, length]"
     if given.numel() == 0:
         return "an empty batch"
-    if functorch_active():
-        return TORCH_FUNC
     return attention_difference(model, config._attn_implementation)
 
 
@@ -273,8 +270,8 @@ def _unknown_layers(model: Any, layers: tuple[Any, ...]) -> str | None:
 
 def _padded_modules(model: Any, encoder: Any, layers: tuple[Any, ...], project: Any) -> str | None:
     reason = model._rk_facts.unpadded
-    if reason is None and not tracing():
-        reason = replaced_code(type(model)._rk_original)
+    if reason is None:
+        reason = replaced(model)
     if reason is None and skipped(encoder):
         reason = "hooks on the encoder" if tracing() else skipped(encoder)
     if reason is None and any(skipped(layer) for layer in layers):
@@ -301,6 +298,8 @@ def _own_embeddings(facts: Any, embeddings: Any) -> str | None:
 
 def decide(model: Any, kwargs: dict[str, Any]) -> Route:
     """The route of a call of a model with a fast class. kwargs: all arguments of its forward, by name."""
+    if functorch_active():
+        return Original(TORCH_FUNC)
     given = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
     if tracing() or fake(given):
         survey = _survey(model, None)

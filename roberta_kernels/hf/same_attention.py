@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import sys
 from typing import Any
 
@@ -19,29 +21,31 @@ def attention_difference(model: Any, implementation: str | None) -> str | None:
         return f"attention implementation {implementation!r}"
     if tracing() or implementation is None or implementation == ATTENTION:
         return None
-    function = _function(model, implementation)
-    if function not in _of_transformers:
-        scope = getattr(function, "__globals__", {})
-        _of_transformers[function] = str(scope.get("__name__")).partition(".")[0] == "transformers"
-    if not _of_transformers[function]:
-        return f"attention implementation {implementation!r} was replaced"
+    for function in _functions(model, implementation):
+        if function not in _of_transformers:
+            scope = getattr(function, "__globals__", {})
+            _of_transformers[function] = str(scope.get("__name__")).partition(".")[0] == "transformers"
+        if not _of_transformers[function]:
+            return f"attention implementation {implementation!r} was replaced"
     return None
 
 
-def _function(model: Any, implementation: str) -> Any:
+def _functions(model: Any, implementation: str) -> list[Any]:
+    """What computes such attention and makes its mask. One that this release has under no known name is missing here;
+    its mathematics was checked by running it."""
+    found = []
     if implementation == "eager":
         module = sys.modules.get(type(model)._rk_original.__module__)
-        return getattr(module, "eager_attention_forward", eager_missing)
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    try:
-        return ALL_ATTENTION_FUNCTIONS[implementation]
-    except KeyError:
-        return eager_missing
+        found.append(getattr(module, "eager_attention_forward", None))
+    for registry in _registries():
+        with contextlib.suppress(KeyError):
+            found.append(registry[implementation])
+    return [function for function in found if function is not None]
 
 
-def eager_missing() -> None:
-    """Stands for a function that this release has under no known name; its mathematics was checked by running it."""
-
-
-_of_transformers[eager_missing] = True
+@functools.cache
+def _registries() -> list[Any]:
+    """transformers' two tables of implementations: what computes attention, what makes masks."""
+    places = (("modeling_utils", "ALL_ATTENTION_FUNCTIONS"), ("masking_utils", "ALL_MASK_ATTENTION_FUNCTIONS"))
+    modules = [(sys.modules.get(f"transformers.{module}"), name) for module, name in places]
+    return [getattr(module, name) for module, name in modules if hasattr(module, name)]

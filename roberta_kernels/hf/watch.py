@@ -52,6 +52,7 @@ class Watch:
         self._address: Callable[[Tensor], Any] = Tensor.data_ptr if plain else _place
         self._addresses = list(map(self._address, self._parameters))
         self._kinds = list(map(_kind, self._parameters))
+        self._contiguous = list(map(Tensor.is_contiguous, self._parameters))
         classes = {getattr(cls, "_rk_original", cls) for cls in self._types}
         self._methods = [(cls, name) for cls in classes for name in METHODS if hasattr(cls, name)]
         self._code = [getattr(cls, name) for cls, name in self._methods]
@@ -70,6 +71,7 @@ class Watch:
                 and ["_compiled_call_impl" in own for own in self._dicts] == self._compiled
                 and list(map(self._address, self._parameters)) == self._addresses
                 and list(map(_kind, self._parameters)) == self._kinds
+                and list(map(Tensor.is_contiguous, self._parameters)) == self._contiguous
                 and [getattr(cls, name) for cls, name in self._methods] == self._code
                 and bool(_has_any_global_hook()) == self._global_hook
             )

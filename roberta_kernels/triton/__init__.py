@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from roberta_kernels.schemas import kernels_of
 from roberta_kernels.triton.device import interpreting
 
 KERNELS: dict[str, Callable[..., Any]]
@@ -35,22 +36,11 @@ def available() -> tuple[bool, str]:
 
 
 def _load() -> dict[str, Callable[..., Any]]:
-    from roberta_kernels.triton import add_layer_norm, attention, embedding_layer_norm, gelu_ffn
-
     if interpreting():
         from roberta_kernels.triton import interpreter
 
         interpreter.repair()
-    return {
-        "attention_forward": attention.attention_forward,
-        "attention_backward": attention.attention_backward,
-        "add_layer_norm_forward": add_layer_norm.add_layer_norm_forward,
-        "add_layer_norm_backward": add_layer_norm.add_layer_norm_backward,
-        "gelu_ffn_forward": gelu_ffn.gelu_ffn_forward,
-        "gelu_ffn_backward": gelu_ffn.gelu_ffn_backward,
-        "embedding_layer_norm_forward": embedding_layer_norm.embedding_layer_norm_forward,
-        "embedding_layer_norm_backward": embedding_layer_norm.embedding_layer_norm_backward,
-    }
+    return kernels_of(__name__)
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from model_cases import Case, batch_for, build, patched, randomise
@@ -58,9 +60,12 @@ def test_roberta2roberta(search, cache):
         assert torch.equal(got, want)
         assert want[:, 1:].unique().numel() > 3  # an answer that depends on something
     # The decoder's attention is the original's, and says so; the encoder is fused.
-    assert {reason.split(": ", 1)[1] for reason in report.fallbacks()} == {
-        "attention: a key/value cache or cross-attention"
-    }
+    assert {reason.partition(":")[0] for reason in report.fallbacks()} <= {"RobertaModel", "RobertaEmbeddings"}
+    assert report.fallbacks()
+    assert all(
+        re.search("a key/value cache or cross-attention|(past_key_values|cache)(_length)? was given", reason)
+        for reason in report.fallbacks()
+    ), report.fallbacks()
 
 
 @pytest.mark.parametrize(("encoder", "decoder"), [("bert", "bert"), ("xlm-roberta", "roberta"), ("bert", "electra")])

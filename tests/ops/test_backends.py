@@ -14,7 +14,7 @@ import torch
 
 import roberta_kernels
 from roberta_kernels import backends, ops
-from roberta_kernels.backends import BackendError
+from roberta_kernels.backends import BackendError, selection
 
 from .cases import BFLOAT16, DEVICE, FLOAT16, FLOAT32, FLOAT64, HAS_CUDA, Draw
 from .samples import OPS, sample
@@ -29,8 +29,12 @@ def served_by(dtype: torch.dtype, device: str = "cpu") -> str:
     return str(backends.serving(torch.empty(0, dtype=dtype, device=device)))
 
 
-def run_python(code: str, *, root: Path | None = None, **environment: str | None) -> subprocess.CompletedProcess[str]:
-    """Runs code in a process of its own. root: where the package is; environment: variables to set (None: to unset)."""
+def run_python(
+    code: str, *command: str, root: Path | None = None, **environment: str | None
+) -> subprocess.CompletedProcess[str]:
+    """Runs code in a process of its own. command: its arguments; root: where the package is; environment: variables to
+    set (None: to unset).
+    """
     env = {key: value for key, value in os.environ.items() if not key.startswith(("ROBERTA_KERNELS", "TRITON"))}
     for key, value in environment.items():
         env.pop(key, None)
@@ -38,7 +42,7 @@ def run_python(code: str, *, root: Path | None = None, **environment: str | None
             env[key] = value
     env["PYTHONPATH"] = str(root or Path(roberta_kernels.__file__).parents[1])
     return subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", code, *command],
         env=env,
         capture_output=True,
         text=True,
@@ -114,11 +118,11 @@ def test_auto_on_a_gpu() -> None:
     best = next(name for name in ("triton", "cuda", "reference") if name in AVAILABLE)
     try:
         with pytest.MonkeyPatch.context() as patching:
-            patching.setattr(backends, "_table", ())
-            backends._follow_gpus()
+            patching.setattr(selection, "_table", ())
+            selection._follow_gpus()
             assert served_by(FLOAT32, "cuda") == served_by(BFLOAT16, "cuda") == served_by(FLOAT16, "cuda") == best
     finally:
-        backends._follow_gpus()
+        selection._follow_gpus()
     assert served_by(FLOAT64, "cuda") == "reference"
 
 
@@ -233,6 +237,28 @@ print(backends.current_backend(), str(backends.serving(torch.empty(0))))
 """
 
 
+FIRST_USE = """
+import torch
+import roberta_kernels as rk
+from roberta_kernels import backends
+
+rk.available_backends()
+x = torch.randn(3, 32)
+def op():
+    rk.ops.add_layer_norm(x, x, x[0], x[0], eps=1e-5)
+uses = [op, op, lambda: backends.serving(x), backends.check_environment]
+for use in uses:
+    try:
+        use()
+    except rk.BackendError as error:
+        print(error)
+with rk.backend("reference"):
+    op()
+rk.set_backend("reference")
+op()
+"""
+
+
 def test_environment_variable() -> None:
     result = run_python(ASK, ROBERTA_KERNELS_BACKEND="reference")
     assert result.stdout.split() == ["reference", "reference"], result.stderr
@@ -242,11 +268,12 @@ def test_environment_variable() -> None:
     ("value", "says"), [("gpu", "unknown backend 'gpu'"), *((n, "not available") for n in MISSING[:1])]
 )
 def test_environment_variable_with_a_bad_value(value: str, says: str) -> None:
-    """An error at import, not another backend in silence."""
-    result = run_python(ASK, ROBERTA_KERNELS_BACKEND=value)
-    assert result.returncode != 0
-    assert "BackendError" in result.stderr
-    assert says in result.stderr
+    """An error of one line at the first use: not at import, and not another backend in silence."""
+    result = run_python(FIRST_USE, ROBERTA_KERNELS_BACKEND=value)
+    assert result.returncode == 0, result.stderr
+    said = result.stdout.splitlines()
+    assert len(said) == 4
+    assert all(f"ROBERTA_KERNELS_BACKEND={value}: " in line and says in line for line in said), said
 
 
 @needs_cpu_kernels
@@ -258,10 +285,27 @@ def test_instruction_set_by_environment_variable() -> None:
 
 @needs_cpu_kernels
 def test_instruction_set_by_environment_variable_with_a_bad_value() -> None:
-    result = run_python("import roberta_kernels", ROBERTA_KERNELS_CPU_ISA="sse2")
-    assert result.returncode != 0
-    assert "ROBERTA_KERNELS_CPU_ISA='sse2'" in result.stderr
-    assert "portable" in result.stderr
+    result = run_python(FIRST_USE, ROBERTA_KERNELS_CPU_ISA="sse2")
+    assert result.returncode == 0, result.stderr
+    said = result.stdout.splitlines()
+    assert len(said) == 4
+    expected = f"ROBERTA_KERNELS_CPU_ISA must be one of {', '.join(backends.cpu_isas())}"
+    assert all(expected in line and line.endswith("got 'sse2'") for line in said), said
+
+
+BAD_VARIABLES = ["ROBERTA_KERNELS_BACKEND", pytest.param("ROBERTA_KERNELS_CPU_ISA", marks=needs_cpu_kernels)]
+
+
+@pytest.mark.parametrize("variable", BAD_VARIABLES)
+def test_a_command_ends_in_one_line_where_the_environment_is_wrong(variable: str) -> None:
+    """Before it does anything, whichever command it is."""
+    result = run_python("from roberta_kernels.cli import main; main()", "env", **{variable: "foo"})
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert variable in result.stderr
+    possible = ("auto", "reference") if variable == "ROBERTA_KERNELS_BACKEND" else backends.cpu_isas()
+    assert all(name in result.stderr for name in possible)
 
 
 def copy_of_the_package(tmp_path: Path) -> Path:

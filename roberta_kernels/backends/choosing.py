@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from roberta_kernels.schemas import OPS
+
 PATH = Path(__file__).parent / "choices.json"
-OPS = ("attention", "add_layer_norm", "gelu_ffn", "embedding_layer_norm")
 DTYPES = ("float32", "bfloat16", "float16")
 BACKENDS = ("cuda", "triton")
 # The variants that the CUDA library may have of an op, plainest first; the others have one.

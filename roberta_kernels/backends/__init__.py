@@ -1,0 +1,58 @@
+"""The kernels that there are, and which of them serve.
+
+op_namespaces.py: the namespaces, how they are loaded, whether they can serve. override.py: which backend was asked for.
+selection.py: which one serves a call. choosing.py, choices.json: what was measured on which GPU. library_ops.py: what a
+compiled library has beside the ops of schemas.def.
+"""
+
+from __future__ import annotations
+
+from roberta_kernels.backends.op_namespaces import (
+    CPU_ISAS,
+    EMULATION_VARIABLE,
+    ISA_VARIABLE,
+    BackendError,
+    BackendStatus,
+    Kernels,
+    available_backends,
+    build_report,
+    cpu_isa,
+    cpu_isas,
+    cuda_variant,
+    emulating,
+    namespaces,
+    use_cpu_isa,
+    use_cuda_variant,
+)
+from roberta_kernels.backends.override import ENVIRONMENT_VARIABLE, backend, current_backend, set_backend
+from roberta_kernels.backends.selection import Serving, check_environment, choices, cpu_serves, select, serving
+from roberta_kernels.schemas import schemas
+
+__all__ = [
+    "CPU_ISAS",
+    "EMULATION_VARIABLE",
+    "ENVIRONMENT_VARIABLE",
+    "ISA_VARIABLE",
+    "BackendError",
+    "BackendStatus",
+    "Kernels",
+    "Serving",
+    "available_backends",
+    "backend",
+    "build_report",
+    "check_environment",
+    "choices",
+    "cpu_isa",
+    "cpu_isas",
+    "cpu_serves",
+    "cuda_variant",
+    "current_backend",
+    "emulating",
+    "namespaces",
+    "schemas",
+    "select",
+    "serving",
+    "set_backend",
+    "use_cpu_isa",
+    "use_cuda_variant",
+]

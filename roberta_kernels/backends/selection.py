@@ -1,0 +1,235 @@
+"""Which backend serves a call.
+
+Where one was asked for (override.py), that one or none. Else, on a GPU, the choosing table (choosing.py) decides
+between the CUDA C++ and the Triton kernels where they were measured; elsewhere Triton serves, and the compiled kernels
+where Triton is missing: neither was timed there, and of the two Triton's code is made for the card at hand by a
+compiler that checks it. On a CPU the compiled kernels serve, and the reference where they cannot.
+
+All answers are laid out ahead of the calls, for every backend that can be asked for, so that a call looks one up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from roberta_kernels import triton
+from roberta_kernels.backends import choosing, op_namespaces, override
+from roberta_kernels.backends.choosing import OPS
+from roberta_kernels.backends.op_namespaces import BackendError, Kernels, available_backends, emulating, namespaces
+from roberta_kernels.backends.override import current_backend
+
+# What serves where nothing was measured, first choice first, per device type. A device type that is not here is served
+# by the reference.
+_PREFERENCE = {"cuda": ("triton", "cuda", "reference"), "cpu": ("cpu", "reference")}
+_DTYPES = {
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+    "cpu": (torch.float32, torch.bfloat16),
+    "reference": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
+}
+
+
+@dataclass
+class _Answers:
+    """Who serves while one backend is asked for, or "auto".
+
+    chosen: an op on a device type in a dtype, whatever the size. by_size: where that depends on the size, or on which
+    GPU: (first size that this no longer holds for, kernels), rising. What is in neither is refused, or is a device type
+    that has no kernels but the reference's.
+    """
+
+    chosen: dict[tuple[str, str, torch.dtype], Kernels] = field(default_factory=dict)
+    by_size: dict[tuple[str, torch.device, torch.dtype], tuple[tuple[float, Kernels], ...]] = field(
+        default_factory=dict
+    )
+
+
+_table: tuple[choosing.Entry, ...] = choosing.load()
+_answers: dict[str, _Answers] = {}  # by what is asked for
+
+
+def _serves(name: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """None when the backend serves such tensors, else why not."""
+    status = op_namespaces.status_of(name)
+    assert status is not None
+    if not status:
+        return status.detail
+    if dtype not in _DTYPES[name]:
+        return f"it has no {dtype} kernels"
+    if name == "triton" and device_type == "cpu" and not triton.interpreting():
+        return "Triton runs on GPUs (on CPU tensors only under TRITON_INTERPRET=1)"
+    serves = "cpu" if name == "cuda" and emulating() else name
+    if name in ("cpu", "cuda") and serves != device_type:
+        return f"it serves {serves} tensors, and these are on {device_type}"
+    return None
+
+
+def _choose(asked: str, device_type: str, dtype: torch.dtype) -> Kernels:
+    """What serves unmeasured, or because it was asked for."""
+    if asked == override.FROM_ENVIRONMENT:
+        override.check_environment()
+    names = _PREFERENCE.get(device_type, ("reference",)) if asked == "auto" else (asked,)
+    for name in names:
+        reason = _serves(name, device_type, dtype)
+        if reason is None:
+            if name == "cpu" and (wrong := op_namespaces.wrong_isa()) is not None:
+                raise BackendError(wrong)
+            return namespaces()[name]
+    if asked == "auto":
+        raise BackendError(f"no backend serves {dtype} on {device_type}")
+    raise BackendError(f"backend {asked!r} cannot serve {dtype} on {device_type}: {reason}")
+
+
+def select(tensor: Tensor, op: str, size: int) -> Kernels:
+    """The kernels that serve `op` on tensors of this one's device and dtype.
+
+    size: of the call, as choosing.py means it. It is looked at only where the choosing table tells sizes apart, so that
+    a traced graph is tied to it nowhere else.
+
+    Raises BackendError when the backend that was asked for cannot, or when none can.
+    """
+    asked = current_backend()
+    # tensor.device.type makes a string anew, which takes longer than all the rest.
+    device_type = "cuda" if tensor.is_cuda else "cpu" if tensor.is_cpu else tensor.device.type
+    kernels = _answers[asked].chosen.get((op, device_type, tensor.dtype))
+    return _select_by_size(asked, tensor, op, size) if kernels is None else kernels
+
+
+def _select_by_size(asked: str, tensor: Tensor, op: str, size: int) -> Kernels:
+    for end, kernels in _answers[asked].by_size.get((op, tensor.device, tensor.dtype), ()):
+        if size < end:
+            return kernels
+    return _choose(asked, tensor.device.type, tensor.dtype)
+
+
+def cpu_serves(tensor: Tensor) -> bool:
+    """Whether the compiled CPU kernels serve every op on such tensors."""
+    return all(select(tensor, op, 0).name == "cpu" for op in OPS)
+
+
+def check_environment() -> None:
+    """Raises BackendError, in one line, where an environment variable asks for what is not there; every call that it
+    concerns would.
+    """
+    override.check_environment()
+    wrong = op_namespaces.wrong_isa()
+    if wrong is not None:
+        raise BackendError(wrong)
+
+
+@dataclass(frozen=True)
+class Serving:
+    """Which backends serve some tensors: str() is for a reader, "triton", or "attention: cuda; others: triton"."""
+
+    by_op: dict[str, tuple[str, ...]]
+
+    def __str__(self) -> str:
+        told = {
+            op: names[0] if len(names) == 1 else f"{' or '.join(names)} by size" for op, names in self.by_op.items()
+        }
+        usual = max(told.values(), key=list(told.values()).count)
+        exceptions = [f"{op}: {names}" for op, names in told.items() if names != usual]
+        return "; ".join([*exceptions, f"others: {usual}"]) if exceptions else usual
+
+    @property
+    def detail(self) -> str:
+        """What available_backends says of them."""
+        names = dict.fromkeys(name for names in self.by_op.values() for name in names)
+        return "; ".join(available_backends()[name].detail for name in names)
+
+
+def serving(tensor: Tensor) -> Serving:
+    """Which backends serve tensors like this one. Raises BackendError when none can."""
+    answers = _answers[current_backend()]
+    by_op = {}
+    for op in OPS:
+        found = None
+        if (op, tensor.device.type, tensor.dtype) not in answers.chosen:
+            found = answers.by_size.get((op, tensor.device, tensor.dtype))
+        kernels = [select(tensor, op, 0)] if found is None else [one for _, one in found]
+        by_op[op] = tuple(dict.fromkeys(one.name for one in kernels))
+    return Serving(by_op)
+
+
+def _lay_out() -> None:
+    """Not as calls come in: torch.compile would guard on the answers as the first call found them."""
+    global _answers
+    # The environment variable may hold what is no backend's name: a call that it concerns finds nothing, and is
+    # refused.
+    _answers = {asked: _answers_to(asked) for asked in ("auto", *available_backends(), override.FROM_ENVIRONMENT)}
+
+
+def _answers_to(asked: str) -> _Answers:
+    answers = _Answers()
+    for device_type in _PREFERENCE:
+        for dtype in _DTYPES["reference"]:
+            with contextlib.suppress(BackendError):
+                serves = _choose(asked, device_type, dtype)
+                for op in OPS:
+                    answers.chosen[op, device_type, dtype] = serves
+    if asked == "auto":
+        for op in OPS:
+            for dtype in _DTYPES["cuda"]:
+                _follow_table(answers, op, dtype)
+    return answers
+
+
+def _follow_table(answers: _Answers, op: str, dtype: torch.dtype) -> None:
+    """Enters what the choosing table says of the GPUs here in place of what serves unmeasured."""
+    unmeasured = _choose("auto", "cuda", dtype)
+
+    def kernels(name: str | None) -> Kernels:
+        return unmeasured if name is None or _serves(name, "cuda", dtype) else namespaces()[name]
+
+    found: dict[int, list[tuple[float, Kernels]]] = {}
+    for index, arch in _gpus.items():
+        found[index] = []
+        for end, name in choosing.ranges(_table, op, str(dtype).removeprefix("torch."), arch) or ((None, None),):
+            if found[index] and found[index][-1][1] is kernels(name):
+                found[index].pop()
+            found[index].append((float("inf") if end is None else end, kernels(name)))
+    everywhere = {one.name: one for steps in found.values() for _, one in steps}
+    if len(everywhere) == 1:
+        [answers.chosen[op, "cuda", dtype]] = everywhere.values()
+    elif everywhere:
+        del answers.chosen[op, "cuda", dtype]
+        for index, steps in found.items():
+            answers.by_size[op, torch.device("cuda", index), dtype] = tuple(steps)
+
+
+_gpus: dict[int, int] = {}  # device index -> compute capability (9.0 as 90); empty until CUDA is initialised
+
+
+def _on_cuda() -> None:
+    """Runs once, when CUDA is initialised: before any tensor can be on a GPU, and not earlier, as asking a GPU what it
+    is would initialise it.
+    """
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        _gpus[index] = 10 * major + minor
+    _follow_gpus()
+
+
+def _follow_gpus() -> None:
+    """What the table says of the GPUs here: who serves, and the variants. The library starts with the portable ones."""
+    _lay_out()
+    for op in choosing.VARIANTS:
+        named = {choosing.variant(_table, op, arch) for arch in _gpus.values()}
+        # One setting serves the whole process: GPUs of which the table says different things get the portable kernels.
+        if len(named) == 1 and (variant := named.pop()) is not None and op_namespaces.cuda_variant(op) is not None:
+            with contextlib.suppress(ValueError, RuntimeError):  # a build without this variant
+                torch.ops.roberta_kernels_cuda.set_variant(op, variant)
+
+
+def choices() -> list[dict[str, Any]]:
+    """The choosing table for a reader, with where each entry comes from (choosing.rows)."""
+    return choosing.rows(_table, next(iter(_gpus.values()), None))
+
+
+_lay_out()
+torch.cuda._lazy_call(_on_cuda)

@@ -1,0 +1,77 @@
+"""What the forward and backward kernels of attention share: rows to and from memory, sequences, masks."""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.0 / math.log(2.0))
+LN2 = tl.constexpr(math.log(2.0))
+
+# Arguments that no compilation is keyed on.
+PLAIN_INTEGERS = ["heads", "tokens_q", "tiles", "dropout_threshold"]
+PLAIN_INTEGERS += [f"stride_{t}{axis}" for t in "qkvg" for axis in "th"]
+PLAIN_POINTERS = ["lse_ptr", "delta_ptr", "cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "key_mask_ptr", "seed_ptr"]
+
+
+@triton.jit
+def load_rows(
+    base,  # pointer to the first row of the tile
+    stride,
+    in_rows,  # [ROWS] bool
+    ROWS: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,
+):
+    """`[ROWS, BLOCK_D]`, zeros outside of the rows and of the head."""
+    d = tl.arange(0, BLOCK_D)
+    pointers = base + (tl.arange(0, ROWS) * stride * STRIDE_UNIT)[:, None] + d[None, :]
+    if BLOCK_D != HEAD_DIM:
+        in_head = d < HEAD_DIM
+        if MASK_ROWS:
+            tile = tl.load(pointers, mask=in_rows[:, None] & in_head[None, :], other=0.0)
+        else:
+            tile = tl.load(pointers, mask=in_head[None, :], other=0.0)
+    elif MASK_ROWS:
+        tile = tl.load(pointers, mask=in_rows[:, None], other=0.0)
+    else:
+        tile = tl.load(pointers)
+    return tile
+
+
+@triton.jit
+def store_rows(base, tile, in_rows, heads, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Stores `[ROWS, BLOCK_D]` to rows of a contiguous `[T, heads, HEAD_DIM]`."""
+    d = tl.arange(0, BLOCK_D)
+    pointers = base + (tl.arange(0, ROWS) * heads * HEAD_DIM)[:, None] + d[None, :]
+    tl.store(pointers, tile.to(base.dtype.element_ty), mask=in_rows[:, None] & (d < HEAD_DIM)[None, :])
+
+
+@triton.jit
+def sequence_of(cu_seqlens_ptr, b):
+    """(first row, length) of sequence b."""
+    start = tl.load(cu_seqlens_ptr + b)
+    return start, tl.load(cu_seqlens_ptr + b + 1) - start
+
+
+@triton.jit
+def visible_keys(
+    rows,  # [BLOCK_M], within the sequence
+    columns,  # [BLOCK_N], within the sequence
+    len_k,
+    shift,  # len_k - len_q
+    key_mask_ptr,  # at the sequence's first key, or None
+    CAUSAL: tl.constexpr,
+):
+    """bool `[BLOCK_M or 1, BLOCK_N]`: which keys the queries see."""
+    seen = columns < len_k
+    if key_mask_ptr is not None:
+        seen = seen & (tl.load(key_mask_ptr + columns, mask=seen, other=0) != 0)
+    visible = seen[None, :]
+    if CAUSAL:
+        visible = visible & (columns[None, :] <= rows[:, None] + shift)
+    return visible
