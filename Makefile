@@ -16,7 +16,7 @@ WORKERS ?= 2
 NOT_CUDA := --ignore=tests/cuda --ignore=tests/cuda_emulation
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format test-fast test-slow test-floor test-matrix test-cuda-source test-cuda-library cuda-library cuda-emulation bench bench-models gpu-suite clean
+.PHONY: help setup demo test lint format test-fast test-slow test-releases test-floor test-newest test-matrix test-cuda-source test-cuda-library cuda-library cuda-emulation bench bench-models gpu-suite clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -39,7 +39,7 @@ setup: $(VENV)/.built  ## make .venv, install what constraints.txt pins, build t
 demo: setup  ## a RoBERTa-size model on real text, original against patched; pictures in demo-output/
 	$(BIN)/roberta-kernels demo
 
-test: lint test-fast test-slow test-cuda-source  ## all checks and all tests
+test: lint test-fast test-slow test-releases test-cuda-source  ## all checks and all tests
 
 lint: setup  ## ruff, mypy, clang-format
 	$(BIN)/ruff check $(PYTHON_FILES)
@@ -53,7 +53,7 @@ format: setup  ## rewrite the sources in the project's style
 	$(BIN)/clang-format -i $(CPP_FILES)
 
 test-fast: setup  ## the tests that take seconds
-	$(PYTEST) -n $(WORKERS) -m "not slow and not cuda_source" $(NOT_CUDA)
+	$(PYTEST) -n $(WORKERS) -m "not slow and not cuda_source and not releases" $(NOT_CUDA)
 
 test-slow: setup $(VENV)/.torchao  ## the tests that take minutes
 	$(PYTEST) -n $(WORKERS) -m slow $(NOT_CUDA) --deselect tests/models/test_quantised.py::test_torchao
@@ -65,8 +65,14 @@ $(VENV)/.torchao: constraints.txt $(VENV)/.packages
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target $(VENV)/torchao torchao
 	touch $@
 
+test-releases: setup  ## releases of transformers that nobody made yet: the installed one with edited sources
+	$(PYTEST) -n $(WORKERS) tests/releases
+
 test-floor: setup  ## the quick model tests with the oldest transformers (noxfile.py), in .nox
 	$(BIN)/nox -s floor
+
+test-newest: setup  ## the quick model tests with the newest of everything but torch, in .nox; needs the package index
+	$(BIN)/nox -s newest
 
 test-matrix: setup  ## the model tests with every version in noxfile.py; several GB, and hours
 	$(BIN)/nox -s models

@@ -1,14 +1,17 @@
 """The versions that the model tests run with, each in a virtual environment of its own.
 
-`make test-matrix` runs every session, `make test-floor` the one with the oldest transformers. The compiled library is
-the one in the tree: it uses torch's stable ABI, so the torch that built it and the one that loads it may differ.
+`make test-matrix` runs the `models` sessions, `make test-floor` the one with the oldest transformers, and
+`make test-newest` the one with whatever is the newest of all but torch. The compiled library is the one in the tree: it
+uses torch's stable ABI, so the torch that built it and the one that loads it may differ.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import nox
+from nox.command import CommandFailed
 
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_venv = "yes"
@@ -16,7 +19,7 @@ nox.options.reuse_venv = "yes"
 FLOOR = "5.6.0"
 TORCH = "2.13.0"
 # The last one is a CUDA build of several GB, and never part of CI.
-MATRIX = [(FLOOR, TORCH), ("5.17.0", TORCH), ("5.23.0", TORCH), ("5.23.0", "2.10.0")]
+MATRIX = [(FLOOR, TORCH), ("5.17.0", TORCH), ("5.23.0", TORCH), ("5.24.0", TORCH), ("5.24.0", "2.10.0")]
 PACKAGES = (
     "accelerate",
     "hypothesis",
@@ -37,6 +40,11 @@ QUICK = (
     "test_plain_use",
     "test_packing",
 )
+# The newest transformers is tried with these: the quick ones, what meets its classes, what somebody replaced in them.
+NEWEST = (*QUICK, "test_families", "test_tools", "test_replaced_code")
+# People's packages around these models, and the tests of those.
+TOOLS = ("accelerate", "datasets", "peft", "sentence-transformers")
+TOOLS_TESTS = ("test_adapters", "test_parallel", "test_sentence_transformers", "test_tools")
 
 
 def install(session: nox.Session, transformers: str, torch: str) -> None:
@@ -65,3 +73,36 @@ def floor(session: nox.Session) -> None:
     install(session, FLOOR, TORCH)
     files = [f"tests/models/{name}.py" for name in QUICK]
     session.run("python", "-m", "pytest", "-n", "2", "-m", "not slow", *(session.posargs or files))
+
+
+@nox.session
+def newest(session: nox.Session) -> None:
+    """The quick tests of models with nothing pinned but torch; then, on top, the newest of what people put around them.
+
+    In one environment, and in this order: a package that does not go with the newest transformers yet brings an older
+    one in. Both parts run, whatever the first one finds.
+    """
+    parts = (("transformers", PACKAGES, NEWEST), (", ".join(TOOLS), TOOLS, TOOLS_TESTS))
+    broken = []
+    for what, packages, tests in parts:
+        upgrade = ("--upgrade", "--upgrade-strategy", "eager")
+        session.install(*upgrade, f"torch=={TORCH}", "transformers", "triton>=3.6", *packages)
+        versions = installed_versions(session, ("torch", "transformers", *TOOLS, "tokenizers", "huggingface_hub"))
+        session.log(f"newest {what}: {versions}")
+        try:
+            files = session.posargs or [f"tests/models/{name}.py" for name in tests]
+            session.run("python", "-m", "pytest", "-n", "2", "-m", "not slow", *files)
+        except CommandFailed:
+            broken.append(f"the newest {what} ({versions})")
+    if broken:
+        session.error(
+            f"roberta_kernels fails with {' and with '.join(broken)}. Where `make test-fast` passes, with what "
+            "constraints.txt pins, it is a new release that breaks us: nothing else differs"
+        )
+
+
+def installed_versions(session: nox.Session, names: tuple[str, ...]) -> str:
+    """ "torch 2.13.0, transformers 5.24.0, ...", of those that are there."""
+    listed = session.run("python", "-m", "pip", "list", "--format=freeze", silent=True, log=False) or ""
+    found = dict(re.findall(r"^([^=\n]+)==(.+)$", listed.replace("-", "_"), flags=re.MULTILINE))
+    return ", ".join(f"{name} {found[key]}" for name in names if (key := name.replace("-", "_")) in found)
