@@ -51,7 +51,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__ or name.startswith("FastRoberta"):
+    if name in (*__all__, "attention_interface") or name.startswith("FastRoberta"):
         # The Fast classes are made when first asked for: importing this package touches no class of transformers.
         module = importlib.import_module(f"roberta_kernels.{'models' if name.startswith('Fast') else 'api'}")
         globals()[name] = value = getattr(module, name)
