@@ -56,7 +56,7 @@ class Subject:
             if self.path is None:
                 return {}, {}
             inner = model.get_submodule(self.path)
-            # Of a module that calls its model past __call__ (sentence-transformers) or in parts: what of the batch fits.
+            # Of one that calls its model past __call__ (sentence-transformers) or in parts: what of the batch fits.
             takes = inspect.signature(inner.forward).parameters
             fitting = {key: value for key, value in arguments.items() if key in takes}
             arguments = self._given(model, inner, arguments) or fitting
