@@ -50,13 +50,16 @@ class Subject:
         return named
 
     def layers(self, model: nn.Module, arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What the transformers model returns with its hidden states, and the arguments that it was called with; both
-        are empty where a module around it does not call it."""
+        """What the transformers model returns with its hidden states, and the arguments that it was called with. Both
+        are empty where a module around it does not call it, and the batch does not fit it either."""
         if self.wrapped:
             if self.path is None:
                 return {}, {}
             inner = model.get_submodule(self.path)
-            arguments = self._given(model, inner, arguments)
+            # Of one that calls its model past __call__ (sentence-transformers) or in parts: what of the batch fits.
+            takes = inspect.signature(inner.forward).parameters
+            fitting = {key: value for key, value in arguments.items() if key in takes}
+            arguments = self._given(model, inner, arguments) or fitting
             if not arguments:
                 return {}, {}
             model = inner
