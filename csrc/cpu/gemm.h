@@ -29,10 +29,9 @@
 // packing converts to float32. So a packed operand is always made of 32-bit words, kPerWord elements along K
 // each.
 #pragma once
-#include <stdlib.h>
-
-#include "csrc/cpu/dispatch.h"
+#include "csrc/cpu/scratch.h"
 #include "csrc/cpu/simd.h"
+#include "csrc/cpu/util.h"
 
 namespace rk::cpu::RK_CPU_ISA {
 
@@ -71,37 +70,6 @@ struct Matrix {
 template <class T>
 RK_INLINE Matrix<T> row_major(const T* data, int64_t rows, int64_t columns) {
     return {data, rows, columns, columns, 1};
-}
-
-// Memory that a thread keeps between calls, so that a call does not pay for page faults.
-struct Scratch {
-    float* data = nullptr;
-    int64_t capacity = 0;
-    float* words(int64_t count) {
-        if (count > capacity) {
-            free(data);
-            capacity = (count + 1023) / 1024 * 1024;
-            data = static_cast<float*>(aligned_alloc(4096, size_t(capacity) * 4));
-            if (data == nullptr) abort();
-        }
-        return data;
-    }
-    ~Scratch() { free(data); }
-};
-enum class Use { column_block, left_operand, activation, sums, encoder };
-inline Scratch& thread_scratch(Use use) {
-    static thread_local Scratch scratch[5];
-    return scratch[int(use)];
-}
-
-RK_INLINE int64_t ceil_div(int64_t a, int64_t b) {
-    return (a + b - 1) / b;
-}
-RK_INLINE int64_t min64(int64_t a, int64_t b) {
-    return a < b ? a : b;
-}
-RK_INLINE int64_t max64(int64_t a, int64_t b) {
-    return a > b ? a : b;
 }
 
 // ---- packing ----
@@ -396,44 +364,39 @@ inline void multiply_panels(const RowPanels& panels, const float* packed_a, cons
     const int64_t row_blocks = max64(1, min64(panels.count, ceil_div(2 * threads, blocks)));
     const int64_t tiles = k_blocks == 1 ? 1 : ceil_div(panels.count, row_blocks) * block;
     const int64_t copied = Panels::kCopies ? block * kColumns * min64(depth, k_words) : 0;
-    int64_t next = 0;
-    parallel_for(0, min64(threads, blocks * row_blocks), 1, [&](int64_t, int64_t) {
+    parallel_tasks(blocks * row_blocks, threads, [&](int64_t task) {
         constexpr int64_t kTile = kRows * kColumns;
         float* const packed_b = thread_scratch(Use::column_block).words(copied + tiles * kTile);
         float* const c = packed_b + copied;
-        for (;;) {
-            const int64_t task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-            if (task >= blocks * row_blocks) break;
-            const int64_t first = task / row_blocks * block, last = min64(columns, first + block);
-            const int64_t row_block = task % row_blocks;
-            const int64_t top = panels.count * row_block / row_blocks;
-            const int64_t bottom = panels.count * (row_block + 1) / row_blocks;
-            for (int64_t k_block = 0; k_block < k_blocks; ++k_block) {
-                const int64_t k_first = k_block * depth, k_here = max64(0, min64(depth, k_words - k_first));
-                if constexpr (Panels::kCopies)
-                    for (int64_t j = first; j < last; ++j)
-                        b_panels.copy(j, k_first, k_here, packed_b + (j - first) * kColumns * k_here);
-                for (int64_t i = top; i < bottom; ++i) {
-                    const int height = panels.height(i);
-                    const float* a = packed_a + panels.offset(i) + k_first * height;
-                    for (int64_t j = first; j < last; ++j) {
-                        const auto b = [&] {
-                            if constexpr (Panels::kCopies)
-                                return Reader<float>{packed_b + (j - first) * kColumns * k_here};
-                            else
-                                return b_panels.reader(j, k_first);
-                        }();
-                        float* tile = c + (k_blocks == 1 ? 0 : (i - top) * block + (j - first)) * kTile;
-                        if (k_words == 0)
-                            for (int64_t x = 0; x < kTile; ++x) tile[x] = 0.0f;
-                        for (int64_t k = 0; k < k_here; k += kChunk)
-                            multiply_tile_of<T>(height, min64(kChunk, k_here - k), a + k * height, b.from(k),
-                                                tile, k_block > 0 || k > 0);
-                        if (k_block == k_blocks - 1)
-                            epilogue(panels.first(i), j * kColumns, height,
-                                     int(min64(kColumns, b_panels.columns - j * kColumns)),
-                                     static_cast<const float*>(tile));
-                    }
+        const int64_t first = task / row_blocks * block, last = min64(columns, first + block);
+        const int64_t row_block = task % row_blocks;
+        const int64_t top = panels.count * row_block / row_blocks;
+        const int64_t bottom = panels.count * (row_block + 1) / row_blocks;
+        for (int64_t k_block = 0; k_block < k_blocks; ++k_block) {
+            const int64_t k_first = k_block * depth, k_here = max64(0, min64(depth, k_words - k_first));
+            if constexpr (Panels::kCopies)
+                for (int64_t j = first; j < last; ++j)
+                    b_panels.copy(j, k_first, k_here, packed_b + (j - first) * kColumns * k_here);
+            for (int64_t i = top; i < bottom; ++i) {
+                const int height = panels.height(i);
+                const float* a = packed_a + panels.offset(i) + k_first * height;
+                for (int64_t j = first; j < last; ++j) {
+                    const auto b = [&] {
+                        if constexpr (Panels::kCopies)
+                            return Reader<float>{packed_b + (j - first) * kColumns * k_here};
+                        else
+                            return b_panels.reader(j, k_first);
+                    }();
+                    float* tile = c + (k_blocks == 1 ? 0 : (i - top) * block + (j - first)) * kTile;
+                    if (k_words == 0)
+                        for (int64_t x = 0; x < kTile; ++x) tile[x] = 0.0f;
+                    for (int64_t k = 0; k < k_here; k += kChunk)
+                        multiply_tile_of<T>(height, min64(kChunk, k_here - k), a + k * height, b.from(k),
+                                            tile, k_block > 0 || k > 0);
+                    if (k_block == k_blocks - 1)
+                        epilogue(panels.first(i), j * kColumns, height,
+                                 int(min64(kColumns, b_panels.columns - j * kColumns)),
+                                 static_cast<const float*>(tile));
                 }
             }
         }
