@@ -53,7 +53,7 @@ X86_ISAS = {
         *("-mfma", "-mprefer-vector-width=512"),
     ],
 }
-CPU_OPS = ["attention", "add_layer_norm", "gelu_ffn", "embedding_layer_norm", "packed_encoder"]
+CPU_OPS = ["attention", "add_layer_norm", "gelu_ffn", "embedding_layer_norm", "encoder", "packed_encoder"]
 CXX_FLAGS = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
 # Error messages name source files by their place in the project.
 CXX_FLAGS.append(f"-ffile-prefix-map={ROOT}/=")
