@@ -6,11 +6,11 @@
 
 namespace rk::cpu::RK_CPU_ISA {
 
-void encoder(const EncoderInPlaceArgs& args) {
-    if (args.bf16)
-        run_encoder(args, InPlaceProducts<bf16>{});
+void encoder(const EncoderInPlaceArgs& a) {
+    if (a.bf16)
+        run_encoder(a, InPlaceProducts<bf16>{});
     else
-        run_encoder(args, InPlaceProducts<float>{});
+        run_encoder(a, InPlaceProducts<float>{});
 }
 
 }  // namespace rk::cpu::RK_CPU_ISA
