@@ -17,6 +17,7 @@
 #include "csrc/cpu/scratch.h"
 #include "csrc/cpu/simd.h"
 #include "csrc/cpu/small_gemm.h"
+#include "csrc/cpu/util.h"
 
 namespace rk::cpu::RK_CPU_ISA {
 namespace {
@@ -27,13 +28,6 @@ constexpr int kQueryVectors = kQueries / kLanes;
 constexpr int64_t kParallelWork =
     1 << 20;  // multiply-adds below which waking a thread costs more than it saves
 constexpr float kInf = __builtin_inff();
-
-int64_t round_up(int64_t n, int64_t to) {
-    return (n + to - 1) / to * to;
-}
-int64_t smaller(int64_t a, int64_t b) {
-    return a < b ? a : b;
-}
 
 // rows x columns of T, as float32 times factor; columns up to `width` (a multiple of kLanes) are zero.
 template <class T>
@@ -53,7 +47,7 @@ void copy_transposed(const T* from, int64_t from_stride, int64_t rows, int64_t c
                      float* to) {
     for (int64_t r = 0; r < rows; r += kLanes)
         for (int64_t c = 0; c < columns; c += kLanes) {
-            const int width = static_cast<int>(smaller(columns - c, kLanes));
+            const int width = static_cast<int>(min64(columns - c, kLanes));
             vf32 square[kLanes];
 #pragma GCC unroll 16
             for (int i = 0; i < kLanes; ++i) {
@@ -189,8 +183,8 @@ void forward_block(const AttentionArgs& a, const ForwardScratch& s, const Keys& 
     const int64_t d = a.head_dim, width = round_up(d, kLanes);
     const int64_t begin = a.cu_seqlens_q[sequence], length = a.cu_seqlens_q[sequence + 1] - begin;
     const int64_t length_k = a.cu_seqlens_k[sequence + 1] - a.cu_seqlens_k[sequence];
-    const int64_t queries = smaller(length - first_query, kQueries);
-    const int64_t vectors = (queries + kLanes - 1) / kLanes, row = begin + first_query;
+    const int64_t queries = min64(length - first_query, kQueries);
+    const int64_t vectors = ceil_div(queries, kLanes), row = begin + first_query;
     const View<T> q(a.q);
     copy_transposed(q.at(row, head), q.token_stride, queries, d, a.scale, s.q_t);
     for (int64_t n = 0; n < vectors; ++n) {
@@ -202,7 +196,7 @@ void forward_block(const AttentionArgs& a, const ForwardScratch& s, const Keys& 
     const int64_t visible = a.causal ? keys.visible(last + queries - 1) : keys.count;
 
     for (int64_t j0 = 0; j0 < visible; j0 += kKeys) {
-        const int64_t count = smaller(visible - j0, kKeys);
+        const int64_t count = min64(visible - j0, kKeys);
         small_gemm<false>({keys.k + j0 * keys.k_stride, keys.k_stride, s.q_t, kQueries, s.p_t, kQueries, d,
                            nullptr, Start::zero},
                           count, vectors * kLanes);
@@ -266,7 +260,6 @@ struct Plan {
     int64_t* first_task;  // [batch + 1]
     double* cost_before;  // [batch + 1]
     int64_t batch, runs;
-    int64_t next = 0;
 
     // The task at which run r starts.
     int64_t run_begin(int64_t r) const {
@@ -282,7 +275,7 @@ struct Plan {
         if (!(share > 0)) return first_task[low];
         const int64_t within =
             static_cast<int64_t>((cost - cost_before[low]) / share * static_cast<double>(tasks));
-        return first_task[low] + smaller(within, tasks);
+        return first_task[low] + min64(within, tasks);
     }
 };
 
@@ -304,14 +297,10 @@ void run_balanced(const AttentionArgs& a, const Tasks& tasks_of, const Cost& cos
         if (tasks > 0) run(plan, int64_t{0}, tasks);
         return;
     }
-    plan.runs = smaller(8 * threads, static_cast<int64_t>(cost / (kParallelWork / 4)));
-    parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-        for (;;) {
-            const int64_t r = __atomic_fetch_add(&plan.next, 1, __ATOMIC_RELAXED);
-            if (r >= plan.runs) return;
-            const int64_t begin = plan.run_begin(r), end = plan.run_begin(r + 1);
-            if (begin < end) run(plan, begin, end);
-        }
+    plan.runs = min64(8 * threads, static_cast<int64_t>(cost / (kParallelWork / 4)));
+    parallel_tasks(plan.runs, threads, [&](int64_t r) {
+        const int64_t begin = plan.run_begin(r), end = plan.run_begin(r + 1);
+        if (begin < end) run(plan, begin, end);
     });
 }
 
@@ -325,7 +314,7 @@ int64_t longest_key_sequence(const AttentionArgs& a) {
 }
 
 int64_t query_blocks(const AttentionArgs& a, int64_t b) {
-    return (a.cu_seqlens_q[b + 1] - a.cu_seqlens_q[b] + kQueries - 1) / kQueries;
+    return ceil_div(a.cu_seqlens_q[b + 1] - a.cu_seqlens_q[b], kQueries);
 }
 
 double score_work(const AttentionArgs& a, int64_t b) {
@@ -433,8 +422,8 @@ void backward_head(const AttentionArgs& a, const BackwardScratch& s, const Keys&
         store(s.grad_v + i, vf32{});
     }
     for (int64_t q0 = 0; q0 < length; q0 += kQueries) {
-        const int64_t queries = smaller(length - q0, kQueries);
-        const int64_t vectors = (queries + kLanes - 1) / kLanes, columns = vectors * kLanes, row = begin + q0;
+        const int64_t queries = min64(length - q0, kQueries);
+        const int64_t vectors = ceil_div(queries, kLanes), columns = vectors * kLanes, row = begin + q0;
         copy_rows(q.at(row, head), q.token_stride, queries, d, a.scale, s.q, width);
         copy_rows(grad_out.at(row, head), grad_out.token_stride, queries, d, 1.0f, s.grad_out, width);
         copy_transposed(s.q, width, queries, d, 1.0f, s.q_t);
@@ -448,7 +437,7 @@ void backward_head(const AttentionArgs& a, const BackwardScratch& s, const Keys&
         const int64_t last = q0 + length_k - length;
         const int64_t visible = a.causal ? keys.visible(last + queries - 1) : keys.count;
         for (int64_t j0 = 0; j0 < visible; j0 += kKeys) {
-            const int64_t count = smaller(visible - j0, kKeys);
+            const int64_t count = min64(visible - j0, kKeys);
             float *p = s.p_t + j0 * kQueries, *dp = s.ds_t + j0 * kQueries;
             small_gemm<false>({keys.k + j0 * keys.k_stride, keys.k_stride, s.q_t, kQueries, p, kQueries, d,
                                nullptr, Start::zero},
@@ -467,7 +456,7 @@ void backward_head(const AttentionArgs& a, const BackwardScratch& s, const Keys&
             of.p_dp *= of.p;
         }
         for (int64_t j0 = 0; j0 < visible; j0 += kKeys) {
-            const int64_t count = smaller(visible - j0, kKeys);
+            const int64_t count = min64(visible - j0, kKeys);
             float *p = s.p_t + j0 * kQueries, *ds = s.ds_t + j0 * kQueries;
             for (int64_t n = 0; n < vectors; ++n)
                 score_gradients(a, p + n * kLanes, ds + n * kLanes, count, sums[n].p, sums[n].p_dp);

@@ -195,29 +195,21 @@ void backward(const EmbeddingLayerNormArgs& a) {
 
     int64_t column_blocks[kTables], first_task[kTables + 1] = {0};
     for (int t = 0; t < kTables; ++t) {
-        const int64_t row_blocks = (a.table_rows[t] + kBlockRows - 1) / kBlockRows;
-        column_blocks[t] = a.table_rows[t] < kSmallTable ? (a.hidden + kBlockColumns - 1) / kBlockColumns : 1;
+        const int64_t row_blocks = ceil_div(a.table_rows[t], kBlockRows);
+        column_blocks[t] = a.table_rows[t] < kSmallTable ? ceil_div(a.hidden, kBlockColumns) : 1;
         first_task[t + 1] = first_task[t] + row_blocks * column_blocks[t];
     }
-    int64_t next = 0;
     const int64_t work = (a.table_rows[0] + a.table_rows[1] + a.table_rows[2] + 3 * a.rows) * a.hidden;
     const int64_t threads = work < 1 << 17 ? 1 : num_threads();
-    parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-        for (;;) {
-            const int64_t task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-            if (task >= first_task[kTables]) return;
-            int t = 0;
-            while (task >= first_task[t + 1]) ++t;
-            const int64_t within = task - first_task[t];
-            const int64_t first = within / column_blocks[t] * kBlockRows;
-            const int64_t end = first + kBlockRows < a.table_rows[t] ? first + kBlockRows : a.table_rows[t];
-            const int64_t column = within % column_blocks[t] * kBlockColumns;
-            const int64_t left = a.hidden - column;
-            table_block<T>(a, t, first, end, column,
-                           column_blocks[t] == 1  ? a.hidden
-                           : left < kBlockColumns ? left
-                                                  : kBlockColumns);
-        }
+    parallel_tasks(first_task[kTables], threads, [&](int64_t task) {
+        int t = 0;
+        while (task >= first_task[t + 1]) ++t;
+        const int64_t within = task - first_task[t];
+        const int64_t first = within / column_blocks[t] * kBlockRows;
+        const int64_t end = min64(first + kBlockRows, a.table_rows[t]);
+        const int64_t column = within % column_blocks[t] * kBlockColumns;
+        table_block<T>(a, t, first, end, column,
+                       column_blocks[t] == 1 ? a.hidden : min64(a.hidden - column, kBlockColumns));
     });
 }
 

@@ -18,21 +18,20 @@
 // sum of K terms then grows as that of a blocked sum, not as that of a serial one.
 //
 // The epilogue is called once a tile, with the finished float32 tile in the first-level cache:
-//     epilogue(row, column, rows, columns, tile)      tile: [rows][kColumns], of which `columns` columns are
-//     real
+//     epilogue(row, column, rows, columns, tile)
+//         tile: [rows][kColumns], of which `columns` columns are real
 // Each element of C is summed in an order that depends on M, N and K alone, never on the number of threads.
 //
 // A weight of an inference path is packed beforehand, once and for all calls (packed_weight.h): its panels
-// take the place of those that a task packs.
+// take the place of those that a task packs. Or it is never packed: in_place_products.h.
 //
 // bfloat16 with AVX512-BF16: two neighbours along K make one 32-bit word, multiplied by vdpbf16ps; elsewhere
 // packing converts to float32. So a packed operand is always made of 32-bit words, kPerWord elements along K
 // each.
 #pragma once
-#include <stdlib.h>
-
-#include "csrc/cpu/dispatch.h"
+#include "csrc/cpu/scratch.h"
 #include "csrc/cpu/simd.h"
+#include "csrc/cpu/util.h"
 
 namespace rk::cpu::RK_CPU_ISA {
 
@@ -71,37 +70,6 @@ struct Matrix {
 template <class T>
 RK_INLINE Matrix<T> row_major(const T* data, int64_t rows, int64_t columns) {
     return {data, rows, columns, columns, 1};
-}
-
-// Memory that a thread keeps between calls, so that a call does not pay for page faults.
-struct Scratch {
-    float* data = nullptr;
-    int64_t capacity = 0;
-    float* words(int64_t count) {
-        if (count > capacity) {
-            free(data);
-            capacity = (count + 1023) / 1024 * 1024;
-            data = static_cast<float*>(aligned_alloc(4096, size_t(capacity) * 4));
-            if (data == nullptr) abort();
-        }
-        return data;
-    }
-    ~Scratch() { free(data); }
-};
-enum class Use { column_block, left_operand, activation, sums, encoder };
-inline Scratch& thread_scratch(Use use) {
-    static thread_local Scratch scratch[5];
-    return scratch[int(use)];
-}
-
-RK_INLINE int64_t ceil_div(int64_t a, int64_t b) {
-    return (a + b - 1) / b;
-}
-RK_INLINE int64_t min64(int64_t a, int64_t b) {
-    return a < b ? a : b;
-}
-RK_INLINE int64_t max64(int64_t a, int64_t b) {
-    return a > b ? a : b;
 }
 
 // ---- packing ----
@@ -233,78 +201,20 @@ inline void pack_b_panel(const Matrix<T>& bt, int64_t column, int64_t k, int64_t
 
 // ---- micro-kernel ----
 
-// A left operand of whole numbers, 0 to 255 (packed_weight.h): the numbers of a word are multiplied with
-// those of a word of B, from -127 to 127, and added to a sum of 32 bits. No step saturates.
-struct Whole {};
-#if defined(RK_CPU_ISA_AVX512_BF16)
-constexpr int kWholePerWord = 4;  // bytes: vpdpbusd, which every processor with AVX512-BF16 has
-#else
-constexpr int kWholePerWord = 2;  // 16 bits each: pmaddwd
-#endif
-// A word of B as a packed weight keeps it: half the bytes, or all of them.
-struct WholeWord {
-    int8_t numbers[kWholePerWord];
-};
-
-RK_INLINE vf32 load(const int8_t* p) {
-#if defined(RK_AVX512)
-    return (vf32)_mm512_cvtepi32_ps(
-        _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-#elif defined(RK_AVX2)
-    return (vf32)_mm256_cvtepi32_ps(
-        _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
-#else
-    vf32 x;
-    for (int i = 0; i < kLanes; ++i) x[i] = float(p[i]);
-    return x;
-#endif
-}
-RK_INLINE vf32 load(const WholeWord* p) {
-#if defined(RK_CPU_ISA_AVX512_BF16)
-    return load(reinterpret_cast<const float*>(p));
-#elif defined(RK_AVX512)
-    return (vf32)_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-#elif defined(RK_AVX2)
-    return (vf32)_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-#else
-    vu32 x;
-    for (int i = 0; i < kLanes; ++i)
-        x[i] = uint32_t(uint16_t(p[i].numbers[0])) | uint32_t(uint16_t(p[i].numbers[1])) << 16;
-    return as_float(x);
-#endif
-}
-
-// What a product of words is added to. (One type for both, with casts, makes GCC keep the sums in memory.)
+// What a product of words is added to, and how. (One type of sum for float32 and whole numbers, with casts,
+// makes GCC keep the sums in memory.)
 template <class T>
-struct SumOf {
-    using type = vf32;
-};
-template <>
-struct SumOf<Whole> {
-    using type = vi32;
-};
-
-template <class T>
-RK_INLINE vf32 multiply_add(vf32 a, vf32 b, vf32 c) {
+struct Arithmetic {
+    using Sum = vf32;
+    static RK_INLINE vf32 multiply_add(vf32 a, vf32 b, vf32 c) {
 #if defined(RK_CPU_ISA_AVX512_BF16)
-    if constexpr (kPerWord<T> == 2)
-        return (vf32)_mm512_dpbf16_ps((__m512)c, (__m512bh)bit_cast<vi32>(a), (__m512bh)bit_cast<vi32>(b));
+        if constexpr (kPerWord<T> == 2)
+            return (vf32)_mm512_dpbf16_ps((__m512)c, (__m512bh)bit_cast<vi32>(a),
+                                          (__m512bh)bit_cast<vi32>(b));
 #endif
-    return fma(a, b, c);
-}
-template <class T>
-RK_INLINE vi32 multiply_add(vf32 a, vf32 b, vi32 c) {
-#if defined(RK_CPU_ISA_AVX512_BF16)
-    return (vi32)_mm512_dpbusd_epi32((__m512i)c, (__m512i)a, (__m512i)b);
-#elif defined(RK_AVX512)
-    return c + (vi32)_mm512_madd_epi16((__m512i)a, (__m512i)b);
-#elif defined(RK_AVX2)
-    return c + (vi32)_mm256_madd_epi16((__m256i)a, (__m256i)b);
-#else
-    const vi32 x = (vi32)a, y = (vi32)b;
-    return c + (x << 16 >> 16) * (y << 16 >> 16) + (x >> 16) * (y >> 16);
-#endif
-}
+        return fma(a, b, c);
+    }
+};
 
 // Where the micro-kernel reads a panel of B: vector(v) of the words of one k, then step() to the next.
 template <class Form>
@@ -328,7 +238,7 @@ RK_INLINE void read_ahead(const Reader<float>&) {}
 // tile[i][j] (+)= sum over k of a[k][i] b[k][j]
 template <class T, int kHeight, class B>
 __attribute__((noinline)) void multiply_tile(int64_t k_words, const float* a, B b, float* tile, bool add) {
-    using Sum = typename SumOf<T>::type;
+    using Sum = typename Arithmetic<T>::Sum;
     Sum c[kHeight][kVectors];
 #pragma GCC unroll 16
     for (int i = 0; i < kHeight; ++i)
@@ -343,7 +253,7 @@ __attribute__((noinline)) void multiply_tile(int64_t k_words, const float* a, B 
         for (int i = 0; i < kHeight; ++i) {
             const vf32 ak = set1(a[i]);
 #pragma GCC unroll 4
-            for (int v = 0; v < kVectors; ++v) c[i][v] = multiply_add<T>(ak, bk[v], c[i][v]);
+            for (int v = 0; v < kVectors; ++v) c[i][v] = Arithmetic<T>::multiply_add(ak, bk[v], c[i][v]);
         }
     }
 #pragma GCC unroll 16
@@ -396,44 +306,39 @@ inline void multiply_panels(const RowPanels& panels, const float* packed_a, cons
     const int64_t row_blocks = max64(1, min64(panels.count, ceil_div(2 * threads, blocks)));
     const int64_t tiles = k_blocks == 1 ? 1 : ceil_div(panels.count, row_blocks) * block;
     const int64_t copied = Panels::kCopies ? block * kColumns * min64(depth, k_words) : 0;
-    int64_t next = 0;
-    parallel_for(0, min64(threads, blocks * row_blocks), 1, [&](int64_t, int64_t) {
+    parallel_tasks(blocks * row_blocks, threads, [&](int64_t task) {
         constexpr int64_t kTile = kRows * kColumns;
         float* const packed_b = thread_scratch(Use::column_block).words(copied + tiles * kTile);
         float* const c = packed_b + copied;
-        for (;;) {
-            const int64_t task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-            if (task >= blocks * row_blocks) break;
-            const int64_t first = task / row_blocks * block, last = min64(columns, first + block);
-            const int64_t row_block = task % row_blocks;
-            const int64_t top = panels.count * row_block / row_blocks;
-            const int64_t bottom = panels.count * (row_block + 1) / row_blocks;
-            for (int64_t k_block = 0; k_block < k_blocks; ++k_block) {
-                const int64_t k_first = k_block * depth, k_here = max64(0, min64(depth, k_words - k_first));
-                if constexpr (Panels::kCopies)
-                    for (int64_t j = first; j < last; ++j)
-                        b_panels.copy(j, k_first, k_here, packed_b + (j - first) * kColumns * k_here);
-                for (int64_t i = top; i < bottom; ++i) {
-                    const int height = panels.height(i);
-                    const float* a = packed_a + panels.offset(i) + k_first * height;
-                    for (int64_t j = first; j < last; ++j) {
-                        const auto b = [&] {
-                            if constexpr (Panels::kCopies)
-                                return Reader<float>{packed_b + (j - first) * kColumns * k_here};
-                            else
-                                return b_panels.reader(j, k_first);
-                        }();
-                        float* tile = c + (k_blocks == 1 ? 0 : (i - top) * block + (j - first)) * kTile;
-                        if (k_words == 0)
-                            for (int64_t x = 0; x < kTile; ++x) tile[x] = 0.0f;
-                        for (int64_t k = 0; k < k_here; k += kChunk)
-                            multiply_tile_of<T>(height, min64(kChunk, k_here - k), a + k * height, b.from(k),
-                                                tile, k_block > 0 || k > 0);
-                        if (k_block == k_blocks - 1)
-                            epilogue(panels.first(i), j * kColumns, height,
-                                     int(min64(kColumns, b_panels.columns - j * kColumns)),
-                                     static_cast<const float*>(tile));
-                    }
+        const int64_t first = task / row_blocks * block, last = min64(columns, first + block);
+        const int64_t row_block = task % row_blocks;
+        const int64_t top = panels.count * row_block / row_blocks;
+        const int64_t bottom = panels.count * (row_block + 1) / row_blocks;
+        for (int64_t k_block = 0; k_block < k_blocks; ++k_block) {
+            const int64_t k_first = k_block * depth, k_here = max64(0, min64(depth, k_words - k_first));
+            if constexpr (Panels::kCopies)
+                for (int64_t j = first; j < last; ++j)
+                    b_panels.copy(j, k_first, k_here, packed_b + (j - first) * kColumns * k_here);
+            for (int64_t i = top; i < bottom; ++i) {
+                const int height = panels.height(i);
+                const float* a = packed_a + panels.offset(i) + k_first * height;
+                for (int64_t j = first; j < last; ++j) {
+                    const auto b = [&] {
+                        if constexpr (Panels::kCopies)
+                            return Reader<float>{packed_b + (j - first) * kColumns * k_here};
+                        else
+                            return b_panels.reader(j, k_first);
+                    }();
+                    float* tile = c + (k_blocks == 1 ? 0 : (i - top) * block + (j - first)) * kTile;
+                    if (k_words == 0)
+                        for (int64_t x = 0; x < kTile; ++x) tile[x] = 0.0f;
+                    for (int64_t k = 0; k < k_here; k += kChunk)
+                        multiply_tile_of<T>(height, min64(kChunk, k_here - k), a + k * height, b.from(k),
+                                            tile, k_block > 0 || k > 0);
+                    if (k_block == k_blocks - 1)
+                        epilogue(panels.first(i), j * kColumns, height,
+                                 int(min64(kColumns, b_panels.columns - j * kColumns)),
+                                 static_cast<const float*>(tile));
                 }
             }
         }
@@ -524,7 +429,7 @@ __attribute__((noinline)) void dot_tile(int64_t k_size, const T* a, int64_t a_st
         for (int i = 0; i < kHeight; ++i) {
             const vf32 ak = load_words(a + i * a_stride + k, count);
 #pragma GCC unroll 4
-            for (int j = 0; j < kDotColumns; ++j) c[i][j] = multiply_add<T>(ak, bk[j], c[i][j]);
+            for (int j = 0; j < kDotColumns; ++j) c[i][j] = Arithmetic<T>::multiply_add(ak, bk[j], c[i][j]);
         }
     };
     int64_t k = 0;

@@ -2,9 +2,9 @@
 // what its backward sums over rows: shared by add_layer_norm and embedding_layer_norm, which differ in how a
 // row comes to be.
 #pragma once
-#include "csrc/cpu/dispatch.h"
 #include "csrc/cpu/scratch.h"
 #include "csrc/cpu/simd.h"
+#include "csrc/cpu/util.h"
 
 namespace rk::cpu::RK_CPU_ISA {
 
@@ -109,25 +109,22 @@ struct RowChunks {
     int64_t rows, chunk_rows, count;
 
     explicit RowChunks(int64_t n) : rows(n) {
-        chunk_rows = (n + 127) / 128;
-        if (chunk_rows < 16) chunk_rows = 16;
-        count = (n + chunk_rows - 1) / chunk_rows;
+        chunk_rows = max64(16, ceil_div(n, 128));
+        count = ceil_div(n, chunk_rows);
     }
     int64_t begin(int64_t chunk) const { return chunk * chunk_rows; }
-    int64_t end(int64_t chunk) const {
-        return (chunk + 1) * chunk_rows < rows ? (chunk + 1) * chunk_rows : rows;
-    }
+    int64_t end(int64_t chunk) const { return min64(rows, (chunk + 1) * chunk_rows); }
 };
 
 // to[i][column] = sum over chunks of partial[chunk][i][column], i < sums.
 template <class T>
 void reduce_chunks(const float* partial, int64_t chunks, int sums, int64_t columns, void* const* to) {
     constexpr int64_t kBlock = 64;
-    const int64_t blocks = (columns + kBlock - 1) / kBlock;
+    const int64_t blocks = ceil_div(columns, kBlock);
     parallel_for(0, sums * blocks, 1 + (1 << 16) / (kBlock * (chunks + 1)), [&](int64_t begin, int64_t end) {
         for (int64_t task = begin; task < end; ++task) {
             const int64_t i = task / blocks, first = task % blocks * kBlock;
-            const int64_t width = columns - first < kBlock ? columns - first : kBlock;
+            const int64_t width = min64(kBlock, columns - first);
             vf32 sum[kBlock / kLanes] = {};
             for (int64_t chunk = 0; chunk < chunks; ++chunk) {
                 const float* p = partial + (chunk * sums + i) * columns + first;
