@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from roberta_kernels import prepacked
+from roberta_kernels import quantized
 from roberta_kernels.hf.families import FAMILIES, family_classes, role_of, why_left
 from roberta_kernels.hf.fast_class import (
     MODEL_ROLES,
@@ -54,7 +54,7 @@ _FUSED = {
 # (package, class) of modules of other libraries that let padded token vectors into the answer.
 _READ_PADDING = {("sentence_transformers", "CNN")}
 
-_NO_LAYER = "it holds no layer that can run from packed weights"
+_NO_LAYER = "it holds no layer that can run from quantised weights"
 _NOT_KNOWN = "not the code that is known"
 
 
@@ -67,15 +67,13 @@ def patch(model: nn.Module, *, options: Options) -> PatchReport:
         packed: "auto": padding is left out of the computation wherever the answer cannot depend on it. False: never.
             True: also where a token or span head reads padded rows, which then come from zeros.
         backend: "auto", or the backend that shall serve this model.
-        prepack: whether inference on a CPU keeps a copy of the layers' weights in the order in which the kernels read
-            them, made in the first call. It is faster, and takes as much memory again as these weights do.
-        quantization: None; or what that copy is rounded to, of a float32 model on a CPU: "bfloat16" (products
-            accumulate in float32), "int8" (weights only), "int8-dynamic" (weights, and activations as they come). The
-            answers are then no longer those of the original (`verify` measures them). Parameters, state dict and
-            saved files stay float32; a call that cannot use the copy, as in training, runs the float32 weights, and
-            the report's fallbacks say so.
-        offload: True: weights that were copied leave memory for an unlinked file in the temporary directory (TMPDIR),
-            mapped in their place; they read, train and save as before. None: where `quantization` is set.
+        quantization: None; or what a copy of the layers' weights is rounded to, for inference of a float32 model on a
+            CPU: "bfloat16" (products accumulate in float32), "int8" (weights only), "int8-dynamic" (weights, and
+            activations as they come). The answers are then no longer those of the original (`verify` measures them).
+            Parameters, state dict and saved files stay float32; a call that cannot use the copy, as in training, runs
+            the float32 weights, and the report's fallbacks say so.
+        offload: whether weights that were copied leave memory for an unlinked file in the temporary directory
+            (TMPDIR), mapped in their place; they read, train and save as before. None: yes, with `quantization`.
 
     Returns:
         What was replaced, what was left, and why. A model with nothing to replace is left untouched; so is any model
@@ -212,7 +210,7 @@ def unpatch(model: nn.Module) -> None:
             raise RuntimeError(f"{name or 'the model'} became a {cls.__name__} after patching, and cannot be unpatched")
     for module in model.modules():
         make_original(module)
-    prepacked.trim()
+    quantized.trim()
 
 
 def is_patched(model: nn.Module) -> bool:

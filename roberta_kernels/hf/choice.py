@@ -65,7 +65,7 @@ class FeedForwardChoice(NamedTuple):
 
 
 class LayerChoice(NamedTuple):
-    """Both halves. call: prepacked.EncoderCall of this layer by itself, or None, and `no_call` says why."""
+    """Both halves. call: the op call of this layer by itself, or None, and `no_call` says why."""
 
     attention: AttentionChoice
     feed_forward: FeedForwardChoice

@@ -1,4 +1,4 @@
-"""Which layers can run as one op call on prepacked weights."""
+"""Which layers can run as one op call, on their parameters or on quantised copies of them."""
 
 from __future__ import annotations
 
@@ -8,32 +8,39 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from roberta_kernels import backends, prepacked
+from roberta_kernels import backends
+from roberta_kernels.encoder_call import EncoderCall, LayerSettings, LayerTensors, unavailable
 from roberta_kernels.hf.choice import LayerChoice
 from roberta_kernels.hf.state import Options, memory_of
 from roberta_kernels.ops.attention import supported_head_dim
-from roberta_kernels.prepacked import EncoderCall, LayerCopies, LayerSettings, LayerTensors
+from roberta_kernels.quantized import LayerCopies, QuantizedCall
 
 GRADIENTS = "gradients are needed (torch.no_grad() was not set)"
 _TRAINING = "training mode"
 
 
 def no_call(options: Options, like: Tensor) -> str | None:
-    """Why no layer can run from prepacked weights in such a call, or None. like: a tensor of the device and dtype of
-    the hidden states."""
-    if not options.prepack:
-        return "prepack=False"
-    if not like.is_cpu or like.dtype != torch.float32 or type(like) not in (Tensor, nn.Parameter):
-        return "hidden states are not float32 on the CPU"
+    """Why no layer can run as an op call in such a call of the model, or None. like: a tensor of the device and dtype
+    of the hidden states."""
+    if type(like) not in (Tensor, nn.Parameter) or not like.is_cpu:
+        return "hidden states are not on the CPU"
+    if like.dtype != torch.float32 and (options.quantization is not None or not _bfloat16_call(like.dtype)):
+        return f"hidden states are {like.dtype}"
     if torch.is_autocast_enabled("cpu"):
         return "autocast"
     if not backends.cpu_serves(like):
         return "another backend than the CPU kernels serves"
-    return prepacked.unavailable()
+    return unavailable()
+
+
+def _bfloat16_call(dtype: torch.dtype) -> bool:
+    """Whether bfloat16 layers run faster as one call than through torch's products: on tiles they do."""
+    return dtype == torch.bfloat16 and backends.cpu_isa() == "amx"
 
 
 def no_layer_call(layer: Any, choice: LayerChoice) -> str | None:
     """Why a layer cannot, whatever the call, or None."""
+    dtype = layer.output.LayerNorm.weight.dtype
     if any(module.training for module in layer.modules()):
         return _TRAINING
     attention, feed_forward = choice.attention, choice.feed_forward
@@ -44,8 +51,8 @@ def no_layer_call(layer: Any, choice: LayerChoice) -> str | None:
     tensors = tensors_of(layer)
     if any(tensor is None for tensor in tensors):
         return "a product has no bias"
-    if not all(map(_plain_float32, tensors)):
-        return "not all of its parameters are plain, contiguous float32 tensors on the CPU"
+    if not all(_plain(tensor, dtype) for tensor in tensors):
+        return "not all of its parameters are plain, contiguous tensors of one dtype on the CPU"
     core = layer.attention.self
     if not supported_head_dim(core.attention_head_size):
         return f"head_dim {core.attention_head_size}"
@@ -62,11 +69,11 @@ def tensors_of(layer: Any) -> LayerTensors:
     return LayerTensors(*(tensor for module in modules for tensor in (module.weight, module.bias)))
 
 
-def _plain_float32(tensor: Any) -> bool:
+def _plain(tensor: Any, dtype: torch.dtype) -> bool:
     return (
         type(tensor) is nn.Parameter
         and tensor.is_cpu
-        and tensor.dtype == torch.float32
+        and tensor.dtype == dtype
         and tensor.is_contiguous()
         and not tensor.is_inference()  # whose edits are not counted
     )
@@ -82,15 +89,19 @@ def _settings(layer: Any, choice: LayerChoice) -> LayerSettings:
     )
 
 
-def encoder_call(layers: Sequence[Any], choices: Sequence[LayerChoice], options: Options) -> EncoderCall | None:
+def encoder_call(
+    layers: Sequence[Any], choices: Sequence[LayerChoice], options: Options
+) -> EncoderCall | QuantizedCall | None:
     """One call through layers that each could be one, or None where they differ in what the op takes of them."""
     settings = {_settings(layer, choice) for layer, choice in zip(layers, choices, strict=True)}
     if len(settings) != 1:
         return None
+    if options.quantization is None:
+        return EncoderCall([tensors_of(layer) for layer in layers], settings.pop())
     places = []
     for layer in layers:
         memory = memory_of(layer)
-        if memory.prepacked is None:
-            memory.prepacked = LayerCopies()
-        places.append((memory.prepacked, tensors_of(layer)))
-    return EncoderCall(places, settings.pop(), prepacked.KINDS[options.quantization], options.offloads)
+        if memory.quantized is None:
+            memory.quantized = LayerCopies()
+        places.append((memory.quantized, tensors_of(layer)))
+    return QuantizedCall(places, settings.pop(), options.quantization, options.offloads)

@@ -29,7 +29,7 @@ from roberta_kernels.hf.choice import (
 from roberta_kernels.hf.embeddings import HuggingFaceModule
 from roberta_kernels.hf.fusable import dropout_of
 from roberta_kernels.hf.masks import LayerMask, find, put
-from roberta_kernels.hf.state import drop_prepacked, in_force, state_of
+from roberta_kernels.hf.state import drop_quantized, in_force, state_of
 from roberta_kernels.unpadding import Sequences
 
 _QUANTISED = "the quantised weights are not used"
@@ -143,7 +143,7 @@ class FastLayer(HuggingFaceModule):
 
     def train(self, mode: bool = True) -> Any:
         if mode:
-            drop_prepacked(self)
+            drop_quantized(self)
         return super().train(mode)
 
     def _rk_forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:

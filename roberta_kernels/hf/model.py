@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from roberta_kernels import backends, prepacked, unpadding
+from roberta_kernels import backends, quantized, unpadding
 from roberta_kernels.hf import route
 from roberta_kernels.hf.arguments import by_name
 from roberta_kernels.hf.choice import AttentionChoice, self_attention_choice
@@ -16,7 +16,7 @@ from roberta_kernels.hf.embeddings import HuggingFaceModule
 from roberta_kernels.hf.fusable import own_forward
 from roberta_kernels.hf.layer import FastLayer, FastSelfAttention
 from roberta_kernels.hf.masks import AllRows, Handover, LayerMask, find, put
-from roberta_kernels.hf.state import Options, drop_prepacked, state_of
+from roberta_kernels.hf.state import Options, drop_quantized, state_of
 from roberta_kernels.unpadding import Unpadding
 
 
@@ -31,8 +31,8 @@ class FastModel(HuggingFaceModule):
 
     def train(self, mode: bool = True) -> Any:
         super().train(mode)
-        if mode and drop_prepacked(self):
-            prepacked.trim()
+        if mode and drop_quantized(self):
+            quantized.trim()
         return self
 
     def _rk_forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,6 +1,6 @@
 """The route of a call: decided once, before anything runs; what then runs it asks nothing more.
 
-    Encoder          unpadded, all layers in one op call (prepacked weights)
+    Encoder          unpadded, all layers in one op call
     Unpadded         unpadded, layer by layer
     Padded           every row of the batch, through the model's original forward, layers fused
     ThroughInterface the same where a release lets nobody replace the layers' mask: attention by way of transformers'
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from roberta_kernels import prepacked
+from roberta_kernels.encoder_call import EncoderCall
 from roberta_kernels.hf import encoder_layers
 from roberta_kernels.hf.choice import TORCH_FUNC, LayerChoice, autocast_dtype, layer_choice, replaced, skipped
 from roberta_kernels.hf.embeddings import FastEmbeddings
@@ -37,6 +37,7 @@ from roberta_kernels.hf.names import ATTENTION
 from roberta_kernels.hf.same_attention import attention_difference
 from roberta_kernels.hf.state import Options, memory_of, state_of
 from roberta_kernels.hf.watch import Watch
+from roberta_kernels.quantized import QuantizedCall
 
 # What a model's own forward, or transformers' around it, does with these is known, and is done on every route.
 _HANDLED = frozenset(
@@ -86,7 +87,7 @@ class Unpadded:
 
 @dataclass(frozen=True)
 class Encoder(Unpadded):
-    call: prepacked.EncoderCall
+    call: EncoderCall | QuantizedCall
 
 
 Route = Original | ThroughInterface | Padded | Unpadded
@@ -98,8 +99,7 @@ Route = Original | ThroughInterface | Padded | Unpadded
 class Call(NamedTuple):
     """original: why only the original attention can give what the call asks for, or None. padded: why every row must
     be computed, or None. embeds: dtype of the inputs_embeds that it gives in the place of input_ids, and embeds_grad
-    whether they need a gradient. autocast: its dtype, if any. no_encoder: why no op call of prepacked weights can be
-    made, or None. grad: whether gradients are recorded."""
+    whether they need a gradient. autocast: its dtype, if any. no_encoder: why no layer can run as an op call, or None. grad: whether gradients are recorded."""
 
     original: str | None
     padded: str | None
@@ -375,7 +375,7 @@ def layer_choices(survey: Survey, call: Call, options: Options) -> dict[int, Lay
     return choices
 
 
-def _one_call(survey: Survey, choices: dict[int, LayerChoice], options: Options) -> prepacked.EncoderCall | None:
+def _one_call(survey: Survey, choices: dict[int, LayerChoice], options: Options) -> EncoderCall | QuantizedCall | None:
     if any(choice.call is None for choice in choices.values()) or any(map(compiled, survey.layers)):
         return None
     return encoder_layers.encoder_call(survey.layers, [choices[id(layer)] for layer in survey.layers], options)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from roberta_kernels import backends, prepacked
+from roberta_kernels import backends, encoder_call, quantized
 from roberta_kernels.backends import BackendError
 
 # A fallback is said by logging, as transformers says its own: a warning would be an error under `python -W error`, and
@@ -38,36 +39,28 @@ class Options:
     packed: "auto": padding is left out of the computation wherever the answer cannot depend on it. False: never. True:
         also where a token or span head reads padded rows, which then come from zeros.
     backend: "auto", or the backend that shall serve this model.
-    prepack: whether inference on a CPU keeps a copy of the layers' weights in the order in which the kernels read
-        them, made in the first call. It is faster, and takes as much memory again as these weights do.
-    quantization: None; or what that copy is rounded to, of a float32 model on a CPU: "bfloat16" (products accumulate
-        in float32), "int8" (weights only), "int8-dynamic" (weights, and activations as they come). The answers are
-        then no longer those of the original (`verify` measures them). Parameters, state dict and saved files stay
-        float32; a call that cannot use the copy, as in training, runs the float32 weights, and the report's fallbacks
-        say so.
-    offload: True: weights that were copied leave memory for an unlinked file in the temporary directory (TMPDIR),
-        mapped in their place; they read, train and save as before. None: where `quantization` is set.
+    quantization: None; or what a copy of the layers' weights is rounded to, for inference of a float32 model on a CPU:
+        "bfloat16" (products accumulate in float32), "int8" (weights only), "int8-dynamic" (weights, and activations as
+        they come). The answers are then no longer those of the original (`verify` measures them). Parameters, state
+        dict and saved files stay float32; a call that cannot use the copy, as in training, runs the float32 weights,
+        and the report's fallbacks say so.
+    offload: whether weights that were copied leave memory for an unlinked file in the temporary directory (TMPDIR),
+        mapped in their place; they read, train and save as before. None: yes, with `quantization`.
     """
 
     packed: str | bool = "auto"
     backend: str = "auto"
-    prepack: bool = True
     quantization: str | None = None
     offload: bool | None = None
 
     def __post_init__(self) -> None:
         if self.packed != "auto" and not isinstance(self.packed, bool):
             raise ValueError(f'packed must be "auto", True or False, got {self.packed!r}')
-        if not isinstance(self.prepack, bool):
-            raise ValueError(f"prepack must be True or False, got {self.prepack!r}")
-        if self.quantization not in prepacked.KINDS:
-            raise ValueError(
-                f"quantization must be None or one of {', '.join(prepacked.QUANTIZATIONS)}, got {self.quantization!r}"
-            )
+        if self.quantization not in (None, *quantized.QUANTIZATIONS):
+            known = ", ".join(quantized.QUANTIZATIONS)
+            raise ValueError(f"quantization must be None or one of {known}, got {self.quantization!r}")
         if self.offload is not None and not isinstance(self.offload, bool):
             raise ValueError(f"offload must be None, True or False, got {self.offload!r}")
-        if not self.prepack and (self.quantization is not None or self.offload):
-            raise ValueError("quantization and offload concern prepacked weights: prepack must be True with them")
         if self.quantization is not None and self.backend not in ("auto", "cpu"):
             raise ValueError(
                 f"backend must be auto or cpu with quantization={self.quantization!r}, got {self.backend!r}"
@@ -75,15 +68,25 @@ class Options:
 
     @property
     def offloads(self) -> bool:
-        return self.quantization is not None if self.offload is None else self.offload
+        return self.quantization is not None and self.offload is not False
 
     def check_available(self) -> None:
         """Raises BackendError where this process cannot do it."""
         with backends.backend(self.backend):
             pass
-        reason = None if self.quantization is None else prepacked.unavailable()
+        reason = None if self.quantization is None else encoder_call.unavailable()
         if reason is not None:
             raise BackendError(f"quantization={self.quantization!r} needs the compiled CPU kernels: {reason}")
+
+
+def _warn_of_former(kwargs: dict[str, Any]) -> None:
+    """Options of former versions are accepted with a warning: float32 weights are read in place, without copies."""
+    if "prepack" in kwargs:
+        if not isinstance(kwargs.pop("prepack"), bool):
+            raise ValueError("prepack must be True or False")
+        warnings.warn("prepack has no effect any more: weights are read in place", FutureWarning, stacklevel=4)
+    if kwargs.get("offload") is True and kwargs.get("quantization") is None:
+        warnings.warn("offload has no effect without quantization: no weight is copied", FutureWarning, stacklevel=4)
 
 
 def takes_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -97,6 +100,7 @@ def takes_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(function)
     def method(*args: Any, **kwargs: Any) -> Any:
+        _warn_of_former(kwargs)
         unknown = [name for name in kwargs if name not in names and name not in signature.parameters]
         if unknown:
             raise TypeError(f"{function.__name__}() got an unexpected keyword argument {unknown[0]!r}")
@@ -146,14 +150,14 @@ class PatchState:
 class Memory:
     """What a module keeps that can be derived again: a copy or a pickle of the module takes an empty one with it.
 
-    survey: route.Survey of a model. prepacked: prepacked.LayerCopies of a layer.
+    survey: route.Survey of a model. quantized: quantized.LayerCopies of a layer.
     """
 
-    __slots__ = ("prepacked", "survey")
+    __slots__ = ("quantized", "survey")
 
     def __init__(self) -> None:
         self.survey: Any = None
-        self.prepacked: Any = None
+        self.quantized: Any = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Memory, ()
@@ -181,14 +185,14 @@ def memory_of(module: Any) -> Memory:
     return module.__dict__.setdefault("_rk_memory", Memory())
 
 
-def drop_prepacked(root: nn.Module) -> bool:
-    """Frees the prepacked weights of all layers under a module, and says whether there were any."""
+def drop_quantized(root: nn.Module) -> bool:
+    """Frees the quantised weights of all layers under a module, and says whether there were any."""
     dropped = False
     for module in root.modules():
         memory = module.__dict__.get("_rk_memory")
         if memory is not None:
             memory.survey = None  # its routes have calls that hold them
-            dropped = (memory.prepacked is not None and memory.prepacked.drop()) or dropped
+            dropped = (memory.quantized is not None and memory.quantized.drop()) or dropped
     return dropped
 
 
@@ -202,10 +206,10 @@ def in_force(state: PatchState) -> contextlib.AbstractContextManager[Any]:
 
 
 def forget(module: nn.Module) -> None:
-    """Undoes all that was derived: frees prepacked weights, brings offloaded weights back into memory."""
+    """Undoes all that was derived: frees quantised weights, brings offloaded weights back into memory."""
     memory = module.__dict__.pop("_rk_memory", None)
-    if memory is not None and memory.prepacked is not None:
-        memory.prepacked.bring_back()
+    if memory is not None and memory.quantized is not None:
+        memory.quantized.bring_back()
 
 
 def keep_implementation(module: nn.Module, implementation: str) -> None:

@@ -2,8 +2,8 @@
 
 Adapters, hooks, modes and quantisation arrive after patching, and at any time. A decision is therefore kept only while
 nothing that it was made from has changed: modules and parameters in their places, types, modes, hooks, attributes, the
-code of their classes, where parameters are and of which dtype. The values of weights are no part of it
-(prepacked.EncoderCall has them).
+code of their classes, where parameters are and of which dtype. The values of weights are no part of it:
+kernels read them in place, and quantised copies have a look of their own (quantized/).
 
 `holds` runs in every call of a model, over some two hundred modules: so it compares flat lists, made by loops in C.
 """

@@ -1,74 +1,36 @@
-"""The prepacked weights of one layer, and how they notice that the weights are no longer what was copied.
+"""The quantised weights of one layer, and how they notice that the weights are no longer what was copied.
 
-A copy is in the order in which a kernel of one instruction set reads it, in float32 or rounded to fewer bits. The
-module's own parameters stay what they were: what is saved, trained and copied.
+A copy is in the order in which a kernel of one instruction set reads it. The module's own parameters stay what they
+were: what is saved, trained and copied.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Sequence
 from operator import is_
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from roberta_kernels import backends
-from roberta_kernels.prepacked.offloading import Offloaded
+from roberta_kernels.encoder_call import LayerTensors
+from roberta_kernels.quantized.offloading import Offloaded
 
-# patch's `quantization` -> the kind that the op pack_weight knows.
-KINDS: dict[str | None, str] = {
-    None: "float32",
-    "bfloat16": "bfloat16",
-    "int8": "int8",
-    "int8-dynamic": "int8-dynamic",
-}
-QUANTIZATIONS = tuple(kind for kind in KINDS if kind is not None)
+# patch's `quantization`, and the kinds that the op pack_weight knows.
+QUANTIZATIONS = ("bfloat16", "int8", "int8-dynamic")
 
 _WINDOW = 1024  # elements, a page
 
 
-class LayerTensors(NamedTuple):
-    """The parameters of a layer, in the order in which the encoder op takes them.
-
-    Weights are `[N, K]` (K: input), everything else is `[N]`; H: hidden size, F: feed-forward size.
-    """
-
-    query_weight: Tensor  # [H, H], as the next two
-    query_bias: Tensor
-    key_weight: Tensor
-    key_bias: Tensor
-    value_weight: Tensor
-    value_bias: Tensor
-    attention_weight: Tensor  # [H, H]: attention.output.dense
-    attention_bias: Tensor
-    attention_norm_weight: Tensor
-    attention_norm_bias: Tensor
-    inner_weight: Tensor  # [F, H]: intermediate.dense
-    inner_bias: Tensor
-    output_weight: Tensor  # [H, F]: output.dense
-    output_bias: Tensor
-    output_norm_weight: Tensor
-    output_norm_bias: Tensor
-
-    def weights(self) -> tuple[Tensor, ...]:
-        """Of the six products."""
-        return (
-            *(self.query_weight, self.key_weight, self.value_weight),
-            *(self.attention_weight, self.inner_weight, self.output_weight),
-        )
-
-    def with_copies(self, copies: Sequence[Tensor]) -> list[Tensor]:
-        """What packed_encoder takes of a layer. copies: of query, key and value together, and of the other three."""
-        qkv, attention, inner, output = copies
-        return [
-            *(qkv, self.query_bias, self.key_bias, self.value_bias),
-            *(attention, self.attention_bias, self.attention_norm_weight, self.attention_norm_bias),
-            *(inner, self.inner_bias),
-            *(output, self.output_bias, self.output_norm_weight, self.output_norm_bias),
-        ]
+def with_copies(tensors: LayerTensors, copies: Sequence[Tensor]) -> list[Tensor]:
+    """What the op packed_encoder takes of a layer. copies: of query, key and value together, and of the other three."""
+    qkv, attention, inner, output = copies
+    return [
+        *(qkv, tensors.query_bias, tensors.key_bias, tensors.value_bias),
+        *(attention, tensors.attention_bias, tensors.attention_norm_weight, tensors.attention_norm_bias),
+        *(inner, tensors.inner_bias),
+        *(output, tensors.output_bias, tensors.output_norm_weight, tensors.output_norm_bias),
+    ]
 
 
 def sample_hash(samples: list[Tensor]) -> int:
@@ -77,7 +39,7 @@ def sample_hash(samples: list[Tensor]) -> int:
 
 
 class LayerCopies:
-    """The prepacked weights of one layer: of query, key and value together, and of the other three."""
+    """The quantised weights of one layer: of query, key and value together, and of the other three."""
 
     def __init__(self) -> None:
         self.offloaded = Offloaded()
@@ -141,12 +103,3 @@ def trim() -> None:
     """Hands memory that was freed back to the system: glibc keeps what lies below something that is still in use."""
     if (release := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         release(0)
-
-
-@functools.cache
-def unavailable() -> str | None:
-    """Why no weights can be prepacked in this process, or None."""
-    status = backends.available_backends()["cpu"]
-    if not status:
-        return status.detail
-    return None if hasattr(torch.ops.roberta_kernels_cpu, "pack_weight") else "the compiled kernels are of an old build"

@@ -1,4 +1,4 @@
-"""One op call through some layers, on prepacked weights that are made again when the weights change."""
+"""One op call through some layers, on quantised copies that are made again when the weights change."""
 
 from __future__ import annotations
 
@@ -10,23 +10,15 @@ import torch
 from torch import Tensor
 
 from roberta_kernels import backends
-from roberta_kernels.prepacked.copies import LayerCopies, LayerTensors, sample_hash, trim
+from roberta_kernels.encoder_call import LayerSettings, LayerTensors, run_encoder
+from roberta_kernels.quantized.copies import LayerCopies, sample_hash, trim, with_copies
 from roberta_kernels.unpadding import Sequences
 
-_making = threading.Lock()  # two threads that find nothing prepacked shall not both copy, nor move a weight twice
-
-
-class LayerSettings(NamedTuple):
-    """What the op takes of layers beside their tensors; layers that differ in it cannot share a call."""
-
-    heads: int
-    scale: float
-    eps: float
-    tanh: bool
+_making = threading.Lock()  # two threads that find no copies shall not both copy, nor move a weight twice
 
 
 class _Made(NamedTuple):
-    """What was prepacked, and what the weights were like: replaced as a whole, so that threads see all or nothing."""
+    """What was copied, and what the weights were like: replaced as a whole, so that threads see all or nothing."""
 
     isa: str
     tensors: list[Tensor]
@@ -36,7 +28,7 @@ class _Made(NamedTuple):
     sampled: int
 
 
-class EncoderCall:
+class QuantizedCall:
     """A call through `layers`, each the place of its copies and its tensors."""
 
     def __init__(
@@ -56,25 +48,12 @@ class EncoderCall:
         isa = backends.cpu_isa()
         made = self._made
         if made is None or not self._holds(made, isa):
-            made = self._prepack(isa)
-        settings = self._settings
-        rows = hidden_states.reshape(-1, hidden_states.shape[-1]).contiguous()
-        out = torch.ops.roberta_kernels_cpu.packed_encoder.default(
-            rows,
-            made.tensors,
-            sequences.cu_seqlens,
-            sequences.max_seqlen,
-            sequences.key_mask,
-            sequences.causal,
-            settings.heads,
-            settings.scale,
-            settings.eps,
-            settings.tanh,
-        )
-        return out.view(hidden_states.shape)
+            made = self._copy(isa)
+        op = torch.ops.roberta_kernels_cpu.packed_encoder.default
+        return run_encoder(op, made.tensors, self._settings, hidden_states, sequences)
 
     def _holds(self, made: _Made, isa: str) -> bool:
-        """Whether the weights are those that were prepacked: flat lists, as this runs in every call."""
+        """Whether the weights are those that were copied: flat lists, as this runs in every call."""
         return (
             made.isa == isa
             and [weight.data_ptr() for weight in self._weights] == made.pointers
@@ -82,7 +61,7 @@ class EncoderCall:
             and sample_hash(made.samples) == made.sampled
         )
 
-    def _prepack(self, isa: str) -> _Made:
+    def _copy(self, isa: str) -> _Made:
         with _making, torch.inference_mode(False), torch.no_grad():
             if self._made is not None and self._holds(self._made, isa):
                 return self._made  # another thread did it
@@ -97,7 +76,7 @@ class EncoderCall:
             samples = [sample for copies, _ in self._layers for sample in copies.samples]
             self._made = _Made(
                 isa,
-                [tensor for copies, tensors in self._layers for tensor in tensors.with_copies(copies.copies or ())],
+                [tensor for copies, tensors in self._layers for tensor in with_copies(tensors, copies.copies or ())],
                 [weight.data_ptr() for weight in self._weights],
                 [weight._version for weight in self._weights],
                 samples,
