@@ -25,11 +25,12 @@
 
 namespace rk::cpu::RK_CPU_ISA {
 
-constexpr int64_t kStepTokens = kColumns * (1024 / kColumns);  // tokens of one product
-
-constexpr int64_t kBlockPanels = 4;     // token panels of a block
-constexpr int64_t kRunPanels = 16;      // row panels of a task, at most
-constexpr int64_t kAhead = 2 * kChunk;  // how far ahead lines of W are asked for
+constexpr int64_t kStepTokens = 1024;             // tokens of one product
+constexpr int64_t kBlockPanels = 128 / kColumns;  // token panels of a block
+constexpr int64_t kRunPanels = 784 / kRows;       // row panels of a task, at most
+constexpr int64_t kTurnedPanels = 224 / kRows;    // row panels whose tiles are turned round together
+constexpr int64_t kAhead = 2 * kChunk;            // how far ahead lines of W are asked for, in words
+static_assert(kStepTokens % (kBlockPanels * kColumns) == 0, "steps are whole blocks");
 
 // ---- the right operand ----
 
@@ -100,8 +101,6 @@ struct RowRun {
     int part;
     WeightPanels<T> panels;
     int64_t top, bottom;
-    RK_INLINE int64_t first_row() const { return panels.first(top); }
-    RK_INLINE int rows() const { return int(panels.first(bottom) - panels.first(top)); }
 };
 
 // Up to three weights of one K, cut into runs.
@@ -266,29 +265,31 @@ inline void multiply_in_place(const Weight* parts, int count, const RightOperand
 template <class T>
 inline void store_rows(const RowRun<T>& run, const float* tiles, int tokens, const T* bias, T* out,
                        int64_t out_stride) {
-    constexpr int kStride = int(kRunPanels) * kRows + kLanes;
+    constexpr int kStride = int(kTurnedPanels) * kRows + kLanes;
     alignas(64) float turned[kLanes * kStride];
-    const int64_t first = run.first_row();
-    const int rows = run.rows();
-    for (int j = 0; j < tokens; j += kLanes) {
-        for (int64_t panel = run.top; panel < run.bottom; ++panel) {
-            const float* tile = tiles + (panel - run.top) * kRows * kColumns + j;
-            const int height = run.panels.height(panel);
-            float* const to = turned + run.panels.first(panel) - first;
-            vf32 block[kLanes];
+    for (int64_t top = run.top; top < run.bottom; top += kTurnedPanels) {
+        const int64_t bottom = min64(run.bottom, top + kTurnedPanels), first = run.panels.first(top);
+        const int rows = int(run.panels.first(bottom) - first);
+        for (int j = 0; j < tokens; j += kLanes) {
+            for (int64_t panel = top; panel < bottom; ++panel) {
+                const float* tile = tiles + (panel - run.top) * kRows * kColumns + j;
+                const int height = run.panels.height(panel);
+                float* const to = turned + run.panels.first(panel) - first;
+                vf32 block[kLanes];
 #pragma GCC unroll 16
-            for (int i = 0; i < kLanes; ++i) block[i] = i < height ? load(tile + i * kColumns) : zero();
-            transpose(block);
+                for (int i = 0; i < kLanes; ++i) block[i] = i < height ? load(tile + i * kColumns) : zero();
+                transpose(block);
 #pragma GCC unroll 16
-            for (int i = 0; i < kLanes; ++i)
-                store(to + i * kStride, block[i]);  // the next panel's are written later
-        }
-        for (int i = 0; i < min64(kLanes, tokens - j); ++i)
-            for (int row = 0; row < rows; row += kLanes) {
-                const vf32 b = bias == nullptr ? zero() : load_some(bias + first + row, rows - row);
-                store_some(out + (j + i) * out_stride + first + row, load(turned + i * kStride + row) + b,
-                           rows - row);
+                for (int i = 0; i < kLanes; ++i)
+                    store(to + i * kStride, block[i]);  // the lanes past `height` are the next panel's
             }
+            for (int i = 0; i < min64(kLanes, tokens - j); ++i)
+                for (int row = 0; row < rows; row += kLanes) {
+                    const vf32 b = bias == nullptr ? zero() : load_some(bias + first + row, rows - row);
+                    store_some(out + (j + i) * out_stride + first + row, load(turned + i * kStride + row) + b,
+                               rows - row);
+                }
+        }
     }
 }
 
