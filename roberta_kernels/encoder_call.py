@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -69,7 +69,11 @@ class EncoderCall:
 
 
 def run_encoder(
-    op, tensors: list[Tensor], settings: LayerSettings, hidden_states: Tensor, sequences: Sequences
+    op: Callable[..., Tensor],
+    tensors: list[Tensor],
+    settings: LayerSettings,
+    hidden_states: Tensor,
+    sequences: Sequences,
 ) -> Tensor:
     """Calls an op of the form of `encoder`."""
     rows = hidden_states.reshape(-1, hidden_states.shape[-1]).contiguous()

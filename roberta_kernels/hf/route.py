@@ -97,9 +97,15 @@ Route = Original | ThroughInterface | Padded | Unpadded
 
 
 class Call(NamedTuple):
-    """original: why only the original attention can give what the call asks for, or None. padded: why every row must
-    be computed, or None. embeds: dtype of the inputs_embeds that it gives in the place of input_ids, and embeds_grad
-    whether they need a gradient. autocast: its dtype, if any. no_encoder: why no layer can run as an op call, or None. grad: whether gradients are recorded."""
+    """All that a route depends on in a call; each reason is None where nothing is in the way.
+
+    original: why only the original attention can give what the call asks for.
+    padded: why every row must be computed.
+    embeds: dtype of the inputs_embeds given in the place of input_ids; embeds_grad: whether they need a gradient.
+    autocast: its dtype, if any.
+    no_encoder: why no layer can run as an op call.
+    grad: whether gradients are recorded.
+    """
 
     original: str | None
     padded: str | None

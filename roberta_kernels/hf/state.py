@@ -79,7 +79,7 @@ class Options:
             raise BackendError(f"quantization={self.quantization!r} needs the compiled CPU kernels: {reason}")
 
 
-def _warn_of_former(kwargs: dict[str, Any]) -> None:
+def warn_of_former(kwargs: dict[str, Any]) -> None:
     """Options of former versions are accepted with a warning: float32 weights are read in place, without copies."""
     if "prepack" in kwargs:
         if not isinstance(kwargs.pop("prepack"), bool):
@@ -100,7 +100,7 @@ def takes_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(function)
     def method(*args: Any, **kwargs: Any) -> Any:
-        _warn_of_former(kwargs)
+        warn_of_former(kwargs)
         unknown = [name for name in kwargs if name not in names and name not in signature.parameters]
         if unknown:
             raise TypeError(f"{function.__name__}() got an unexpected keyword argument {unknown[0]!r}")

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from roberta_kernels import backends, tolerance
-from roberta_kernels.hf.state import attached
+from roberta_kernels.hf.state import attached, warn_of_former
 from roberta_kernels.patching import PatchReport, patch, unpatch
 from roberta_kernels.verification.batches import describe, generated_batch
 from roberta_kernels.verification.report import (
@@ -49,7 +49,7 @@ def verify(
     *,
     packed: bool | str = "auto",
     backend: str = "auto",
-    prepack: bool = True,
+    prepack: bool | None = None,
     quantization: str | None = None,
     gradients: bool = False,
 ) -> VerificationReport:
@@ -73,6 +73,8 @@ def verify(
             be made for it, or it cannot be quantised.
         BackendError: the backend asked for is not available for this model.
     """
+    if prepack is not None:
+        warn_of_former({"prepack": prepack})
     inner = _inner_models(model, batch)
     parameter = next((p for part in inner for p in part.parameters() if p.is_floating_point()), None)
     if parameter is None:
@@ -85,7 +87,7 @@ def verify(
         with backends.backend(backend if backend != "auto" else backends.current_backend()):
             served = backends.serving(parameter)
         notes: list[str] = []
-        runs = _runs(model, call, notes, packed=packed, backend=backend, prepack=prepack)
+        runs = _runs(model, call, notes, packed=packed, backend=backend)
         entries = _judged(model, call, runs) + _measured(call, runs)
     return VerificationReport(
         model=call.subject.name,
