@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from roberta_kernels import ops, prepacked, tolerance
+from roberta_kernels import encoder_call, ops, tolerance
 from roberta_kernels.cli.commands import app
 from roberta_kernels.demo import corpus, pictures, stages, throughput, training
 
@@ -115,7 +115,7 @@ def test_quick_demo_from_end_to_end(tmp_path):
 
 def test_a_wrong_kernel_breaks_the_demo(tmp_path, monkeypatch, texts, tokenizer):
     # What training runs, and inference on a CPU.
-    for holder, name in ((ops, "add_layer_norm"), (prepacked.EncoderCall, "run")):
+    for holder, name in ((ops, "add_layer_norm"), (encoder_call.EncoderCall, "run")):
         right = getattr(holder, name)
         monkeypatch.setattr(holder, name, lambda *args, right=right, **kwargs: right(*args, **kwargs) * 1.01)
     console = Console(quiet=True)

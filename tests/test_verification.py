@@ -11,8 +11,10 @@ import transformers
 from torch import nn
 
 import roberta_kernels as rk
-from roberta_kernels import ops, prepacked, verification
+from roberta_kernels import encoder_call, ops, verification
+from roberta_kernels.hf import encoder_layers
 from roberta_kernels.hf.families import FAMILIES
+from roberta_kernels.quantized import QUANTIZATIONS
 from roberta_kernels.verification import GRADIENT, LAYERWISE, ORDINARY, VerificationError, verify
 
 TASKS = (
@@ -42,14 +44,18 @@ def tiny(task: str = "Model", family: str = "Roberta", **options) -> nn.Module:
 
 def perturb(monkeypatch, op: str, scale: float) -> None:
     """The fused op, wrong by a factor of 1 + scale."""
-    holder, name = (prepacked.EncoderCall, "run") if op == "packed_encoder" else (ops, op)
+    holder, name = (encoder_call.EncoderCall, "run") if op == "encoder" else (ops, op)
     right = getattr(holder, name)
     monkeypatch.setattr(holder, name, lambda *args, **kwargs: right(*args, **kwargs) * (1 + scale))
 
 
-# Of inference on a CPU, or the ops that it is without packed weights.
-PREPACK = prepacked.unavailable() is None
-LAST_OP = "packed_encoder" if PREPACK else "add_layer_norm"
+# Of inference on a CPU, or the ops that it is without the compiled kernels.
+ONE_CALL = encoder_call.unavailable() is None
+LAST_OP = "encoder" if ONE_CALL else "add_layer_norm"
+
+
+def layer_by_layer(monkeypatch) -> None:
+    monkeypatch.setattr(encoder_layers, "unavailable", lambda: "left out by a test")
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -87,12 +93,14 @@ def test_low_precision_holds(task, dtype):
         assert "1024 times the loss" in str(report)
 
 
-@pytest.mark.parametrize("op", ["attention", "add_layer_norm", "gelu_ffn", "embedding_layer_norm", "packed_encoder"])
+@pytest.mark.parametrize("op", ["attention", "add_layer_norm", "gelu_ffn", "embedding_layer_norm", "encoder"])
 def test_a_wrong_kernel_is_found(monkeypatch, op):
-    if op == "packed_encoder" and not PREPACK:
+    if op == "encoder" and not ONE_CALL:
         pytest.skip("no compiled CPU kernels")
+    if op != "encoder":
+        layer_by_layer(monkeypatch)
     perturb(monkeypatch, op, 1e-3)
-    report = verify(tiny("ForMaskedLM"), prepack=op == "packed_encoder")
+    report = verify(tiny("ForMaskedLM"))
     assert not report.holds
     assert "BROKEN" in str(report)
     first = "embeddings" if op == "embedding_layer_norm" else "layer 0"
@@ -101,10 +109,11 @@ def test_a_wrong_kernel_is_found(monkeypatch, op):
 
 def test_a_wrong_kernel_is_found_on_a_single_number(monkeypatch):
     """The score of one sentence is one number, and the yardstick is drawn again; not so far as to excuse an error."""
+    layer_by_layer(monkeypatch)
     perturb(monkeypatch, "gelu_ffn", 1e-2)
     model = tiny("ForSequenceClassification", num_labels=1)
     ids = torch.tensor([[0, 5, 9, 33, 2]])
-    report = verify(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, prepack=False)
+    report = verify(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     assert "logits" in {entry.name for entry in report.broken}
 
 
@@ -354,9 +363,9 @@ def test_what_cannot_be_verified_is_refused(model, words):
         verify(model)
 
 
-@pytest.mark.skipif(not PREPACK, reason="no compiled CPU kernels")
+@pytest.mark.skipif(not ONE_CALL, reason="no compiled CPU kernels")
 @pytest.mark.parametrize("how", ["asked for", "patched"])
-@pytest.mark.parametrize("quantization", prepacked.QUANTIZATIONS)
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
 def test_quantised_weights_are_measured_and_not_judged(quantization, how):
     model = tiny("ForMaskedLM")
     if how == "patched":
@@ -386,7 +395,7 @@ def test_quantised_weights_are_measured_and_not_judged(quantization, how):
     assert len(found["quantised_entries"]) == len(errors)
 
 
-@pytest.mark.skipif(not PREPACK, reason="no compiled CPU kernels")
+@pytest.mark.skipif(not ONE_CALL, reason="no compiled CPU kernels")
 def test_what_cannot_be_quantised_is_refused():
     with pytest.raises(VerificationError, match="float32 model on a CPU"):
         verify(tiny().bfloat16(), quantization="int8")
