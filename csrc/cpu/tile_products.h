@@ -1,0 +1,358 @@
+// C^T = W X^T on tiles (amx.h), with weights read where they lie, row-major [N, K], and tokens packed by tile_operands.h.
+//
+//   numbers      products                          of what size         in float32 throughout
+//   bfloat16     w0 x0
+//   float32 (1)  w0 x0                             errors of 2^-9       "medium"
+//   float32 (2)  w1 x0, w0 x1, w0 x0               2^-16                "high"
+//   float32 (3)  w2 x0, w1 x0, w1 x1, w0 x1, w0 x2, w0 x0; left out is less than 2^-25 of a product: "highest"
+//
+//   in tiles     the sums of 32 weight rows x 32 tokens, four tiles; the other four hold operands. Each pair of tiles that
+//                is loaded meets what is there already, so 24 products of tiles need 16 pairs of loads... as few as the
+//                order of the products allows.
+//   accuracy     Within a slab (768 along K) first the small products are summed, over all of it; then, on top of them,
+//                w0 x0 over kChunkSteps steps; these sums, and those of further chunks that start from zero, are added
+//                in vectors. So what rounds is a sum of few large terms. (A single product needs none of this: its sums
+//                stay in the tiles over all of K.)
+//   a task       a few strips of 32 weight rows x a range of tokens. It brings the strips' slab into the second-level
+//                cache as tiles, split (each weight is read once a group of tokens, 4 or 2 bytes an element), and walks
+//                the tokens; their panel comes from there or the third level, and is met by every strip.
+//   epilogue     gets the finished block, float32, in the first-level cache.
+//
+// An element is summed in an order that depends on K alone: not on the number of tokens, their place, or the threads. Few
+// tokens fill tiles in part; the call then takes what reading the weights takes, so that costs nothing.
+//
+// The roof: a tile product is 16 cycles for 16 K multiply-adds, and its two loads 16 cycles of the first-level cache's
+// time if nothing is kept. A 2 x 2 block loads one tile for each product. From the second-level cache a tile comes in 19
+// cycles: a single product is bound by that (the strips' tiles are read with the hint that they are not needed again, to
+// keep the panel in the first level), six products are not (16 loads for 24).
+#pragma once
+#include "csrc/cpu/tile_operands.h"
+
+namespace rk::cpu::RK_CPU_ISA {
+
+constexpr int64_t kChunkSteps = 12;       // steps along K that w0 x0 is summed over in tiles
+constexpr int64_t kMostStrips = 4;        // of a task
+constexpr int kBlockFloats = 4 * kTileFloats;
+
+// A block's sums: [2 tiles of weight rows][2 tiles of tokens][16 rows][16 tokens].
+RK_INLINE float* block_row(float* block, int row, int token_half) {
+    return block + (row / kTileSide * 2 + token_half) * kTileFloats + row % kTileSide * kTileSide;
+}
+RK_INLINE const float* block_row(const float* block, int row, int token_half) {
+    return block_row(const_cast<float*>(block), row, token_half);
+}
+
+// ---- micro-kernels ----
+// Tiles 0 to 3: sums; 4, 5: weights; 6, 7: tokens. kHalves: tiles of tokens that are multiplied, 1 or 2.
+
+template <int kHalves>
+RK_INLINE void zero_sums() {
+    tile_zero<0>(), tile_zero<2>();
+    if constexpr (kHalves == 2) tile_zero<1>(), tile_zero<3>();
+}
+template <int kHalves>
+RK_INLINE void load_sums(const float* block) {
+    tile_load<0>(block), tile_load<2>(block + 2 * kTileFloats);
+    if constexpr (kHalves == 2) tile_load<1>(block + kTileFloats), tile_load<3>(block + 3 * kTileFloats);
+}
+template <int kHalves>
+RK_INLINE void store_sums(float* block) {
+    tile_store<0>(block), tile_store<2>(block + 2 * kTileFloats);
+    if constexpr (kHalves == 2) tile_store<1>(block + kTileFloats), tile_store<3>(block + 3 * kTileFloats);
+}
+template <int kHalves>
+RK_INLINE void add_sums(float* block) {
+    alignas(64) float sums[kBlockFloats];
+    store_sums<kHalves>(sums);
+    for (int i = 0; i < kBlockFloats; i += kLanes)
+        if (kHalves == 2 || i / kTileFloats % 2 == 0) store(block + i, load(block + i) + load(sums + i));
+}
+RK_INLINE void load_weights(const char* w) {
+    tile_load<4>(w), tile_load<5>(w + kTileBytes);
+}
+template <int kHalves>
+RK_INLINE void load_tokens(const char* x) {
+    tile_load<6>(x);
+    if constexpr (kHalves == 2) tile_load<7>(x + kTileBytes);
+}
+template <int kHalves>
+RK_INLINE void multiply_loaded() {
+    tile_dot_bf16<0, 4, 6>();
+    if constexpr (kHalves == 2) tile_dot_bf16<1, 4, 7>();
+    tile_dot_bf16<2, 5, 6>();
+    if constexpr (kHalves == 2) tile_dot_bf16<3, 5, 7>();
+}
+
+// block (+)= w0 x0 over some steps, the sums in tiles all the way.
+template <int kHalves>
+inline void multiply_once(const char* w, const char* x, int64_t steps, float* block, bool first) {
+    first ? zero_sums<kHalves>() : load_sums<kHalves>(block);
+    for (int64_t i = 0; i < steps; ++i, w += kPairBytes, x += kPairBytes) {
+        tile_load_once<4>(w);
+        tile_load<6>(x);
+        tile_dot_bf16<0, 4, 6>();
+        if constexpr (kHalves == 2) {
+            tile_load<7>(x + kTileBytes);
+            tile_dot_bf16<1, 4, 7>();
+        }
+        tile_load_once<5>(w + kTileBytes);
+        tile_dot_bf16<2, 5, 6>();
+        if constexpr (kHalves == 2) tile_dot_bf16<3, 5, 7>();
+    }
+    store_sums<kHalves>(block);
+}
+
+// The products of a step but the largest.
+template <int kParts, int kHalves>
+RK_INLINE void multiply_small(const char* w, const char* x, int64_t part_bytes) {
+    if constexpr (kParts == 3) {
+        load_weights(w + 2 * part_bytes), load_tokens<kHalves>(x);
+        multiply_loaded<kHalves>();
+        load_weights(w + part_bytes);
+    } else {
+        load_weights(w + part_bytes), load_tokens<kHalves>(x);
+    }
+    multiply_loaded<kHalves>();
+    load_tokens<kHalves>(x + part_bytes);
+    if constexpr (kParts == 3) multiply_loaded<kHalves>();
+    load_weights(w);
+    multiply_loaded<kHalves>();
+    if constexpr (kParts == 3) {
+        load_tokens<kHalves>(x + 2 * part_bytes);
+        multiply_loaded<kHalves>();
+    }
+}
+
+// block (+)= the products of a slab.
+template <int kParts, int kHalves>
+inline void multiply_slab(const char* w, const char* x, int64_t steps, float* block, bool first) {
+    const int64_t part_bytes = steps * kPairBytes;
+    zero_sums<kHalves>();
+    for (int64_t i = 0; i < steps; ++i)
+        multiply_small<kParts, kHalves>(w + i * kPairBytes, x + i * kPairBytes, part_bytes);
+    for (int64_t chunk = 0; chunk < steps; chunk += kChunkSteps) {
+        if (chunk > 0) zero_sums<kHalves>();
+        for (int64_t i = chunk; i < min64(steps, chunk + kChunkSteps); ++i) {
+            load_weights(w + i * kPairBytes), load_tokens<kHalves>(x + i * kPairBytes);
+            multiply_loaded<kHalves>();
+        }
+        first &&chunk == 0 ? store_sums<kHalves>(block) : add_sums<kHalves>(block);
+    }
+}
+
+// ---- special numbers ----
+
+// What a row with an infinity or NaN gives: element (row, token) in float32, from the weight as it is.
+template <int kParts>
+inline void multiply_nonfinite(const float* weight_row, int64_t k_size, const TokenTiles<kParts>& x, int64_t token,
+                               float* to) {
+    float sum = 0.0f;
+    for (int64_t k = 0; k < k_size; ++k) sum += weight_row[k] * token_element(x, token, k);
+    *to = sum;
+}
+
+// ---- the product ----
+
+// Strips of up to three weights of one K.
+struct WeightStrips {
+    int64_t first[4] = {};
+    int count;
+    template <class W>
+    RK_INLINE WeightStrips(const W* weights, int count_) : count(count_) {
+        for (int i = 0; i < count; ++i) first[i + 1] = first[i] + ceil_div(weights[i].rows, kGroup32);
+    }
+    RK_INLINE int64_t total() const { return first[count]; }
+    RK_INLINE int weight_of(int64_t strip) const {
+        int i = 0;
+        while (strip >= first[i + 1]) ++i;
+        return i;
+    }
+};
+
+template <class T, int kParts, class W, class Epilogue>
+class TileProduct {
+  public:
+    TileProduct(const W* weights, int count, const TokenTiles<kParts>& x, const Epilogue& epilogue)
+        : weights_(weights), strips_(weights, count), x_(x), epilogue_(epilogue) {}
+
+    void run() {
+        const int64_t strips = strips_.total(), panels = x_.panels(), threads = num_threads();
+        if (strips == 0 || panels == 0) return;
+        // Strips of a task: as many as the cache holds, but enough tasks for every thread to have several.
+        most_ = max64(1, min64(kMostStrips, strips / (3 * threads)));
+        const int64_t blocks = ceil_div(strips, most_);
+        const int64_t ranges = max64(1, min64(panels, ceil_div(2 * threads, blocks)));
+        parallel_tasks(blocks * ranges, threads, [&](int64_t task) {
+            const int64_t block = task / ranges, range = task % ranges;
+            multiply(block * most_, min64(strips, (block + 1) * most_), panels * range / ranges,
+                     panels * (range + 1) / ranges);
+        });
+    }
+
+  private:
+    static constexpr bool kMarks = kMarksSpecial<kParts>;
+
+    void multiply(int64_t first, int64_t last, int64_t left, int64_t right) const {
+        const TileLayout<kParts>& layout = x_.layout;
+        const int64_t count = last - first, slabs = layout.slabs();
+        const int64_t strip_bytes = layout.steps_of(0) * kParts * kPairBytes;
+        const int64_t kept = slabs == 1 ? count : count * (right - left);  // blocks
+        Scratch& memory = thread_scratch(Use::column_block);
+        memory.reset(size_t(count * (strip_bytes + kGroup32) + kept * kBlockFloats * 4), 3);
+        char* const tiles = memory.take<char>(count * strip_bytes);
+        float* const blocks = memory.take<float>(kept * kBlockFloats);
+        uint8_t* const nonfinite = memory.take<uint8_t>(count * kGroup32);
+        __builtin_memset(nonfinite, 0, size_t(count * kGroup32));
+        const TileUse use;
+        for (int64_t slab = 0; slab < slabs; ++slab) {
+            for (int64_t i = 0; i < count; ++i)
+                pack_strip(first + i, slab, tiles + i * strip_bytes, nonfinite + i * kGroup32);
+            for (int64_t panel = left; panel < right; ++panel) {
+                float* const sums = blocks + (slabs == 1 ? 0 : (panel - left) * count * kBlockFloats);
+                if (x_.real(panel) > kTileSide)
+                    multiply_panel<2>(tiles, strip_bytes, count, panel, slab, sums);
+                else
+                    multiply_panel<1>(tiles, strip_bytes, count, panel, slab, sums);
+                if (slab == slabs - 1) finish_panel(first, count, panel, sums, nonfinite);
+            }
+        }
+    }
+
+    // One slab of a strip as tiles; rows past the weight's last are zero.
+    void pack_strip(int64_t strip, int64_t slab, char* tiles, uint8_t* nonfinite) const {
+        const int part = strips_.weight_of(strip);
+        const W& w = weights_[part];
+        const int64_t row = (strip - strips_.first[part]) * kGroup32, k = slab * kSlabSteps<kParts> * kStepElements;
+        const int64_t steps = x_.layout.steps_of(slab), part_bytes = x_.layout.part_bytes(slab);
+        const int rows = int(min64(kGroup32, w.rows - row));
+        if (rows < kGroup32) __builtin_memset(tiles, 0, size_t(steps * kParts * kPairBytes));
+        const T* in = static_cast<const T*>(w.data) + row * w.row_stride + k;
+        for (int r = 0; r < rows; ++r, in += w.row_stride)
+            if (split_row<kParts>(in, w.columns - k, steps, tiles + r * kTileRowBytes, part_bytes)) nonfinite[r] = 1;
+    }
+
+    template <int kHalves>
+    void multiply_panel(const char* tiles, int64_t strip_bytes, int64_t count, int64_t panel, int64_t slab,
+                        float* sums) const {
+        const int64_t steps = x_.layout.steps_of(slab);
+        const char* const x = x_.slab(panel, slab);
+        if constexpr (kParts == 1) {
+            for (int64_t step = 0; step < steps; step += kChunkSteps)
+                for (int64_t i = 0; i < count; ++i)
+                    multiply_once<kHalves>(tiles + i * strip_bytes + step * kPairBytes, x + step * kPairBytes,
+                                           min64(kChunkSteps, steps - step), sums + i * kBlockFloats,
+                                           slab == 0 && step == 0);
+        } else {
+            for (int64_t i = 0; i < count; ++i)
+                multiply_slab<kParts, kHalves>(tiles + i * strip_bytes, x, steps, sums + i * kBlockFloats, slab == 0);
+        }
+    }
+
+    void finish_panel(int64_t first, int64_t count, int64_t panel, float* sums, const uint8_t* nonfinite) const {
+        const int tokens = x_.real(panel);
+        for (int64_t i = 0; i < count; ++i, sums += kBlockFloats, nonfinite += kGroup32) {
+            const int part = strips_.weight_of(first + i);
+            const int64_t row = (first + i - strips_.first[part]) * kGroup32;
+            const int rows = int(min64(kGroup32, weights_[part].rows - row));
+            if constexpr (kMarks) repair(weights_[part], row, rows, panel, nonfinite, sums);
+            epilogue_(part, row, panel * kGroup32, rows, tokens, static_cast<const float*>(sums));
+        }
+    }
+
+    void repair(const W& w, int64_t row, int rows, int64_t panel, const uint8_t* row_nonfinite, float* sums) const {
+        const uint8_t* const token_nonfinite = x_.nonfinite + panel * kGroup32;
+        uint64_t found = 0, word;
+        for (int i = 0; i < kGroup32; i += 8) {
+            __builtin_memcpy(&word, token_nonfinite + i, 8), found |= word;
+            __builtin_memcpy(&word, row_nonfinite + i, 8), found |= word;
+        }
+        if (found == 0) return;
+        for (int r = 0; r < rows; ++r)
+            for (int t = 0; t < x_.real(panel); ++t)
+                if (row_nonfinite[r] != 0 || token_nonfinite[t] != 0)
+                    multiply_nonfinite(static_cast<const float*>(w.data) + (row + r) * w.row_stride, w.columns, x_,
+                                       panel * kGroup32 + t, block_row(sums, r, t / kTileSide) + t % kTileSide);
+    }
+
+    const W* weights_;
+    const WeightStrips strips_;
+    const TokenTiles<kParts>& x_;
+    const Epilogue& epilogue_;
+    int64_t most_ = 1;
+};
+
+// For every block: epilogue(weight, row, token, rows, tokens, block), of up to 32 rows of that weight and 32 tokens.
+// T: the weights' elements.
+template <class T, int kParts, class W, class Epilogue>
+inline void multiply_tiles(const W* weights, int count, const TokenTiles<kParts>& x, const Epilogue& epilogue) {
+    TileProduct<T, kParts, W, Epilogue>(weights, count, x, epilogue).run();
+}
+
+// ---- epilogues ----
+
+// out[token][row] = block + bias[row]; bias: [rows], or null. out: the block's first element, rows of it `stride` apart.
+template <class T>
+inline void store_block(const float* block, int rows, int tokens, const T* bias, T* out, int64_t stride) {
+    for (int row = 0; row < rows; row += kLanes) {
+        const int width = int(min64(kLanes, rows - row));
+        const vf32 b = bias != nullptr ? load_some(bias + row, width) : zero();
+        for (int token = 0; token < tokens; token += kLanes) {
+            vf32 square[kLanes];
+#pragma GCC unroll 16
+            for (int r = 0; r < kLanes; ++r)
+                square[r] = load(block_row(block, row + r, token / kTileSide) + token % kTileSide);
+            transpose(square);
+            if (width == kLanes && tokens - token >= kLanes) {
+#pragma GCC unroll 16
+                for (int t = 0; t < kLanes; ++t) store(out + (token + t) * stride + row, square[t] + b);
+            } else {
+                for (int t = 0; t < min64(kLanes, tokens - token); ++t)
+                    store_some(out + (token + t) * stride + row, square[t] + b, width);
+            }
+        }
+    }
+}
+
+// block = gelu(block + bias), to the tiles of the product that comes next, of which the block's rows are one step.
+// Where a row of the weight is not there, it is zero.
+template <class T, int kParts, bool kTanh>
+inline void activate_block(float* block, int rows, const T* bias, const TokenTiles<kParts>& to, int64_t step,
+                           int64_t panel) {
+    const int64_t part_bytes = to.layout.part_bytes(step / kSlabSteps<kParts>);
+    char* const tiles = to.step(panel, step);
+    const int halves = to.real(panel) > kTileSide ? 2 : 1;
+    for (int half = 0; half < halves; ++half)
+        for (int row = 0; row < kGroup32; row += 2)
+            for (int v = 0; v < kTileSide; v += kLanes) {
+                vf32 pair[2];
+                for (int i = 0; i < 2; ++i)
+                    pair[i] = row + i < rows ? gelu<kTanh>(load(block_row(block, row + i, half) + v) +
+                                                           load1(bias + row + i))
+                                             : zero();
+                char* const out = tiles + half * kTileBytes + row / 2 * kTileRowBytes + v * 4;
+                const auto put = [&](int part, vu32 even, vu32 odd) {
+                    store(reinterpret_cast<float*>(out + part * part_bytes), as_float((even >> 16) | odd));
+                };
+                if constexpr (sizeof(T) == 2) {
+                    put(0, bits(round_to_bf16(pair[0])), bits(round_to_bf16(pair[1])));
+                    continue;
+                }
+                if (!has_special(larger(size_bits(pair[0]), size_bits(pair[1])))) {
+                    for (int part = 0; part < kParts; ++part) {
+                        const vu32 even = take_part(&pair[0]), odd = take_part(&pair[1]);
+                        put(part, even, odd);
+                    }
+                    continue;
+                }
+                for (int t = 0; t < kLanes; ++t)
+                    for (int i = 0; i < 2; ++i) {
+                        const ScalarParts parts = split_any(pair[i][t]);
+                        for (int part = 0; part < kParts; ++part)
+                            __builtin_memcpy(out + part * part_bytes + 4 * t + 2 * i, &parts.part[part], 2);
+                        if (kMarksSpecial<kParts> && !is_finite(pair[i][t]))
+                            to.mark(panel * kGroup32 + half * kTileSide + v + t);
+                    }
+            }
+}
+
+}  // namespace rk::cpu::RK_CPU_ISA
