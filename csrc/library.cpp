@@ -15,6 +15,7 @@ STABLE_TORCH_LIBRARY(roberta_kernels_cpu, m) {
     m.def("get_isa() -> int");
     m.def("set_isa(int isa) -> int");
     m.def("isa_available(int isa) -> bool");
+    m.def("set_float32_parts(int parts) -> int");
     // The inference path, which has no gradients: roberta_kernels/packed_weights.py says what its arguments
     // are.
     m.def("pack_weight(Tensor weight, str kind) -> Tensor");

@@ -26,7 +26,7 @@ from torch import Tensor
 from roberta_kernels import choosing, reference, triton
 
 _HERE = Path(__file__).parent
-CPU_ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
+CPU_ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 ENVIRONMENT_VARIABLE = "ROBERTA_KERNELS_BACKEND"
 # A library of the CUDA kernels compiled for the CPU (tests/cuda_emulation): the cuda backend then serves CPU tensors,
 # as Triton does under TRITON_INTERPRET=1. It finds mistakes in kernels, some ten thousand times slower than a GPU.

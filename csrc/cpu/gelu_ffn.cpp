@@ -7,6 +7,8 @@
 // it. Two dozen tokens or fewer take the dot path of gemm.h: then the weights are only read, once, and the
 // call runs at the speed of memory.
 //
+// With AMX the forward's products are on tiles (tile_layers.h), for any number of tokens.
+//
 // Backward: the epilogue of grad_out w_out reads the pre-activation, computes gelu and its derivative from
 // one exp, and writes the activation and the gradient of the pre-activation, with the column sums of each row
 // panel for the bias gradient (added up afterwards in row order, so the result does not depend on the
@@ -18,9 +20,46 @@
 #include "csrc/cpu/gelu_ffn.h"
 
 #include "csrc/cpu/gemm.h"
+#if defined(RK_CPU_ISA_AMX)
+#    include "csrc/cpu/tile_layers.h"
+#endif
 
 namespace rk::cpu::RK_CPU_ISA {
 namespace {
+
+#if defined(RK_CPU_ISA_AMX)
+
+struct WeightMatrix {
+    const void* data;
+    int64_t rows, columns, row_stride;
+};
+
+template <class T, int kParts, bool kTanh>
+void forward_on_tiles(const GeluFfnForward& args) {
+    FeedForward<T, WeightMatrix> f{};
+    f.in = {args.w_in, args.inner, args.hidden, args.hidden};
+    f.out = {args.w_out, args.outer, args.inner, args.inner};
+    f.in_bias = static_cast<const T*>(args.b_in), f.out_bias = static_cast<const T*>(args.b_out);
+    f.x = static_cast<const T*>(args.x);
+    f.result = static_cast<T*>(args.out), f.preactivation = static_cast<T*>(args.preactivation);
+    f.tokens = args.tokens;
+    feed_forward<kParts, kTanh>(f);
+}
+
+template <class T, bool kTanh>
+void forward(const GeluFfnForward& args) {
+    if constexpr (sizeof(T) == 2) return forward_on_tiles<T, 1, kTanh>(args);
+    switch (args.float32_parts) {
+        case 1:
+            return forward_on_tiles<float, 1, kTanh>(args);
+        case 2:
+            return forward_on_tiles<float, 2, kTanh>(args);
+        default:
+            return forward_on_tiles<float, 3, kTanh>(args);
+    }
+}
+
+#else
 
 // Bias and GELU of a tile: the activation goes to activation[row][column] with the given stride, the
 // pre-activation to its place in [T, F] if wanted.
@@ -81,6 +120,8 @@ void forward(const GeluFfnForward& args) {
                         });
     }
 }
+
+#endif
 
 // The sum over `count` of m's rows (from `first` on) of the vector at `column`: serial up to 64 rows, beyond
 // that a sum of at most 64 such sums, and so on, so that the error grows with the depth and not with the

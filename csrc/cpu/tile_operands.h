@@ -157,20 +157,37 @@ constexpr bool kMarksSpecial = kParts > 1;
 
 // ---- weight rows ----
 
-// Steps of a slab of one weight row, from element k on, to its row of the strip's tiles. Says whether it has an infinity
-// or NaN.
+// A slab of `rows` weight rows, from their element k on (at `in`), as a strip's tiles; rows that are not there are zero.
+// nonfinite[r]: row r has an infinity or NaN. Two steps of each row go before the next row: rows are read in pieces of
+// four cache lines, which are asked for two pieces ahead, and the tiles are written line by line. (Row by row, lines
+// 2 KB apart fight for two sets of the first-level cache: 1.4 times as long.)
 template <int kParts, class T>
-inline bool split_row(const T* in, int64_t elements, int64_t steps, char* out, int64_t part_bytes) {
-    vu32 largest{};
-    for (int64_t step = 0; step < steps; ++step)
-        largest = larger(largest, split_step<kParts>(in + step * kStepElements, elements - step * kStepElements,
-                                                     out + step * kPairBytes, part_bytes));
-    if (!has_special(largest)) return false;
-    bool found = false;
-    for (int64_t step = 0; step < steps; ++step)
-        found |= split_special_step<kParts>(in + step * kStepElements, elements - step * kStepElements,
-                                            out + step * kPairBytes, part_bytes);
-    return found;
+inline void pack_strip(const T* in, int rows, int64_t stride, int64_t elements, int64_t steps, char* tiles,
+                       uint8_t* nonfinite) {
+    constexpr int kAtOnce = 2;
+    const int64_t part_bytes = steps * kPairBytes;
+    if (rows < kGroup32) __builtin_memset(tiles, 0, size_t(kParts * part_bytes));
+    for (int64_t step = 0; step < steps; step += kAtOnce) {
+        const int64_t here = min64(kAtOnce, steps - step);
+        const T* from = in + step * kStepElements;
+        char* to = tiles + step * kPairBytes;
+        for (int r = 0; r < rows; ++r, from += stride, to += kTileRowBytes) {
+            constexpr int kBytes = kAtOnce * kStepElements * int(sizeof(T));
+#pragma GCC unroll 4
+            for (int line = 0; line < kBytes; line += 64)
+                __builtin_prefetch(reinterpret_cast<const char*>(from) + 2 * kBytes + line);
+            vu32 largest{};
+            for (int64_t i = 0; i < here; ++i)
+                largest = larger(largest, split_step<kParts>(from + i * kStepElements,
+                                                             elements - (step + i) * kStepElements,
+                                                             to + i * kPairBytes, part_bytes));
+            if (!has_special(largest)) continue;
+            for (int64_t i = 0; i < here; ++i)
+                if (split_special_step<kParts>(from + i * kStepElements, elements - (step + i) * kStepElements,
+                                               to + i * kPairBytes, part_bytes))
+                    nonfinite[r] = 1;
+        }
+    }
 }
 
 // ---- tokens ----
@@ -232,8 +249,12 @@ inline void pack_token_step(const TokenTiles<kParts>& out, const T* x, int64_t s
     char* const rows_of = halves[0];
     if (rows < kTileSide) __builtin_memset(halves, 0, sizeof halves);
     vu32 largest{};
-    for (int r = 0; r < rows; ++r)
+    for (int r = 0; r < rows; ++r) {
+        constexpr int kBytes = kStepElements * int(sizeof(T));
+        for (int line = 0; line < kBytes; line += 64)
+            __builtin_prefetch(reinterpret_cast<const char*>(x + r * stride) + 4 * kBytes + line);
         largest = larger(largest, split_step<kParts>(x + r * stride, left, rows_of + r * kTileRowBytes, kTileBytes));
+    }
     if (has_special(largest))
         for (int r = 0; r < rows; ++r)
             if (split_special_step<kParts>(x + r * stride, left, rows_of + r * kTileRowBytes, kTileBytes))

@@ -42,6 +42,19 @@ RK_INLINE const float* block_row(const float* block, int row, int token_half) {
     return block_row(const_cast<float*>(block), row, token_half);
 }
 
+// Memory that the epilogue of a block will write, asked for while the block is multiplied: rows of up to 128 bytes.
+struct WriteAhead {
+    char* at = nullptr;
+    int64_t stride = 0;
+    int rows = 0;
+    RK_INLINE void step(int count) {
+        for (; count > 0 && rows > 0; --count, --rows, at += stride) {
+            __builtin_prefetch(at, 1);
+            __builtin_prefetch(at + 64, 1);
+        }
+    }
+};
+
 // ---- micro-kernels ----
 // Tiles 0 to 3: sums; 4, 5: weights; 6, 7: tokens. kHalves: tiles of tokens that are multiplied, 1 or 2.
 
@@ -85,9 +98,10 @@ RK_INLINE void multiply_loaded() {
 
 // block (+)= w0 x0 over some steps, the sums in tiles all the way.
 template <int kHalves>
-inline void multiply_once(const char* w, const char* x, int64_t steps, float* block, bool first) {
+inline void multiply_once(const char* w, const char* x, int64_t steps, float* block, bool first, WriteAhead ahead) {
     first ? zero_sums<kHalves>() : load_sums<kHalves>(block);
     for (int64_t i = 0; i < steps; ++i, w += kPairBytes, x += kPairBytes) {
+        ahead.step(3);
         tile_load_once<4>(w);
         tile_load<6>(x);
         tile_dot_bf16<0, 4, 6>();
@@ -125,11 +139,13 @@ RK_INLINE void multiply_small(const char* w, const char* x, int64_t part_bytes) 
 
 // block (+)= the products of a slab.
 template <int kParts, int kHalves>
-inline void multiply_slab(const char* w, const char* x, int64_t steps, float* block, bool first) {
+inline void multiply_slab(const char* w, const char* x, int64_t steps, float* block, bool first, WriteAhead ahead) {
     const int64_t part_bytes = steps * kPairBytes;
     zero_sums<kHalves>();
-    for (int64_t i = 0; i < steps; ++i)
+    for (int64_t i = 0; i < steps; ++i) {
+        ahead.step(2);
         multiply_small<kParts, kHalves>(w + i * kPairBytes, x + i * kPairBytes, part_bytes);
+    }
     for (int64_t chunk = 0; chunk < steps; chunk += kChunkSteps) {
         if (chunk > 0) zero_sums<kHalves>();
         for (int64_t i = chunk; i < min64(steps, chunk + kChunkSteps); ++i) {
@@ -206,56 +222,66 @@ class TileProduct {
         const TileUse use;
         for (int64_t slab = 0; slab < slabs; ++slab) {
             for (int64_t i = 0; i < count; ++i)
-                pack_strip(first + i, slab, tiles + i * strip_bytes, nonfinite + i * kGroup32);
+                pack(first + i, slab, tiles + i * strip_bytes, nonfinite + i * kGroup32);
             for (int64_t panel = left; panel < right; ++panel) {
                 float* const sums = blocks + (slabs == 1 ? 0 : (panel - left) * count * kBlockFloats);
                 if (x_.real(panel) > kTileSide)
-                    multiply_panel<2>(tiles, strip_bytes, count, panel, slab, sums);
+                    multiply_panel<2>(tiles, strip_bytes, first, count, panel, slab, sums);
                 else
-                    multiply_panel<1>(tiles, strip_bytes, count, panel, slab, sums);
+                    multiply_panel<1>(tiles, strip_bytes, first, count, panel, slab, sums);
                 if (slab == slabs - 1) finish_panel(first, count, panel, sums, nonfinite);
             }
         }
     }
 
-    // One slab of a strip as tiles; rows past the weight's last are zero.
-    void pack_strip(int64_t strip, int64_t slab, char* tiles, uint8_t* nonfinite) const {
-        const int part = strips_.weight_of(strip);
-        const W& w = weights_[part];
-        const int64_t row = (strip - strips_.first[part]) * kGroup32, k = slab * kSlabSteps<kParts> * kStepElements;
-        const int64_t steps = x_.layout.steps_of(slab), part_bytes = x_.layout.part_bytes(slab);
-        const int rows = int(min64(kGroup32, w.rows - row));
-        if (rows < kGroup32) __builtin_memset(tiles, 0, size_t(steps * kParts * kPairBytes));
-        const T* in = static_cast<const T*>(w.data) + row * w.row_stride + k;
-        for (int r = 0; r < rows; ++r, in += w.row_stride)
-            if (split_row<kParts>(in, w.columns - k, steps, tiles + r * kTileRowBytes, part_bytes)) nonfinite[r] = 1;
+    void pack(int64_t strip, int64_t slab, char* tiles, uint8_t* nonfinite) const {
+        const Place at = place(strip);
+        const W& w = weights_[at.part];
+        const int64_t k = slab * kSlabSteps<kParts> * kStepElements;
+        pack_strip<kParts>(static_cast<const T*>(w.data) + at.row * w.row_stride + k, at.rows, w.row_stride, w.columns - k, x_.layout.steps_of(slab), tiles, nonfinite);
     }
 
     template <int kHalves>
-    void multiply_panel(const char* tiles, int64_t strip_bytes, int64_t count, int64_t panel, int64_t slab,
-                        float* sums) const {
+    void multiply_panel(const char* tiles, int64_t strip_bytes, int64_t first, int64_t count, int64_t panel,
+                        int64_t slab, float* sums) const {
         const int64_t steps = x_.layout.steps_of(slab);
+        const bool last = slab == x_.layout.slabs() - 1;
         const char* const x = x_.slab(panel, slab);
         if constexpr (kParts == 1) {
             for (int64_t step = 0; step < steps; step += kChunkSteps)
                 for (int64_t i = 0; i < count; ++i)
                     multiply_once<kHalves>(tiles + i * strip_bytes + step * kPairBytes, x + step * kPairBytes,
                                            min64(kChunkSteps, steps - step), sums + i * kBlockFloats,
-                                           slab == 0 && step == 0);
+                                           slab == 0 && step == 0,
+                                           last && step + kChunkSteps >= steps ? ahead(first + i, panel) : WriteAhead{});
         } else {
             for (int64_t i = 0; i < count; ++i)
-                multiply_slab<kParts, kHalves>(tiles + i * strip_bytes, x, steps, sums + i * kBlockFloats, slab == 0);
+                multiply_slab<kParts, kHalves>(tiles + i * strip_bytes, x, steps, sums + i * kBlockFloats, slab == 0,
+                                               last ? ahead(first + i, panel) : WriteAhead{});
         }
+    }
+
+    struct Place {
+        int part;
+        int64_t row;
+        int rows;
+    };
+    Place place(int64_t strip) const {
+        const int part = strips_.weight_of(strip);
+        const int64_t row = (strip - strips_.first[part]) * kGroup32;
+        return {part, row, int(min64(kGroup32, weights_[part].rows - row))};
+    }
+    WriteAhead ahead(int64_t strip, int64_t panel) const {
+        const Place at = place(strip);
+        return epilogue_.ahead(at.part, at.row, panel * kGroup32, x_.real(panel));
     }
 
     void finish_panel(int64_t first, int64_t count, int64_t panel, float* sums, const uint8_t* nonfinite) const {
         const int tokens = x_.real(panel);
         for (int64_t i = 0; i < count; ++i, sums += kBlockFloats, nonfinite += kGroup32) {
-            const int part = strips_.weight_of(first + i);
-            const int64_t row = (first + i - strips_.first[part]) * kGroup32;
-            const int rows = int(min64(kGroup32, weights_[part].rows - row));
-            if constexpr (kMarks) repair(weights_[part], row, rows, panel, nonfinite, sums);
-            epilogue_(part, row, panel * kGroup32, rows, tokens, static_cast<const float*>(sums));
+            const Place at = place(first + i);
+            if constexpr (kMarks) repair(weights_[at.part], at.row, at.rows, panel, nonfinite, sums);
+            epilogue_(at.part, at.row, panel * kGroup32, at.rows, tokens, static_cast<const float*>(sums));
         }
     }
 
@@ -281,8 +307,8 @@ class TileProduct {
     int64_t most_ = 1;
 };
 
-// For every block: epilogue(weight, row, token, rows, tokens, block), of up to 32 rows of that weight and 32 tokens.
-// T: the weights' elements.
+// For every block: epilogue(weight, row, token, rows, tokens, block), of up to 32 rows of that weight and 32 tokens;
+// before that epilogue.ahead(weight, row, token, tokens) says what it will write. T: the weights' elements.
 template <class T, int kParts, class W, class Epilogue>
 inline void multiply_tiles(const W* weights, int count, const TokenTiles<kParts>& x, const Epilogue& epilogue) {
     TileProduct<T, kParts, W, Epilogue>(weights, count, x, epilogue).run();
@@ -313,10 +339,26 @@ inline void store_block(const float* block, int rows, int tokens, const T* bias,
     }
 }
 
+// Writes products of up to three weights side by side: out[token][first[weight] + row] (+ bias).
+template <class T>
+struct StoreBlocks {
+    T* out;  // [tokens, stride]
+    int64_t stride;
+    int64_t first[3];
+    const T* bias[3];  // [rows of the weight], or null
+    WriteAhead ahead(int weight, int64_t row, int64_t token, int tokens) const {
+        return {reinterpret_cast<char*>(out + token * stride + first[weight] + row), stride * int64_t(sizeof(T)), tokens};
+    }
+    void operator()(int weight, int64_t row, int64_t token, int rows, int tokens, const float* block) const {
+        store_block(block, rows, tokens, bias[weight] == nullptr ? nullptr : bias[weight] + row,
+                    out + token * stride + first[weight] + row, stride);
+    }
+};
+
 // block = gelu(block + bias), to the tiles of the product that comes next, of which the block's rows are one step.
 // Where a row of the weight is not there, it is zero.
 template <class T, int kParts, bool kTanh>
-inline void activate_block(float* block, int rows, const T* bias, const TokenTiles<kParts>& to, int64_t step,
+inline void activate_block(const float* block, int rows, const T* bias, const TokenTiles<kParts>& to, int64_t step,
                            int64_t panel) {
     const int64_t part_bytes = to.layout.part_bytes(step / kSlabSteps<kParts>);
     char* const tiles = to.step(panel, step);

@@ -1,0 +1,90 @@
+// What the layers multiply, on tiles: projections of rows, and the feed-forward block, for float32 (as one, two or three
+// bfloat16 parts) and bfloat16.
+//
+// Feed-forward: GELU works on a block of C^T whose rows are elements along K of the next product, two neighbours of which
+// make a word of its right operand: so the activation goes from the tile's sums through GELU into the next product's
+// tiles without being transposed, and never exists as a tensor. 32 of its elements for 32 tokens, one step, at a time.
+//
+// Tokens are taken kTokensAtOnce at a time, so that what is packed of them (6 bytes an element in three parts: 5 MB at
+// H = 768, 19 MB at F = 3072) stays in the last-level cache. Each group reads and splits the weights once.
+#pragma once
+#include "csrc/cpu/tile_products.h"
+
+namespace rk::cpu::RK_CPU_ISA {
+
+constexpr int64_t kTokensAtOnce = 1024;
+
+// f(first, count) for groups of tokens, as equal as can be.
+template <class F>
+inline void for_token_groups(int64_t tokens, const F& f) {
+    const int64_t groups = ceil_div(tokens, kTokensAtOnce);
+    for (int64_t i = 0; i < groups; ++i) {
+        const int64_t first = tokens * i / groups;
+        f(first, tokens * (i + 1) / groups - first);
+    }
+}
+
+// out[token] = x[token] (W_0 | W_1 | W_2)^T + biases.  x: [tokens, K], out: [tokens, sum of rows]
+template <int kParts, class T, class W>
+inline void project_rows(const W* weights, const T* const* biases, int count, const T* x, int64_t tokens, T* out) {
+    const int64_t k_size = weights[0].columns;
+    StoreBlocks<T> store{out, 0, {}, {}};
+    for (int i = 0; i < count; ++i) {
+        store.first[i] = store.stride;
+        store.bias[i] = biases[i];
+        store.stride += weights[i].rows;
+    }
+    for_token_groups(tokens, [&](int64_t first, int64_t group) {
+        const auto tiles = token_tiles<kParts>(Use::right_operand, group, k_size);
+        pack_token_tiles(tiles, x + first * k_size, k_size, k_size);
+        StoreBlocks<T> store_group = store;
+        store_group.out += first * store.stride;
+        multiply_tiles<T, kParts>(weights, count, tiles, store_group);
+    });
+}
+
+// Bias and GELU, into the tiles of the next product; and what GELU is applied to, if wanted.
+template <class T, int kParts, bool kTanh>
+struct ActivateBlocks {
+    const T* bias;                       // [F]
+    const TokenTiles<kParts>& activation;
+    T* preactivation;                    // [tokens, F], or null
+    int64_t inner;
+    WriteAhead ahead(int, int64_t row, int64_t token, int) const {
+        return {activation.step(token / kGroup32, row / kStepElements), 128, int(kPairBytes / 128)};
+    }
+    void operator()(int, int64_t row, int64_t token, int rows, int tokens, const float* block) const {
+        if (preactivation != nullptr)
+            store_block(block, rows, tokens, bias + row, preactivation + token * inner + row, inner);
+        activate_block<T, kParts, kTanh>(block, rows, bias + row, activation, row / kStepElements, token / kGroup32);
+    }
+};
+
+template <class T, class W>
+struct FeedForward {
+    W in, out;             // [F, H], [O, F]
+    const T *in_bias, *out_bias;  // [F]; [O], or null
+    const T* x;            // [tokens, H]
+    T* result;             // [tokens, O]
+    T* preactivation;      // [tokens, F], or null
+    int64_t tokens;
+};
+
+// result = gelu(x W_in^T + in_bias) W_out^T + out_bias
+template <int kParts, bool kTanh, class T, class W>
+inline void feed_forward(const FeedForward<T, W>& f) {
+    const int64_t hidden = f.in.columns, inner = f.in.rows, outer = f.out.rows;
+    for_token_groups(f.tokens, [&](int64_t first, int64_t group) {
+        const auto tiles = token_tiles<kParts>(Use::right_operand, group, hidden);
+        const auto activation = token_tiles<kParts>(Use::activation, group, inner);
+        pack_token_tiles(tiles, f.x + first * hidden, hidden, hidden);
+        if (inner == 0) pack_token_tiles(activation, f.x, 0, 0);
+        T* const preactivation = f.preactivation == nullptr ? nullptr : f.preactivation + first * inner;
+        multiply_tiles<T, kParts>(
+            &f.in, 1, tiles, ActivateBlocks<T, kParts, kTanh>{f.in_bias, activation, preactivation, inner});
+        multiply_tiles<T, kParts>(&f.out, 1, activation,
+                                  StoreBlocks<T>{f.result + first * outer, outer, {0}, {f.out_bias}});
+    });
+}
+
+}  // namespace rk::cpu::RK_CPU_ISA
