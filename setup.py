@@ -53,9 +53,12 @@ X86_ISAS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"],
     "avx512_bf16": AVX512_BF16,
-    "amx": [*AVX512_BF16, "-DRK_CPU_ISA_AVX512_BF16"],  # its tile instructions are written in assembler (csrc/cpu/amx.h)
+    "amx": [
+        *AVX512_BF16,
+        "-DRK_CPU_ISA_AVX512_BF16",
+    ],  # its tile instructions are written in assembler (csrc/cpu/amx.h)
 }
-CPU_OPS = ["attention", "add_layer_norm", "gelu_ffn", "embedding_layer_norm", "packed_encoder"]
+CPU_OPS = ["attention", "add_layer_norm", "gelu_ffn", "embedding_layer_norm", "encoder", "packed_encoder"]
 CXX_FLAGS = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
 # Error messages name source files by their place in the project.
 CXX_FLAGS.append(f"-ffile-prefix-map={ROOT}/=")

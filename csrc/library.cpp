@@ -16,13 +16,16 @@ STABLE_TORCH_LIBRARY(roberta_kernels_cpu, m) {
     m.def("set_isa(int isa) -> int");
     m.def("isa_available(int isa) -> bool");
     m.def("set_float32_parts(int parts) -> int");
-    // The inference path, which has no gradients: roberta_kernels/packed_weights.py says what its arguments
-    // are.
+    // Inference, without gradients: all layers of an encoder in one call, on the parameters themselves
+    // (csrc/cpu/encoder_binding.cpp has the order of `layers`) or on weights that were packed before
+    // (roberta_kernels/packed_weights.py).
+    m.def(
+        "encoder(Tensor x, Tensor[] layers, Tensor cu_seqlens, SymInt max_seqlen, Tensor? key_mask, "
+        "bool causal, int heads, float scale, float eps, bool tanh) -> Tensor");
     m.def("pack_weight(Tensor weight, str kind) -> Tensor");
     m.def(
         "packed_encoder(Tensor x, Tensor[] layers, Tensor cu_seqlens, SymInt max_seqlen, Tensor? key_mask, "
-        "bool "
-        "causal, int heads, float scale, float eps, bool tanh) -> Tensor");
+        "bool causal, int heads, float scale, float eps, bool tanh) -> Tensor");
     m.def("sample_weights(Tensor[] weights) -> int");
 #endif
 #define RK_SCHEMA(schema) m.def(schema);

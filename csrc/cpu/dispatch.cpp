@@ -31,7 +31,8 @@ bool request_amx() {
     // 8192 bytes in all, 1024 a tile, 64 a row, 8 tiles, 16 rows
     if (a != (1024u << 16 | 8192u) || b != (8u << 16 | 64u) || (c & 0xffffu) != 16) return false;
     // products of up to 16 rows of B by 64 bytes
-    if (!__get_cpuid_count(0x1e, 0, &a, &b, &c, &d) || (b & 0xffu) != 16 || (b >> 8 & 0xffffu) != 64) return false;
+    if (!__get_cpuid_count(0x1e, 0, &a, &b, &c, &d) || (b & 0xffu) != 16 || (b >> 8 & 0xffffu) != 64)
+        return false;
     if (!__get_cpuid(1, &a, &b, &c, &d) || (c >> 27 & 1u) == 0) return false;  // xgetbv is there
     unsigned low, high;
     __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));

@@ -29,34 +29,19 @@ namespace {
 
 #if defined(RK_CPU_ISA_AMX)
 
-struct WeightMatrix {
-    const void* data;
-    int64_t rows, columns, row_stride;
-};
-
-template <class T, int kParts, bool kTanh>
+template <bool kTanh>
 void forward_on_tiles(const GeluFfnForward& args) {
-    FeedForward<T, WeightMatrix> f{};
-    f.in = {args.w_in, args.inner, args.hidden, args.hidden};
-    f.out = {args.w_out, args.outer, args.inner, args.inner};
-    f.in_bias = static_cast<const T*>(args.b_in), f.out_bias = static_cast<const T*>(args.b_out);
-    f.x = static_cast<const T*>(args.x);
-    f.result = static_cast<T*>(args.out), f.preactivation = static_cast<T*>(args.preactivation);
-    f.tokens = args.tokens;
-    feed_forward<kParts, kTanh>(f);
-}
-
-template <class T, bool kTanh>
-void forward(const GeluFfnForward& args) {
-    if constexpr (sizeof(T) == 2) return forward_on_tiles<T, 1, kTanh>(args);
-    switch (args.float32_parts) {
-        case 1:
-            return forward_on_tiles<float, 1, kTanh>(args);
-        case 2:
-            return forward_on_tiles<float, 2, kTanh>(args);
-        default:
-            return forward_on_tiles<float, 3, kTanh>(args);
-    }
+    on_parts(args.bfloat16, [&](auto parts, auto element) {
+        using T = decltype(element);
+        FeedForward<T> f{};
+        f.in = {args.w_in, args.inner, args.hidden, args.hidden};
+        f.out = {args.w_out, args.outer, args.inner, args.inner};
+        f.in_bias = static_cast<const T*>(args.b_in), f.out_bias = static_cast<const T*>(args.b_out);
+        f.x = static_cast<const T*>(args.x);
+        f.result = static_cast<T*>(args.out), f.preactivation = static_cast<T*>(args.preactivation);
+        f.tokens = args.tokens;
+        feed_forward<parts(), kTanh>(f);
+    });
 }
 
 #else
@@ -222,10 +207,14 @@ void backward(const GeluFfnBackward& args) {
 }  // namespace
 
 void gelu_ffn_forward(const GeluFfnForward& args) {
+#if defined(RK_CPU_ISA_AMX)
+    return args.tanh ? forward_on_tiles<true>(args) : forward_on_tiles<false>(args);
+#else
     if (args.bfloat16)
         args.tanh ? forward<bf16, true>(args) : forward<bf16, false>(args);
     else
         args.tanh ? forward<float, true>(args) : forward<float, false>(args);
+#endif
 }
 
 void gelu_ffn_backward(const GeluFfnBackward& args) {

@@ -8,7 +8,6 @@ namespace rk::cpu {
 struct GeluFfnForward {
     int64_t tokens, hidden, inner, outer;  // T, H, F, O
     bool bfloat16, tanh;
-    int float32_parts;    // dispatch.h
     const void* x;        // [T, H]
     const void* w_in;     // [F, H]
     const void* b_in;     // [F]

@@ -34,7 +34,6 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_, const Tensor& w_in_, const 
     args.tokens = tokens, args.hidden = hidden, args.inner = inner, args.outer = outer;
     args.bfloat16 = checks.bf16();
     args.tanh = tanh;
-    args.float32_parts = float32_parts();
     args.x = x.const_data_ptr();
     args.w_in = w_in.const_data_ptr();
     args.b_in = b_in.const_data_ptr();

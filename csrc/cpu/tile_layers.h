@@ -8,11 +8,31 @@
 // Tokens are taken kTokensAtOnce at a time, so that what is packed of them (6 bytes an element in three parts: 5 MB at
 // H = 768, 19 MB at F = 3072) stays in the last-level cache. Each group reads and splits the weights once.
 #pragma once
+#include "csrc/cpu/encoder.h"
 #include "csrc/cpu/tile_products.h"
 
 namespace rk::cpu::RK_CPU_ISA {
 
 constexpr int64_t kTokensAtOnce = 1024;
+
+// The number of parts of a call, as a constant.
+template <int kParts>
+struct Parts {
+    constexpr int operator()() const { return kParts; }
+};
+// f(Parts, element) for what a call of this dtype multiplies, under the precision in force.
+template <class F>
+inline void on_parts(bool is_bf16, const F& f) {
+    if (is_bf16) return f(Parts<1>{}, bf16{});
+    switch (float32_parts()) {
+        case 1:
+            return f(Parts<1>{}, float{});
+        case 2:
+            return f(Parts<2>{}, float{});
+        default:
+            return f(Parts<3>{}, float{});
+    }
+}
 
 // f(first, count) for groups of tokens, as equal as can be.
 template <class F>
@@ -25,8 +45,9 @@ inline void for_token_groups(int64_t tokens, const F& f) {
 }
 
 // out[token] = x[token] (W_0 | W_1 | W_2)^T + biases.  x: [tokens, K], out: [tokens, sum of rows]
-template <int kParts, class T, class W>
-inline void project_rows(const W* weights, const T* const* biases, int count, const T* x, int64_t tokens, T* out) {
+template <int kParts, class T>
+inline void project_rows(const Weight* weights, const T* const* biases, int count, const T* x, int64_t tokens,
+                         T* out) {
     const int64_t k_size = weights[0].columns;
     StoreBlocks<T> store{out, 0, {}, {}};
     for (int i = 0; i < count; ++i) {
@@ -46,9 +67,9 @@ inline void project_rows(const W* weights, const T* const* biases, int count, co
 // Bias and GELU, into the tiles of the next product; and what GELU is applied to, if wanted.
 template <class T, int kParts, bool kTanh>
 struct ActivateBlocks {
-    const T* bias;                       // [F]
+    const T* bias;  // [F]
     const TokenTiles<kParts>& activation;
-    T* preactivation;                    // [tokens, F], or null
+    T* preactivation;  // [tokens, F], or null
     int64_t inner;
     WriteAhead ahead(int, int64_t row, int64_t token, int) const {
         return {activation.step(token / kGroup32, row / kStepElements), 128, int(kPairBytes / 128)};
@@ -56,23 +77,24 @@ struct ActivateBlocks {
     void operator()(int, int64_t row, int64_t token, int rows, int tokens, const float* block) const {
         if (preactivation != nullptr)
             store_block(block, rows, tokens, bias + row, preactivation + token * inner + row, inner);
-        activate_block<T, kParts, kTanh>(block, rows, bias + row, activation, row / kStepElements, token / kGroup32);
+        activate_block<T, kParts, kTanh>(block, rows, bias + row, activation, row / kStepElements,
+                                         token / kGroup32);
     }
 };
 
-template <class T, class W>
+template <class T>
 struct FeedForward {
-    W in, out;             // [F, H], [O, F]
+    Weight in, out;               // [F, H], [O, F]
     const T *in_bias, *out_bias;  // [F]; [O], or null
-    const T* x;            // [tokens, H]
-    T* result;             // [tokens, O]
-    T* preactivation;      // [tokens, F], or null
+    const T* x;                   // [tokens, H]
+    T* result;                    // [tokens, O]
+    T* preactivation;             // [tokens, F], or null
     int64_t tokens;
 };
 
 // result = gelu(x W_in^T + in_bias) W_out^T + out_bias
-template <int kParts, bool kTanh, class T, class W>
-inline void feed_forward(const FeedForward<T, W>& f) {
+template <int kParts, bool kTanh, class T>
+inline void feed_forward(const FeedForward<T>& f) {
     const int64_t hidden = f.in.columns, inner = f.in.rows, outer = f.out.rows;
     for_token_groups(f.tokens, [&](int64_t first, int64_t group) {
         const auto tiles = token_tiles<kParts>(Use::right_operand, group, hidden);
@@ -86,5 +108,28 @@ inline void feed_forward(const FeedForward<T, W>& f) {
                                   StoreBlocks<T>{f.result + first * outer, outer, {0}, {f.out_bias}});
     });
 }
+
+// The products of an encoder's layers (encoder_layers.h) on tiles.
+template <class T, int kParts>
+struct TileProducts {
+    using Element = T;
+    using Weight = rk::cpu::Weight;
+
+    void qkv(const EncoderLayer<Weight>& l, const T* x, int64_t rows, T* out) const {
+        const T* const biases[3] = {static_cast<const T*>(l.qkv_bias[0]),
+                                    static_cast<const T*>(l.qkv_bias[1]),
+                                    static_cast<const T*>(l.qkv_bias[2])};
+        project_rows<kParts>(l.qkv, biases, 3, x, rows, out);
+    }
+    void attention_out(const EncoderLayer<Weight>& l, const T* context, int64_t rows, T* out) const {
+        const T* const none = nullptr;
+        project_rows<kParts>(&l.attention_out, &none, 1, context, rows, out);
+    }
+    template <bool kTanh>
+    void feed_forward(const EncoderLayer<Weight>& l, const T* x, int64_t rows, T* out) const {
+        rk::cpu::RK_CPU_ISA::feed_forward<kParts, kTanh>(
+            FeedForward<T>{l.in, l.out, static_cast<const T*>(l.in_bias), nullptr, x, out, nullptr, rows});
+    }
+};
 
 }  // namespace rk::cpu::RK_CPU_ISA

@@ -5,7 +5,7 @@
 // than cut, the parts that follow are half as large and of either sign: leaving the smallest products out costs a sixth.
 // kParts of them are kept, one for "medium", two for "high", three for "highest"; a bfloat16 number is one part as it is.
 //
-//   special numbers  What would round to infinity is cut instead. An infinity or NaN is its own first part, and the others
+//   special numbers  What would round to infinity is cut instead, all its parts. An infinity or NaN is its own first part, and the others
 //                    are zero: its product with a part that is zero would be NaN, so the rows that have one are
 //                    marked, and the product computes what they meet in float32.
 //   denormals        Tiles take them as zero (amx.h): a part below 2^-126 is lost, of numbers below 2^-102.
@@ -76,10 +76,9 @@ inline ScalarParts split_any(float x) {
         parts.part[0] = uint16_t((u >> 16) | (x != x ? 0x40u : 0u));
         return parts;
     }
+    const bool cut = (u & 0x7fffffffu) >= kSpecialBits;
     for (int i = 0; i < 3; ++i) {
-        const uint32_t word = bit_cast<uint32_t>(x);
-        const bool cut = i == 0 && (word & 0x7fffffffu) >= kSpecialBits;
-        const uint32_t part = (word + (cut ? 0u : 0x8000u)) & 0xffff0000u;
+        const uint32_t part = (bit_cast<uint32_t>(x) + (cut ? 0u : 0x8000u)) & 0xffff0000u;
         parts.part[i] = uint16_t(part >> 16);
         x -= bit_cast<float>(part);
     }
@@ -92,11 +91,12 @@ RK_INLINE bool is_finite(float x) {
 // The upper halves of the words of two vectors, side by side.
 RK_INLINE void store_upper_halves(char* to, vu32 first, vu32 second) {
 #if defined(RK_AVX512)
-    const __m512i odd = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27,
-                                         25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+    const __m512i odd = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31,
+                                         29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
     _mm512_storeu_si512(to, _mm512_permutex2var_epi16((__m512i)first, odd, (__m512i)second));
 #else
-    const vu16 a = __builtin_convertvector(first >> 16, vu16), b = __builtin_convertvector(second >> 16, vu16);
+    const vu16 a = __builtin_convertvector(first >> 16, vu16),
+               b = __builtin_convertvector(second >> 16, vu16);
     __builtin_memcpy(to, &a, sizeof a);
     __builtin_memcpy(to + sizeof a, &b, sizeof b);
 #endif
@@ -183,8 +183,9 @@ inline void pack_strip(const T* in, int rows, int64_t stride, int64_t elements, 
                                                              to + i * kPairBytes, part_bytes));
             if (!has_special(largest)) continue;
             for (int64_t i = 0; i < here; ++i)
-                if (split_special_step<kParts>(from + i * kStepElements, elements - (step + i) * kStepElements,
-                                               to + i * kPairBytes, part_bytes))
+                if (split_special_step<kParts>(from + i * kStepElements,
+                                               elements - (step + i) * kStepElements, to + i * kPairBytes,
+                                               part_bytes))
                     nonfinite[r] = 1;
         }
     }
@@ -243,8 +244,8 @@ inline TokenTiles<kParts> token_tiles(Use use, int64_t tokens, int64_t k_size) {
 
 // One step of 16 tokens (of which `rows` are there).
 template <int kParts, class T>
-inline void pack_token_step(const TokenTiles<kParts>& out, const T* x, int64_t stride, int64_t token, int rows,
-                            int64_t step, int64_t left) {
+inline void pack_token_step(const TokenTiles<kParts>& out, const T* x, int64_t stride, int64_t token,
+                            int rows, int64_t step, int64_t left) {
     alignas(64) char halves[kParts][kTileBytes];
     char* const rows_of = halves[0];
     if (rows < kTileSide) __builtin_memset(halves, 0, sizeof halves);
@@ -253,7 +254,8 @@ inline void pack_token_step(const TokenTiles<kParts>& out, const T* x, int64_t s
         constexpr int kBytes = kStepElements * int(sizeof(T));
         for (int line = 0; line < kBytes; line += 64)
             __builtin_prefetch(reinterpret_cast<const char*>(x + r * stride) + 4 * kBytes + line);
-        largest = larger(largest, split_step<kParts>(x + r * stride, left, rows_of + r * kTileRowBytes, kTileBytes));
+        largest = larger(largest,
+                         split_step<kParts>(x + r * stride, left, rows_of + r * kTileRowBytes, kTileBytes));
     }
     if (has_special(largest))
         for (int r = 0; r < rows; ++r)

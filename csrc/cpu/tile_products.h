@@ -30,8 +30,8 @@
 
 namespace rk::cpu::RK_CPU_ISA {
 
-constexpr int64_t kChunkSteps = 12;       // steps along K that w0 x0 is summed over in tiles
-constexpr int64_t kMostStrips = 4;        // of a task
+constexpr int64_t kChunkSteps = 12;  // steps along K that w0 x0 is summed over in tiles
+constexpr int64_t kMostStrips = 4;   // of a task
 constexpr int kBlockFloats = 4 * kTileFloats;
 
 // A block's sums: [2 tiles of weight rows][2 tiles of tokens][16 rows][16 tokens].
@@ -98,7 +98,8 @@ RK_INLINE void multiply_loaded() {
 
 // block (+)= w0 x0 over some steps, the sums in tiles all the way.
 template <int kHalves>
-inline void multiply_once(const char* w, const char* x, int64_t steps, float* block, bool first, WriteAhead ahead) {
+inline void multiply_once(const char* w, const char* x, int64_t steps, float* block, bool first,
+                          WriteAhead ahead) {
     first ? zero_sums<kHalves>() : load_sums<kHalves>(block);
     for (int64_t i = 0; i < steps; ++i, w += kPairBytes, x += kPairBytes) {
         ahead.step(3);
@@ -139,7 +140,8 @@ RK_INLINE void multiply_small(const char* w, const char* x, int64_t part_bytes) 
 
 // block (+)= the products of a slab.
 template <int kParts, int kHalves>
-inline void multiply_slab(const char* w, const char* x, int64_t steps, float* block, bool first, WriteAhead ahead) {
+inline void multiply_slab(const char* w, const char* x, int64_t steps, float* block, bool first,
+                          WriteAhead ahead) {
     const int64_t part_bytes = steps * kPairBytes;
     zero_sums<kHalves>();
     for (int64_t i = 0; i < steps; ++i) {
@@ -152,7 +154,7 @@ inline void multiply_slab(const char* w, const char* x, int64_t steps, float* bl
             load_weights(w + i * kPairBytes), load_tokens<kHalves>(x + i * kPairBytes);
             multiply_loaded<kHalves>();
         }
-        first &&chunk == 0 ? store_sums<kHalves>(block) : add_sums<kHalves>(block);
+        first&& chunk == 0 ? store_sums<kHalves>(block) : add_sums<kHalves>(block);
     }
 }
 
@@ -160,8 +162,8 @@ inline void multiply_slab(const char* w, const char* x, int64_t steps, float* bl
 
 // What a row with an infinity or NaN gives: element (row, token) in float32, from the weight as it is.
 template <int kParts>
-inline void multiply_nonfinite(const float* weight_row, int64_t k_size, const TokenTiles<kParts>& x, int64_t token,
-                               float* to) {
+inline void multiply_nonfinite(const float* weight_row, int64_t k_size, const TokenTiles<kParts>& x,
+                               int64_t token, float* to) {
     float sum = 0.0f;
     for (int64_t k = 0; k < k_size; ++k) sum += weight_row[k] * token_element(x, token, k);
     *to = sum;
@@ -238,7 +240,8 @@ class TileProduct {
         const Place at = place(strip);
         const W& w = weights_[at.part];
         const int64_t k = slab * kSlabSteps<kParts> * kStepElements;
-        pack_strip<kParts>(static_cast<const T*>(w.data) + at.row * w.row_stride + k, at.rows, w.row_stride, w.columns - k, x_.layout.steps_of(slab), tiles, nonfinite);
+        pack_strip<kParts>(static_cast<const T*>(w.data) + at.row * w.row_stride + k, at.rows, w.row_stride,
+                           w.columns - k, x_.layout.steps_of(slab), tiles, nonfinite);
     }
 
     template <int kHalves>
@@ -250,14 +253,14 @@ class TileProduct {
         if constexpr (kParts == 1) {
             for (int64_t step = 0; step < steps; step += kChunkSteps)
                 for (int64_t i = 0; i < count; ++i)
-                    multiply_once<kHalves>(tiles + i * strip_bytes + step * kPairBytes, x + step * kPairBytes,
-                                           min64(kChunkSteps, steps - step), sums + i * kBlockFloats,
-                                           slab == 0 && step == 0,
-                                           last && step + kChunkSteps >= steps ? ahead(first + i, panel) : WriteAhead{});
+                    multiply_once<kHalves>(
+                        tiles + i * strip_bytes + step * kPairBytes, x + step * kPairBytes,
+                        min64(kChunkSteps, steps - step), sums + i * kBlockFloats, slab == 0 && step == 0,
+                        last && step + kChunkSteps >= steps ? ahead(first + i, panel) : WriteAhead{});
         } else {
             for (int64_t i = 0; i < count; ++i)
-                multiply_slab<kParts, kHalves>(tiles + i * strip_bytes, x, steps, sums + i * kBlockFloats, slab == 0,
-                                               last ? ahead(first + i, panel) : WriteAhead{});
+                multiply_slab<kParts, kHalves>(tiles + i * strip_bytes, x, steps, sums + i * kBlockFloats,
+                                               slab == 0, last ? ahead(first + i, panel) : WriteAhead{});
         }
     }
 
@@ -276,7 +279,8 @@ class TileProduct {
         return epilogue_.ahead(at.part, at.row, panel * kGroup32, x_.real(panel));
     }
 
-    void finish_panel(int64_t first, int64_t count, int64_t panel, float* sums, const uint8_t* nonfinite) const {
+    void finish_panel(int64_t first, int64_t count, int64_t panel, float* sums,
+                      const uint8_t* nonfinite) const {
         const int tokens = x_.real(panel);
         for (int64_t i = 0; i < count; ++i, sums += kBlockFloats, nonfinite += kGroup32) {
             const Place at = place(first + i);
@@ -285,7 +289,8 @@ class TileProduct {
         }
     }
 
-    void repair(const W& w, int64_t row, int rows, int64_t panel, const uint8_t* row_nonfinite, float* sums) const {
+    void repair(const W& w, int64_t row, int rows, int64_t panel, const uint8_t* row_nonfinite,
+                float* sums) const {
         const uint8_t* const token_nonfinite = x_.nonfinite + panel * kGroup32;
         uint64_t found = 0, word;
         for (int i = 0; i < kGroup32; i += 8) {
@@ -296,8 +301,9 @@ class TileProduct {
         for (int r = 0; r < rows; ++r)
             for (int t = 0; t < x_.real(panel); ++t)
                 if (row_nonfinite[r] != 0 || token_nonfinite[t] != 0)
-                    multiply_nonfinite(static_cast<const float*>(w.data) + (row + r) * w.row_stride, w.columns, x_,
-                                       panel * kGroup32 + t, block_row(sums, r, t / kTileSide) + t % kTileSide);
+                    multiply_nonfinite(static_cast<const float*>(w.data) + (row + r) * w.row_stride,
+                                       w.columns, x_, panel * kGroup32 + t,
+                                       block_row(sums, r, t / kTileSide) + t % kTileSide);
     }
 
     const W* weights_;
@@ -310,7 +316,8 @@ class TileProduct {
 // For every block: epilogue(weight, row, token, rows, tokens, block), of up to 32 rows of that weight and 32 tokens;
 // before that epilogue.ahead(weight, row, token, tokens) says what it will write. T: the weights' elements.
 template <class T, int kParts, class W, class Epilogue>
-inline void multiply_tiles(const W* weights, int count, const TokenTiles<kParts>& x, const Epilogue& epilogue) {
+inline void multiply_tiles(const W* weights, int count, const TokenTiles<kParts>& x,
+                           const Epilogue& epilogue) {
     TileProduct<T, kParts, W, Epilogue>(weights, count, x, epilogue).run();
 }
 
@@ -347,7 +354,8 @@ struct StoreBlocks {
     int64_t first[3];
     const T* bias[3];  // [rows of the weight], or null
     WriteAhead ahead(int weight, int64_t row, int64_t token, int tokens) const {
-        return {reinterpret_cast<char*>(out + token * stride + first[weight] + row), stride * int64_t(sizeof(T)), tokens};
+        return {reinterpret_cast<char*>(out + token * stride + first[weight] + row),
+                stride * int64_t(sizeof(T)), tokens};
     }
     void operator()(int weight, int64_t row, int64_t token, int rows, int tokens, const float* block) const {
         store_block(block, rows, tokens, bias[weight] == nullptr ? nullptr : bias[weight] + row,
@@ -358,8 +366,8 @@ struct StoreBlocks {
 // block = gelu(block + bias), to the tiles of the product that comes next, of which the block's rows are one step.
 // Where a row of the weight is not there, it is zero.
 template <class T, int kParts, bool kTanh>
-inline void activate_block(const float* block, int rows, const T* bias, const TokenTiles<kParts>& to, int64_t step,
-                           int64_t panel) {
+inline void activate_block(const float* block, int rows, const T* bias, const TokenTiles<kParts>& to,
+                           int64_t step, int64_t panel) {
     const int64_t part_bytes = to.layout.part_bytes(step / kSlabSteps<kParts>);
     char* const tiles = to.step(panel, step);
     const int halves = to.real(panel) > kTileSide ? 2 : 1;
@@ -368,9 +376,10 @@ inline void activate_block(const float* block, int rows, const T* bias, const To
             for (int v = 0; v < kTileSide; v += kLanes) {
                 vf32 pair[2];
                 for (int i = 0; i < 2; ++i)
-                    pair[i] = row + i < rows ? gelu<kTanh>(load(block_row(block, row + i, half) + v) +
-                                                           load1(bias + row + i))
-                                             : zero();
+                    pair[i] =
+                        row + i < rows
+                            ? gelu<kTanh>(load(block_row(block, row + i, half) + v) + load1(bias + row + i))
+                            : zero();
                 char* const out = tiles + half * kTileBytes + row / 2 * kTileRowBytes + v * 4;
                 const auto put = [&](int part, vu32 even, vu32 odd) {
                     store(reinterpret_cast<float*>(out + part * part_bytes), as_float((even >> 16) | odd));
