@@ -5,8 +5,9 @@
 // make a word of its right operand: so the activation goes from the tile's sums through GELU into the next product's
 // tiles without being transposed, and never exists as a tensor. 32 of its elements for 32 tokens, one step, at a time.
 //
-// Tokens are taken kTokensAtOnce at a time, so that what is packed of them (6 bytes an element in three parts: 5 MB at
-// H = 768, 19 MB at F = 3072) stays in the last-level cache. Each group reads and splits the weights once.
+// Tokens are taken in groups, so that what is packed of them (6 bytes an element in three parts: 512 tokens at F = 3072
+// are 9 MB) comes back from the last-level cache for every block of weight rows. Each group reads and splits the weights
+// once.
 #pragma once
 #include "csrc/cpu/encoder.h"
 #include "csrc/cpu/tile_products.h"
@@ -14,6 +15,7 @@
 namespace rk::cpu::RK_CPU_ISA {
 
 constexpr int64_t kTokensAtOnce = 1024;
+constexpr int64_t kPackedAtOnce = 10 << 20;  // bytes
 
 // The number of parts of a call, as a constant.
 template <int kParts>
@@ -34,10 +36,11 @@ inline void on_parts(bool is_bf16, const F& f) {
     }
 }
 
-// f(first, count) for groups of tokens, as equal as can be.
-template <class F>
-inline void for_token_groups(int64_t tokens, const F& f) {
-    const int64_t groups = ceil_div(tokens, kTokensAtOnce);
+// f(first, count) for groups of tokens, as equal as can be; k_size: the largest number of elements packed of each.
+template <int kParts, class F>
+inline void for_token_groups(int64_t tokens, int64_t k_size, const F& f) {
+    const int64_t fitting = kPackedAtOnce / TileLayout<kParts>(k_size).bytes() * kGroup32;
+    const int64_t groups = ceil_div(tokens, max64(kGroup32, min64(kTokensAtOnce, fitting)));
     for (int64_t i = 0; i < groups; ++i) {
         const int64_t first = tokens * i / groups;
         f(first, tokens * (i + 1) / groups - first);
@@ -55,7 +58,7 @@ inline void project_rows(const Weight* weights, const T* const* biases, int coun
         store.bias[i] = biases[i];
         store.stride += weights[i].rows;
     }
-    for_token_groups(tokens, [&](int64_t first, int64_t group) {
+    for_token_groups<kParts>(tokens, k_size, [&](int64_t first, int64_t group) {
         const auto tiles = token_tiles<kParts>(Use::right_operand, group, k_size);
         pack_token_tiles(tiles, x + first * k_size, k_size, k_size);
         StoreBlocks<T> store_group = store;
@@ -96,7 +99,7 @@ struct FeedForward {
 template <int kParts, bool kTanh, class T>
 inline void feed_forward(const FeedForward<T>& f) {
     const int64_t hidden = f.in.columns, inner = f.in.rows, outer = f.out.rows;
-    for_token_groups(f.tokens, [&](int64_t first, int64_t group) {
+    for_token_groups<kParts>(f.tokens, max64(hidden, inner), [&](int64_t first, int64_t group) {
         const auto tiles = token_tiles<kParts>(Use::right_operand, group, hidden);
         const auto activation = token_tiles<kParts>(Use::activation, group, inner);
         pack_token_tiles(tiles, f.x + first * hidden, hidden, hidden);

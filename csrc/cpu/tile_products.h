@@ -30,8 +30,9 @@
 
 namespace rk::cpu::RK_CPU_ISA {
 
-constexpr int64_t kChunkSteps = 12;  // steps along K that w0 x0 is summed over in tiles
-constexpr int64_t kMostStrips = 4;   // of a task
+constexpr int64_t kChunkSteps = 12;         // steps along K that w0 x0 is summed over in tiles
+constexpr int64_t kStripBytes = 640 << 10;  // of a slab of the strips of a task,
+constexpr int64_t kMostStrips = 8;          // of a task
 constexpr int kBlockFloats = 4 * kTileFloats;
 
 // A block's sums: [2 tiles of weight rows][2 tiles of tokens][16 rows][16 tokens].
@@ -197,7 +198,9 @@ class TileProduct {
         const int64_t strips = strips_.total(), panels = x_.panels(), threads = num_threads();
         if (strips == 0 || panels == 0) return;
         // Strips of a task: as many as the cache holds, but enough tasks for every thread to have several.
-        most_ = max64(1, min64(kMostStrips, strips / (3 * threads)));
+        const int64_t fitting =
+            min64(kMostStrips, kStripBytes / (x_.layout.steps_of(0) * kParts * kPairBytes));
+        most_ = max64(1, min64(fitting, strips / (3 * threads)));
         const int64_t blocks = ceil_div(strips, most_);
         const int64_t ranges = max64(1, min64(panels, ceil_div(2 * threads, blocks)));
         parallel_tasks(blocks * ranges, threads, [&](int64_t task) {

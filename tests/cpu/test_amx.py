@@ -274,6 +274,9 @@ def plain_feed_forward(x, w_in, b_in, w_out, b_out, tanh):
     return F.linear(F.gelu(F.linear(x, w_in, b_in), approximate="tanh" if tanh else "none"), w_out, b_out)
 
 
+FEED_FORWARD_SIZES = [(1, 1, 1, 1), (5, 33, 70, 40), (16, 64, 96, 64), (50, 40, 1000, 33), (33, 800, 31, 7)]
+
+
 @DTYPES
 @pytest.mark.parametrize("tanh", [False, True], ids=["erf", "tanh"])
 @pytest.mark.parametrize(
