@@ -157,25 +157,25 @@ constexpr bool kMarksSpecial = kParts > 1;
 
 // ---- weight rows ----
 
-// A slab of `rows` weight rows, from their element k on (at `in`), as a strip's tiles; rows that are not there are zero.
-// nonfinite[r]: row r has an infinity or NaN. Two steps of each row go before the next row: rows are read in pieces of
-// four cache lines, which are asked for two pieces ahead, and the tiles are written line by line. (Row by row, lines
-// 2 KB apart fight for two sets of the first-level cache: 1.4 times as long.)
+// Some steps of `rows` weight rows, from their element k on (at `in`), as a strip's tiles; rows that are not there are
+// zero. nonfinite[r]: row r has an infinity or NaN. kRowSteps steps of each row go before the next row, so that the tiles
+// are written line by line (a row at a time its lines, 2 KB apart, fight for two sets of the first-level cache: 1.4 times
+// as long); what lies `ahead` elements further on is asked for.
+constexpr int kRowSteps = 2;
 template <int kParts, class T>
 inline void pack_strip(const T* in, int rows, int64_t stride, int64_t elements, int64_t steps, char* tiles,
-                       uint8_t* nonfinite) {
-    constexpr int kAtOnce = 2;
+                       uint8_t* nonfinite, int64_t ahead) {
     const int64_t part_bytes = steps * kPairBytes;
     if (rows < kGroup32) __builtin_memset(tiles, 0, size_t(kParts * part_bytes));
-    for (int64_t step = 0; step < steps; step += kAtOnce) {
-        const int64_t here = min64(kAtOnce, steps - step);
+    for (int64_t step = 0; step < steps; step += kRowSteps) {
+        const int64_t here = min64(kRowSteps, steps - step);
         const T* from = in + step * kStepElements;
         char* to = tiles + step * kPairBytes;
         for (int r = 0; r < rows; ++r, from += stride, to += kTileRowBytes) {
-            constexpr int kBytes = kAtOnce * kStepElements * int(sizeof(T));
+            constexpr int kBytes = kRowSteps * kStepElements * int(sizeof(T));
 #pragma GCC unroll 4
             for (int line = 0; line < kBytes; line += 64)
-                __builtin_prefetch(reinterpret_cast<const char*>(from) + 2 * kBytes + line);
+                __builtin_prefetch(reinterpret_cast<const char*>(from + ahead) + line, 0, 2);
             vu32 largest{};
             for (int64_t i = 0; i < here; ++i)
                 largest = larger(largest, split_step<kParts>(from + i * kStepElements,

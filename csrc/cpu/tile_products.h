@@ -9,17 +9,20 @@
 //   in tiles     the sums of 32 weight rows x 32 tokens, four tiles; the other four hold operands. Each pair of tiles that
 //                is loaded meets what is there already, so 24 products of tiles need 16 pairs of loads... as few as the
 //                order of the products allows.
-//   accuracy     Within a slab (768 along K) first the small products are summed, over all of it; then, on top of them,
-//                w0 x0 over kChunkSteps steps; these sums, and those of further chunks that start from zero, are added
-//                in vectors. So what rounds is a sum of few large terms. (A single product needs none of this: its sums
-//                stay in the tiles over all of K.)
+//   accuracy     Within a slab (768 along K) the small products are summed by themselves, over all of it; then w0 x0 over
+//                kChunkSteps steps at a time. These sums start from zero and are added in vectors, in this order. So
+//                what rounds is a sum of few large terms. (A single product needs none of this: its sums stay in the
+//                tiles over all of K.)
 //   a task       a few strips of 32 weight rows x a range of tokens. It brings the strips' slab into the second-level
 //                cache as tiles, split (each weight is read once a group of tokens, 4 or 2 bytes an element), and walks
 //                the tokens; their panel comes from there or the third level, and is met by every strip.
 //   epilogue     gets the finished block, float32, in the first-level cache.
 //
-// An element is summed in an order that depends on K alone: not on the number of tokens, their place, or the threads. Few
-// tokens fill tiles in part; the call then takes what reading the weights takes, so that costs nothing.
+//   few tokens   (one panel) Reading the weights is what takes the time. A task splits kPieceSteps steps of a strip at a
+//                time, into the first-level cache, and multiplies them at once, so that the memory is never idle for
+//                long; the sums go in and out of the tiles for each piece, which changes none of their bits.
+//
+// An element is summed in an order that depends on K alone: not on the number of tokens, their place, or the threads.
 //
 // The roof: a tile product is 16 cycles for 16 K multiply-adds, and its two loads 16 cycles of the first-level cache's
 // time if nothing is kept. A 2 x 2 block loads one tile for each product. From the second-level cache a tile comes in 19
@@ -33,6 +36,7 @@ namespace rk::cpu::RK_CPU_ISA {
 constexpr int64_t kChunkSteps = 12;         // steps along K that w0 x0 is summed over in tiles
 constexpr int64_t kStripBytes = 640 << 10;  // of a slab of the strips of a task,
 constexpr int64_t kMostStrips = 8;          // of a task
+constexpr int64_t kPieceSteps = 4;          // that few tokens are multiplied with at a time
 constexpr int kBlockFloats = 4 * kTileFloats;
 
 // A block's sums: [2 tiles of weight rows][2 tiles of tokens][16 rows][16 tokens].
@@ -118,44 +122,88 @@ inline void multiply_once(const char* w, const char* x, int64_t steps, float* bl
     store_sums<kHalves>(block);
 }
 
-// The products of a step but the largest.
+// Some steps of a strip's slab and of a panel's: where their first parts are, and how far the next parts.
+struct StepsOf {
+    const char *w, *x;
+    int64_t w_part, x_part, steps;
+};
+
+// Adds the products of the steps but the largest to the sums in tiles.
 template <int kParts, int kHalves>
-RK_INLINE void multiply_small(const char* w, const char* x, int64_t part_bytes) {
-    if constexpr (kParts == 3) {
-        load_weights(w + 2 * part_bytes), load_tokens<kHalves>(x);
+RK_INLINE void multiply_small(const StepsOf& of, WriteAhead ahead) {
+    const char *w = of.w, *x = of.x;
+    for (int64_t i = 0; i < of.steps; ++i, w += kPairBytes, x += kPairBytes) {
+        ahead.step(2);
+        if constexpr (kParts == 3) {
+            load_weights(w + 2 * of.w_part), load_tokens<kHalves>(x);
+            multiply_loaded<kHalves>();
+            load_weights(w + of.w_part);
+        } else {
+            load_weights(w + of.w_part), load_tokens<kHalves>(x);
+        }
         multiply_loaded<kHalves>();
-        load_weights(w + part_bytes);
-    } else {
-        load_weights(w + part_bytes), load_tokens<kHalves>(x);
+        load_tokens<kHalves>(x + of.x_part);
+        if constexpr (kParts == 3) multiply_loaded<kHalves>();
+        load_weights(w);
+        multiply_loaded<kHalves>();
+        if constexpr (kParts == 3) {
+            load_tokens<kHalves>(x + 2 * of.x_part);
+            multiply_loaded<kHalves>();
+        }
     }
-    multiply_loaded<kHalves>();
-    load_tokens<kHalves>(x + part_bytes);
-    if constexpr (kParts == 3) multiply_loaded<kHalves>();
-    load_weights(w);
-    multiply_loaded<kHalves>();
-    if constexpr (kParts == 3) {
-        load_tokens<kHalves>(x + 2 * part_bytes);
+}
+// The largest.
+template <int kHalves>
+RK_INLINE void multiply_large(const char* w, const char* x, int64_t steps) {
+    for (int64_t i = 0; i < steps; ++i, w += kPairBytes, x += kPairBytes) {
+        load_weights(w), load_tokens<kHalves>(x);
         multiply_loaded<kHalves>();
     }
 }
 
 // block (+)= the products of a slab.
 template <int kParts, int kHalves>
-inline void multiply_slab(const char* w, const char* x, int64_t steps, float* block, bool first,
-                          WriteAhead ahead) {
-    const int64_t part_bytes = steps * kPairBytes;
+inline void multiply_slab(const StepsOf& slab, float* block, bool first, WriteAhead ahead) {
     zero_sums<kHalves>();
-    for (int64_t i = 0; i < steps; ++i) {
-        ahead.step(2);
-        multiply_small<kParts, kHalves>(w + i * kPairBytes, x + i * kPairBytes, part_bytes);
+    multiply_small<kParts, kHalves>(slab, ahead);
+    first ? store_sums<kHalves>(block) : add_sums<kHalves>(block);
+    for (int64_t chunk = 0; chunk < slab.steps; chunk += kChunkSteps) {
+        zero_sums<kHalves>();
+        multiply_large<kHalves>(slab.w + chunk * kPairBytes, slab.x + chunk * kPairBytes,
+                                min64(kChunkSteps, slab.steps - chunk));
+        add_sums<kHalves>(block);
     }
-    for (int64_t chunk = 0; chunk < steps; chunk += kChunkSteps) {
-        if (chunk > 0) zero_sums<kHalves>();
-        for (int64_t i = chunk; i < min64(steps, chunk + kChunkSteps); ++i) {
-            load_weights(w + i * kPairBytes), load_tokens<kHalves>(x + i * kPairBytes);
-            multiply_loaded<kHalves>();
-        }
-        first&& chunk == 0 ? store_sums<kHalves>(block) : add_sums<kHalves>(block);
+}
+
+// The sums of a slab that is multiplied piece by piece: of the small products, and of each chunk.
+template <int kParts>
+struct PieceSums {
+    static constexpr int kChunks = int(ceil_div(kSlabSteps<kParts>, kChunkSteps));
+    alignas(64) float small[kBlockFloats], large[kChunks][kBlockFloats];
+};
+static_assert(kChunkSteps % kPieceSteps == 0, "a piece is of one chunk");
+
+// Adds a piece, whose first step is `step` of the slab, to the slab's sums.
+template <int kParts, int kHalves>
+inline void multiply_piece(const StepsOf& piece, int64_t step, PieceSums<kParts>* sums) {
+    step == 0 ? zero_sums<kHalves>() : load_sums<kHalves>(sums->small);
+    multiply_small<kParts, kHalves>(piece, WriteAhead{});
+    store_sums<kHalves>(sums->small);
+    float* const large = sums->large[step / kChunkSteps];
+    step % kChunkSteps == 0 ? zero_sums<kHalves>() : load_sums<kHalves>(large);
+    multiply_large<kHalves>(piece.w, piece.x, piece.steps);
+    store_sums<kHalves>(large);
+}
+
+// block (+)= sums, in the order of multiply_slab.
+template <int kParts, int kHalves>
+inline void add_pieces(const PieceSums<kParts>& sums, int64_t steps, float* block, bool first) {
+    for (int i = 0; i < kBlockFloats; i += kLanes) {
+        if (kHalves == 1 && i / kTileFloats % 2 == 1) continue;
+        vf32 sum = load(sums.small + i);
+        if (!first) sum = load(block + i) + sum;
+        for (int64_t chunk = 0; chunk * kChunkSteps < steps; ++chunk) sum += load(sums.large[chunk] + i);
+        store(block + i, sum);
     }
 }
 
@@ -197,6 +245,7 @@ class TileProduct {
     void run() {
         const int64_t strips = strips_.total(), panels = x_.panels(), threads = num_threads();
         if (strips == 0 || panels == 0) return;
+        if (panels == 1) return few(strips, threads);
         // Strips of a task: as many as the cache holds, but enough tasks for every thread to have several.
         const int64_t fitting =
             min64(kMostStrips, kStripBytes / (x_.layout.steps_of(0) * kParts * kPairBytes));
@@ -213,6 +262,17 @@ class TileProduct {
   private:
     static constexpr bool kMarks = kMarksSpecial<kParts>;
 
+    struct Place {
+        int part;
+        int64_t row;
+        int rows;
+    };
+    Place place(int64_t strip) const {
+        const int part = strips_.weight_of(strip);
+        const int64_t row = (strip - strips_.first[part]) * kGroup32;
+        return {part, row, int(min64(kGroup32, weights_[part].rows - row))};
+    }
+
     void multiply(int64_t first, int64_t last, int64_t left, int64_t right) const {
         const TileLayout<kParts>& layout = x_.layout;
         const int64_t count = last - first, slabs = layout.slabs();
@@ -227,7 +287,8 @@ class TileProduct {
         const TileUse use;
         for (int64_t slab = 0; slab < slabs; ++slab) {
             for (int64_t i = 0; i < count; ++i)
-                pack(first + i, slab, tiles + i * strip_bytes, nonfinite + i * kGroup32);
+                pack(place(first + i), slab * kSlabSteps<kParts>, layout.steps_of(slab),
+                     tiles + i * strip_bytes, nonfinite + i * kGroup32);
             for (int64_t panel = left; panel < right; ++panel) {
                 float* const sums = blocks + (slabs == 1 ? 0 : (panel - left) * count * kBlockFloats);
                 if (x_.real(panel) > kTileSide)
@@ -239,12 +300,51 @@ class TileProduct {
         }
     }
 
-    void pack(int64_t strip, int64_t slab, char* tiles, uint8_t* nonfinite) const {
-        const Place at = place(strip);
+    // Steps of a strip from one on (of all of K) as tiles.
+    void pack(const Place& at, int64_t step, int64_t steps, char* tiles, uint8_t* nonfinite) const {
         const W& w = weights_[at.part];
-        const int64_t k = slab * kSlabSteps<kParts> * kStepElements;
+        const int64_t k = step * kStepElements;
+        // What comes two pieces later may be of the strip that comes next.
+        const int64_t later = k + 2 * kRowSteps * kStepElements;
+        const int64_t ahead = later < w.columns ? later - k : later - w.columns + kGroup32 * w.row_stride - k;
         pack_strip<kParts>(static_cast<const T*>(w.data) + at.row * w.row_stride + k, at.rows, w.row_stride,
-                           w.columns - k, x_.layout.steps_of(slab), tiles, nonfinite);
+                           w.columns - k, steps, tiles, nonfinite, ahead);
+    }
+
+    // Tasks of neighbouring strips, so that one can ask for what the next needs.
+    void few(int64_t strips, int64_t threads) const {
+        const int64_t tasks = min64(strips, 8 * threads);
+        parallel_tasks(tasks, threads, [&](int64_t task) {
+            const TileUse use;
+            for (int64_t strip = strips * task / tasks; strip < strips * (task + 1) / tasks; ++strip)
+                x_.tokens > kTileSide ? multiply_few<2>(strip) : multiply_few<1>(strip);
+        });
+    }
+
+    // All of a strip for the only panel.
+    template <int kHalves>
+    void multiply_few(int64_t strip) const {
+        alignas(64) char tiles[kPieceSteps * kParts * kPairBytes];
+        alignas(64) float block[kBlockFloats];
+        PieceSums<kParts> sums;
+        uint8_t nonfinite[kGroup32] = {};
+        const Place at = place(strip);
+        const TileLayout<kParts>& layout = x_.layout;
+        for (int64_t slab = 0; slab < layout.slabs(); ++slab) {
+            const int64_t slab_steps = layout.steps_of(slab);
+            for (int64_t step = 0; step < slab_steps; step += kPieceSteps) {
+                const int64_t steps = min64(kPieceSteps, slab_steps - step);
+                const char* const x = x_.slab(0, slab) + step * kPairBytes;
+                pack(at, slab * kSlabSteps<kParts> + step, steps, tiles, nonfinite);
+                if constexpr (kParts == 1)
+                    multiply_once<kHalves>(tiles, x, steps, block, slab == 0 && step == 0, WriteAhead{});
+                else
+                    multiply_piece<kParts, kHalves>(
+                        {tiles, x, steps * kPairBytes, layout.part_bytes(slab), steps}, step, &sums);
+            }
+            if constexpr (kParts > 1) add_pieces<kParts, kHalves>(sums, slab_steps, block, slab == 0);
+        }
+        finish_panel(strip, 1, 0, block, nonfinite);
     }
 
     template <int kHalves>
@@ -262,21 +362,12 @@ class TileProduct {
                         last && step + kChunkSteps >= steps ? ahead(first + i, panel) : WriteAhead{});
         } else {
             for (int64_t i = 0; i < count; ++i)
-                multiply_slab<kParts, kHalves>(tiles + i * strip_bytes, x, steps, sums + i * kBlockFloats,
-                                               slab == 0, last ? ahead(first + i, panel) : WriteAhead{});
+                multiply_slab<kParts, kHalves>(
+                    {tiles + i * strip_bytes, x, steps * kPairBytes, steps * kPairBytes, steps},
+                    sums + i * kBlockFloats, slab == 0, last ? ahead(first + i, panel) : WriteAhead{});
         }
     }
 
-    struct Place {
-        int part;
-        int64_t row;
-        int rows;
-    };
-    Place place(int64_t strip) const {
-        const int part = strips_.weight_of(strip);
-        const int64_t row = (strip - strips_.first[part]) * kGroup32;
-        return {part, row, int(min64(kGroup32, weights_[part].rows - row))};
-    }
     WriteAhead ahead(int64_t strip, int64_t panel) const {
         const Place at = place(strip);
         return epilogue_.ahead(at.part, at.row, panel * kGroup32, x_.real(panel));
