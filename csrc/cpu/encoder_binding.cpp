@@ -34,19 +34,10 @@ Tensor encode(const Tensor& x, std::vector<Tensor> layers, const Tensor& cu_seql
               std::optional<Tensor> key_mask, bool causal, int64_t heads, double scale, double eps,
               bool tanh) {
     const Checks checks("encoder", x, "x");
-    checks.require(layers.size() % kTensorsOfLayer == 0, "layers must hold 16 tensors for each layer");
-    const size_t count = layers.size() / kTensorsOfLayer;
-    LayerReader reader(checks, layers);
-    const auto read_layers = [&](EncoderArgs<Weight>& args) {
-        std::vector<EncoderLayer<Weight>> found;
-        found.reserve(count);
-        for (; reader.layer < count; ++reader.layer) found.push_back(read_layer(checks, reader, args));
-        return found;
-    };
-    return call_encoder<Weight>(checks, x, static_cast<int64_t>(count),
+    return call_encoder<Weight>(checks, x, layers, kTensorsOfLayer,
                                 {cu_seqlens, max_seqlen, key_mask, causal, heads, scale, eps, tanh},
-                                read_layers,
-                                [](const EncoderArgs<Weight>& args) { RK_DISPATCH(encoder, args); });
+                                read_layer,
+                                [](const EncoderInPlaceArgs& args) { RK_DISPATCH(encoder, args); });
 }
 
 }  // namespace

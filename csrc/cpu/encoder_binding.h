@@ -78,22 +78,28 @@ inline void take_head_dim(const Checks& checks, EncoderArgs<W>& args, size_t lay
     args.head_dim = inner / args.heads;
 }
 
-// Checks the rest, allocates the output and calls run(args). read_layers(args): fills in head_dim and gives the layers.
-template <class W, class ReadLayers, class Run>
-inline Tensor call_encoder(const Checks& checks, const Tensor& x_, int64_t layer_count,
-                           const EncoderOptions& options, const ReadLayers& read_layers, const Run& run) {
+// Checks everything, allocates the output and calls run(args). read_layer(checks, reader, args) reads one layer of
+// `tensors_of_layer` tensors and fills in args.head_dim.
+template <class W, class ReadLayer, class Run>
+inline Tensor call_encoder(const Checks& checks, const Tensor& x_, std::vector<Tensor>& tensors,
+                           size_t tensors_of_layer, const EncoderOptions& options,
+                           const ReadLayer& read_layer, const Run& run) {
     checks.require(x_.dim() == 2, "x must have shape [T, H]");
     checks.require(options.heads > 0, "heads must be positive");
+    STD_TORCH_CHECK(tensors.size() % tensors_of_layer == 0, checks.op(), ": layers must hold ",
+                    tensors_of_layer, " tensors for each layer, got ", tensors.size());
     const Tensor x = as_contiguous(x_);
     EncoderArgs<W> args{};
     args.tokens = x.size(0), args.hidden = x.size(1), args.heads = options.heads;
     args.causal = options.causal, args.tanh = options.tanh, args.bf16 = checks.bf16();
     args.scale = static_cast<float>(options.scale), args.eps = static_cast<float>(options.eps);
-    const std::vector<EncoderLayer<W>> layers = read_layers(args);
-    args.layers = layers.data(), args.layer_count = layer_count;
-    checks.require(
-        layer_count == 0 || (args.head_dim >= 16 && args.head_dim <= 128 && args.head_dim % 8 == 0),
-        "head_dim must be a multiple of 8 from 16 to 128");
+    std::vector<EncoderLayer<W>> layers(tensors.size() / tensors_of_layer);
+    LayerReader reader(checks, tensors);
+    for (; reader.layer < layers.size(); ++reader.layer)
+        layers[reader.layer] = read_layer(checks, reader, args);
+    args.layers = layers.data(), args.layer_count = static_cast<int64_t>(layers.size());
+    checks.require(layers.empty() || (args.head_dim >= 16 && args.head_dim <= 128 && args.head_dim % 8 == 0),
+                   "head_dim must be a multiple of 8 from 16 to 128");
     const Tensor cu_seqlens = check_cu_seqlens(checks, options.cu_seqlens, "cu_seqlens", args.tokens,
                                                options.max_seqlen, "max_seqlen");
     args.cu_seqlens = static_cast<const int32_t*>(cu_seqlens.const_data_ptr());

@@ -201,78 +201,20 @@ inline void pack_b_panel(const Matrix<T>& bt, int64_t column, int64_t k, int64_t
 
 // ---- micro-kernel ----
 
-// A left operand of whole numbers, 0 to 255 (packed_weight.h): the numbers of a word are multiplied with
-// those of a word of B, from -127 to 127, and added to a sum of 32 bits. No step saturates.
-struct Whole {};
-#if defined(RK_CPU_ISA_AVX512_BF16)
-constexpr int kWholePerWord = 4;  // bytes: vpdpbusd, which every processor with AVX512-BF16 has
-#else
-constexpr int kWholePerWord = 2;  // 16 bits each: pmaddwd
-#endif
-// A word of B as a packed weight keeps it: half the bytes, or all of them.
-struct WholeWord {
-    int8_t numbers[kWholePerWord];
-};
-
-RK_INLINE vf32 load(const int8_t* p) {
-#if defined(RK_AVX512)
-    return (vf32)_mm512_cvtepi32_ps(
-        _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-#elif defined(RK_AVX2)
-    return (vf32)_mm256_cvtepi32_ps(
-        _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
-#else
-    vf32 x;
-    for (int i = 0; i < kLanes; ++i) x[i] = float(p[i]);
-    return x;
-#endif
-}
-RK_INLINE vf32 load(const WholeWord* p) {
-#if defined(RK_CPU_ISA_AVX512_BF16)
-    return load(reinterpret_cast<const float*>(p));
-#elif defined(RK_AVX512)
-    return (vf32)_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-#elif defined(RK_AVX2)
-    return (vf32)_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-#else
-    vu32 x;
-    for (int i = 0; i < kLanes; ++i)
-        x[i] = uint32_t(uint16_t(p[i].numbers[0])) | uint32_t(uint16_t(p[i].numbers[1])) << 16;
-    return as_float(x);
-#endif
-}
-
-// What a product of words is added to. (One type for both, with casts, makes GCC keep the sums in memory.)
+// What a product of words is added to, and how. (One type of sum for float32 and whole numbers, with casts, makes GCC
+// keep the sums in memory.)
 template <class T>
-struct SumOf {
-    using type = vf32;
-};
-template <>
-struct SumOf<Whole> {
-    using type = vi32;
-};
-
-template <class T>
-RK_INLINE vf32 multiply_add(vf32 a, vf32 b, vf32 c) {
+struct Arithmetic {
+    using Sum = vf32;
+    static RK_INLINE vf32 multiply_add(vf32 a, vf32 b, vf32 c) {
 #if defined(RK_CPU_ISA_AVX512_BF16)
-    if constexpr (kPerWord<T> == 2)
-        return (vf32)_mm512_dpbf16_ps((__m512)c, (__m512bh)bit_cast<vi32>(a), (__m512bh)bit_cast<vi32>(b));
+        if constexpr (kPerWord<T> == 2)
+            return (vf32)_mm512_dpbf16_ps((__m512)c, (__m512bh)bit_cast<vi32>(a),
+                                          (__m512bh)bit_cast<vi32>(b));
 #endif
-    return fma(a, b, c);
-}
-template <class T>
-RK_INLINE vi32 multiply_add(vf32 a, vf32 b, vi32 c) {
-#if defined(RK_CPU_ISA_AVX512_BF16)
-    return (vi32)_mm512_dpbusd_epi32((__m512i)c, (__m512i)a, (__m512i)b);
-#elif defined(RK_AVX512)
-    return c + (vi32)_mm512_madd_epi16((__m512i)a, (__m512i)b);
-#elif defined(RK_AVX2)
-    return c + (vi32)_mm256_madd_epi16((__m256i)a, (__m256i)b);
-#else
-    const vi32 x = (vi32)a, y = (vi32)b;
-    return c + (x << 16 >> 16) * (y << 16 >> 16) + (x >> 16) * (y >> 16);
-#endif
-}
+        return fma(a, b, c);
+    }
+};
 
 // Where the micro-kernel reads a panel of B: vector(v) of the words of one k, then step() to the next.
 template <class Form>
@@ -296,7 +238,7 @@ RK_INLINE void read_ahead(const Reader<float>&) {}
 // tile[i][j] (+)= sum over k of a[k][i] b[k][j]
 template <class T, int kHeight, class B>
 __attribute__((noinline)) void multiply_tile(int64_t k_words, const float* a, B b, float* tile, bool add) {
-    using Sum = typename SumOf<T>::type;
+    using Sum = typename Arithmetic<T>::Sum;
     Sum c[kHeight][kVectors];
 #pragma GCC unroll 16
     for (int i = 0; i < kHeight; ++i)
@@ -311,7 +253,7 @@ __attribute__((noinline)) void multiply_tile(int64_t k_words, const float* a, B 
         for (int i = 0; i < kHeight; ++i) {
             const vf32 ak = set1(a[i]);
 #pragma GCC unroll 4
-            for (int v = 0; v < kVectors; ++v) c[i][v] = multiply_add<T>(ak, bk[v], c[i][v]);
+            for (int v = 0; v < kVectors; ++v) c[i][v] = Arithmetic<T>::multiply_add(ak, bk[v], c[i][v]);
         }
     }
 #pragma GCC unroll 16
@@ -487,7 +429,7 @@ __attribute__((noinline)) void dot_tile(int64_t k_size, const T* a, int64_t a_st
         for (int i = 0; i < kHeight; ++i) {
             const vf32 ak = load_words(a + i * a_stride + k, count);
 #pragma GCC unroll 4
-            for (int j = 0; j < kDotColumns; ++j) c[i][j] = multiply_add<T>(ak, bk[j], c[i][j]);
+            for (int j = 0; j < kDotColumns; ++j) c[i][j] = Arithmetic<T>::multiply_add(ak, bk[j], c[i][j]);
         }
     };
     int64_t k = 0;

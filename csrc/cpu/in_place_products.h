@@ -25,15 +25,28 @@ namespace rk::cpu::RK_CPU_ISA {
 
 constexpr int64_t kStepTokens = kColumns * (1024 / kColumns);  // tokens of one product
 
+constexpr int64_t kBlockPanels = 4;     // token panels of a block
+constexpr int64_t kRunPanels = 16;      // row panels of a task, at most
+constexpr int64_t kAhead = 2 * kChunk;  // how far ahead lines of W are asked for
+
 // ---- the right operand ----
 
-// Tokens packed as panels of kColumns, [k_words][width(panel)] each.
+// Tokens packed as panels of kColumns (the last one narrower, by whole vectors), kBlockPanels panels to a block, in the
+// order in which a task reads them: [block][chunk of K][panel][kChunk words][width].
 struct TokenPanels {
     int64_t tokens, k_words;
     RK_INLINE int64_t count() const { return ceil_div(tokens, kColumns); }
+    RK_INLINE int64_t blocks() const { return ceil_div(count(), kBlockPanels); }
     RK_INLINE int real(int64_t panel) const { return int(min64(kColumns, tokens - panel * kColumns)); }
     RK_INLINE int vectors(int64_t panel) const { return int(ceil_div(real(panel), kLanes)); }
-    RK_INLINE int64_t offset(int64_t panel) const { return panel * kColumns * k_words; }
+    // Where word `k` of a panel is, and those after it to the end of its chunk, vectors(panel) * kLanes apart.
+    RK_INLINE int64_t offset(int64_t panel, int64_t k) const {
+        const int64_t first = panel / kBlockPanels * kBlockPanels * kColumns;
+        const int64_t width = min64(kBlockPanels * kColumns, round_up(tokens - first, kLanes));
+        const int64_t chunk = k / kChunk * kChunk, here = min64(kChunk, k_words - chunk);
+        return first * k_words + chunk * width + (panel * kColumns - first) * here +
+               (k - chunk) * vectors(panel) * kLanes;
+    }
     RK_INLINE int64_t words() const { return round_up(tokens, kLanes) * k_words; }
 };
 
@@ -45,14 +58,17 @@ struct RightOperand {
 // Packs x: [tokens, K], into the calling thread's memory, where it stays until the next call.
 template <class T>
 inline RightOperand pack_tokens(const T* x, int64_t tokens, int64_t k_size) {
+    constexpr int64_t kStep = kChunk * kPerWord<T>;
     const TokenPanels panels{tokens, words_of<T>(k_size)};
     float* const packed = thread_scratch(Use::right_operand).words(panels.words());
-    const int64_t vectors = ceil_div(tokens, kLanes);
-    parallel_for(0, vectors, 1 + 65536 / (kLanes * k_size), [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-            const int64_t panel = i / kVectors, first = i * kLanes;
-            pack_along_k(x + first * k_size, k_size, int(min64(kLanes, tokens - first)), k_size,
-                         packed + panels.offset(panel) + i % kVectors * kLanes,
+    const int64_t vectors = ceil_div(tokens, kLanes), chunks = ceil_div(k_size, kStep);
+    parallel_for(0, vectors * chunks, 32, [&](int64_t begin, int64_t end) {
+        for (int64_t task = begin; task < end; ++task) {
+            const int64_t i = task / chunks, k = task % chunks * kStep, first = i * kLanes,
+                          panel = i / kVectors;
+            pack_along_k(x + first * k_size + k, k_size, int(min64(kLanes, tokens - first)),
+                         min64(kStep, k_size - k),
+                         packed + panels.offset(panel, k / kPerWord<T>) + i % kVectors * kLanes,
                          panels.vectors(panel) * kLanes, kLanes);
         }
     });
@@ -61,40 +77,54 @@ inline RightOperand pack_tokens(const T* x, int64_t tokens, int64_t k_size) {
 
 // ---- the left operand ----
 
-// Rows of up to three weights of one K, cut into panels of at most kRows rows, which start at whole words of a next
+// The rows of a weight cut into panels of at most kRows, as equal as can be, which start at whole words of a next
 // product's K.
 template <class T>
 struct WeightPanels {
     static constexpr int kUnit = kPerWord<T>;
+    int64_t rows, units, count;
+    explicit WeightPanels(int64_t n)
+        : rows(n), units(ceil_div(n, kUnit)), count(ceil_div(units, kRows / kUnit)) {}
+    RK_INLINE int64_t first(int64_t i) const {
+        return min64(rows, (units / count * i + min64(i, units % count)) * kUnit);
+    }
+    RK_INLINE int height(int64_t i) const { return int(first(i + 1) - first(i)); }
+};
+
+// Row panels [top, bottom) of one of the weights.
+template <class T>
+struct RowRun {
+    int part;
+    WeightPanels<T> panels;
+    int64_t top, bottom;
+    RK_INLINE int64_t first_row() const { return panels.first(top); }
+    RK_INLINE int rows() const { return int(panels.first(bottom) - panels.first(top)); }
+};
+
+// Up to three weights of one K, cut into runs.
+template <class T>
+struct RowRuns {
     const Weight* parts;
     int count;
-    int64_t first_panel[4] = {};
+    int64_t first_run[4] = {};
 
-    WeightPanels(const Weight* parts_, int count_) : parts(parts_), count(count_) {
-        for (int i = 0; i < count; ++i) first_panel[i + 1] = first_panel[i] + panels_of(parts[i]);
+    // wanted: runs that give every thread several.
+    RowRuns(const Weight* parts_, int count_, int64_t wanted) : parts(parts_), count(count_) {
+        int64_t panels = 0;
+        for (int i = 0; i < count; ++i) panels += WeightPanels<T>(parts[i].rows).count;
+        const int64_t length = max64(1, min64(kRunPanels, panels / wanted));
+        for (int i = 0; i < count; ++i)
+            first_run[i + 1] = first_run[i] + ceil_div(WeightPanels<T>(parts[i].rows).count, length);
     }
-    static int64_t panels_of(const Weight& w) { return ceil_div(ceil_div(w.rows, kUnit), kRows / kUnit); }
-    int64_t panels() const { return first_panel[count]; }
-    // Where rows start when they are cut as equally as can be.
-    static int64_t first_row(const Weight& w, int64_t panel) {
-        const int64_t panels = panels_of(w), units = ceil_div(w.rows, kUnit);
-        return min64(w.rows, (units / panels * panel + min64(panel, units % panels)) * kUnit);
+    int64_t runs() const { return first_run[count]; }
+    RowRun<T> run(int64_t i) const {
+        int part = 0;
+        while (i >= first_run[part + 1]) ++part;
+        const WeightPanels<T> panels(parts[part].rows);
+        const int64_t runs_here = first_run[part + 1] - first_run[part], at = i - first_run[part];
+        return {part, panels, panels.count * at / runs_here, panels.count * (at + 1) / runs_here};
     }
 };
-
-struct RowPanel {
-    int part;
-    int64_t row;
-    int height;
-};
-template <class T>
-RK_INLINE RowPanel row_panel(const WeightPanels<T>& panels, int64_t i) {
-    int part = 0;
-    while (i >= panels.first_panel[part + 1]) ++part;
-    const Weight& w = panels.parts[part];
-    const int64_t panel = i - panels.first_panel[part], row = panels.first_row(w, panel);
-    return {part, row, int(panels.first_row(w, panel + 1) - row)};
-}
 
 // Words [k, k + count) of some rows: out[row][kChunk].
 template <class T>
@@ -108,150 +138,171 @@ RK_INLINE void copy_rows_chunk(const Weight& w, int64_t row, int rows, int64_t k
 
 // ---- the product ----
 
-// tile[i][j] (+)= sum over k of a[i][k] b[k][j], j < kWidth * kLanes. ahead: what to ask for meanwhile, kHeight rows
-// `ahead_stride` bytes apart; or null.
+// What is asked for meanwhile: lines of `rows` rows that are `stride` bytes apart.
+struct Ahead {
+    const char* at;
+    int64_t stride;
+    int rows;
+};
+
+struct TileCall {
+    int64_t k_words;
+    const float *a, *b;  // [rows][kChunk], [k_words][width * kLanes]
+    float* tile;         // [rows][kColumns]
+    bool add;
+    Ahead ahead;
+};
+
+// tile[i][j] (+)= sum over k of a[i][k] b[k][j], j < kWidth * kLanes.
 template <class T, int kHeight, int kWidth>
-__attribute__((noinline)) void multiply_rows_tile(int64_t k_words, const float* a, const float* b,
-                                                  float* tile, bool add, const char* ahead,
-                                                  int64_t ahead_stride) {
+__attribute__((noinline)) void multiply_rows_tile(const TileCall& t) {
+    const float *a = t.a, *b = t.b;
     vf32 c[kHeight][kWidth];
 #pragma GCC unroll 16
     for (int i = 0; i < kHeight; ++i)
 #pragma GCC unroll 4
         for (int v = 0; v < kWidth; ++v) c[i][v] = zero();
-    const auto step = [&]() __attribute__((always_inline)) {
-        vf32 bk[kWidth];
+    const char* ahead = t.ahead.at;
+    constexpr int64_t kLine = 64 / 4;
+    for (int64_t k = 0; k < t.k_words; k += kLine, ahead += 64) {
+        const char* line = ahead;
+        for (int i = 0; i < t.ahead.rows; ++i, line += t.ahead.stride) __builtin_prefetch(line, 0, 2);
+        const float* const end = a + min64(kLine, t.k_words - k);
+        for (; a != end; ++a, b += kWidth * kLanes) {
+            vf32 bk[kWidth];
 #pragma GCC unroll 4
-        for (int v = 0; v < kWidth; ++v) bk[v] = load(b + v * kLanes);
+            for (int v = 0; v < kWidth; ++v) bk[v] = load(b + v * kLanes);
 #pragma GCC unroll 16
-        for (int i = 0; i < kHeight; ++i) {
-            const vf32 ak = set1(a[i * kChunk]);
+            for (int i = 0; i < kHeight; ++i) {
+                const vf32 ak = set1(a[i * kChunk]);
 #pragma GCC unroll 4
-            for (int v = 0; v < kWidth; ++v) c[i][v] = multiply_add<T>(ak, bk[v], c[i][v]);
-        }
-        ++a, b += kWidth * kLanes;
-    };
-    if (ahead == nullptr) {
-        for (int64_t k = 0; k < k_words; ++k) step();
-    } else {
-        constexpr int64_t kLine = 16;  // words
-        for (int64_t k = 0; k < k_words; k += kLine, ahead += 64) {
-            const char* line = ahead;
-            for (int i = 0; i < kHeight; ++i, line += ahead_stride) __builtin_prefetch(line, 0, 2);
-            for (int64_t j = 0; j < min64(kLine, k_words - k); ++j) step();
+                for (int v = 0; v < kWidth; ++v) c[i][v] = Arithmetic<T>::multiply_add(ak, bk[v], c[i][v]);
+            }
         }
     }
 #pragma GCC unroll 16
     for (int i = 0; i < kHeight; ++i)
 #pragma GCC unroll 4
         for (int v = 0; v < kWidth; ++v) {
-            float* to = tile + i * kColumns + v * kLanes;
-            store(to, add ? load(to) + c[i][v] : c[i][v]);
+            float* to = t.tile + i * kColumns + v * kLanes;
+            store(to, t.add ? load(to) + c[i][v] : c[i][v]);
         }
 }
 
-struct TileCall {
-    int64_t k_words;
-    const float *a, *b;
-    float* tile;
-    bool add;
-    const char* ahead;
-    int64_t ahead_stride;
-};
 template <class T, int kHeight = kRows>
 RK_INLINE void multiply_rows_tile_of(int height, int vectors, const TileCall& t) {
-    if (height == kHeight) {
-        if (vectors == kVectors)
-            return multiply_rows_tile<T, kHeight, kVectors>(t.k_words, t.a, t.b, t.tile, t.add, t.ahead,
-                                                            t.ahead_stride);
-        return multiply_rows_tile<T, kHeight, 1>(t.k_words, t.a, t.b, t.tile, t.add, t.ahead, t.ahead_stride);
-    }
+    if (height == kHeight)
+        return vectors == kVectors ? multiply_rows_tile<T, kHeight, kVectors>(t)
+                                   : multiply_rows_tile<T, kHeight, 1>(t);
     if constexpr (kHeight > 1) multiply_rows_tile_of<T, kHeight - 1>(height, vectors, t);
 }
 static_assert(kVectors == 2, "a token panel has one vector or two");
 
-// For every tile: epilogue(part, row, token, rows, tokens, tile), tile: [rows][kColumns], float32.
+// One task: the tiles of a run of row panels and token panels [left, right), tiles[panel - left][row panel - top].
+template <class T>
+inline void multiply_run(const Weight& w, const RowRun<T>& run, const RightOperand& x, int64_t left,
+                         int64_t right, float* a, float* tiles) {
+    constexpr int64_t kTile = kRows * kColumns;
+    const int64_t k_words = x.panels.k_words, height_of_run = run.bottom - run.top, count = right - left;
+    // A block of tokens stays in the second-level cache, with `depth` words along K.
+    const int64_t k_blocks = count == 1 ? 1 : ceil_div(k_words, kDepth);
+    const int64_t depth = ceil_div(ceil_div(k_words, kChunk), k_blocks) * kChunk;
+    for (int64_t start = 0; start < k_words; start += depth)
+        for (int64_t i = run.top; i < run.bottom; ++i) {
+            const int64_t row = run.panels.first(i), end = min64(k_words, start + depth);
+            const int height = run.panels.height(i);
+            for (int64_t k = start; k < end; k += kChunk) {
+                const int64_t here = min64(kChunk, end - k);
+                copy_rows_chunk<T>(w, row, height, k, here, a);
+                // What comes kAhead words later, of these rows or of the next.
+                const int64_t there = k + kAhead < end ? k + kAhead : start + k + kAhead - end;
+                const char* const ahead = reinterpret_cast<const char*>(
+                    static_cast<const T*>(w.data) + (row + (k + kAhead < end ? 0 : height)) * w.row_stride +
+                    there * kPerWord<T>);
+                const int64_t stride = w.row_stride * int64_t(sizeof(T));
+                for (int64_t j = 0; j < count; ++j) {
+                    const int64_t first = height * j / count, last = height * (j + 1) / count;
+                    multiply_rows_tile_of<T>(height, x.panels.vectors(left + j),
+                                             {here, a, x.words + x.panels.offset(left + j, k),
+                                              tiles + (j * height_of_run + i - run.top) * kTile, k > 0,
+                                              Ahead{ahead + first * stride, stride, int(last - first)}});
+                }
+            }
+        }
+}
+
+// For every run and token panel, once: epilogue(run, panel, tiles), tiles: float32, [row panels][kRows][kColumns].
 template <class T, class Epilogue>
-inline void multiply_in_place(const Weight* parts, int part_count, const RightOperand& x,
+inline void multiply_in_place(const Weight* parts, int count, const RightOperand& x,
                               const Epilogue& epilogue) {
     constexpr int64_t kTile = kRows * kColumns;
-    const WeightPanels<T> rows(parts, part_count);
-    const int64_t k_words = x.panels.k_words, token_panels = x.panels.count(), threads = num_threads();
-    if (token_panels == 0 || rows.panels() == 0) return;
-    // A block of tokens stays in the second-level cache, with kDepth words along K.
-    const int64_t k_blocks = token_panels == 1 ? 1 : ceil_div(k_words, kDepth);
-    const int64_t depth = round_up(ceil_div(k_words, k_blocks), kChunk);
-    const int64_t fitting = max64(1, kBlockWords / (kColumns * depth));
-    const int64_t blocks = ceil_div(token_panels, fitting);
-    const int64_t runs =
-        max64(1, min64(rows.panels(), max64(ceil_div(8 * threads, blocks), rows.panels() / 16)));
-    parallel_tasks(blocks * runs, threads, [&](int64_t task) {
-        const int64_t block = task / runs, run = task % runs;
-        const int64_t left = token_panels * block / blocks, right = token_panels * (block + 1) / blocks;
-        const int64_t top = rows.panels() * run / runs, bottom = rows.panels() * (run + 1) / runs;
-        const int64_t kept = (k_blocks == 1 ? 1 : bottom - top) * (right - left);
-        float* const a = thread_scratch(Use::column_block).words(kRows * kChunk + kept * kTile);
+    const int64_t threads = num_threads(), token_panels = x.panels.count(), blocks = x.panels.blocks();
+    if (token_panels == 0) return;
+    const RowRuns<T> runs(parts, count, ceil_div(8 * threads, blocks));
+    parallel_tasks(blocks * runs.runs(), threads, [&](int64_t task) {
+        const RowRun<T> run = runs.run(task % runs.runs());
+        const int64_t left = task / runs.runs() * kBlockPanels,
+                      right = min64(token_panels, left + kBlockPanels);
+        const int64_t tiles_of_panel = (run.bottom - run.top) * kTile;
+        float* const a =
+            thread_scratch(Use::column_block).words(kRows * kChunk + (right - left) * tiles_of_panel);
         float* const tiles = a + kRows * kChunk;
-        for (int64_t k_block = 0; k_block < k_blocks; ++k_block)
-            for (int64_t i = top; i < bottom; ++i) {
-                const RowPanel panel = row_panel(rows, i);
-                const Weight& w = parts[panel.part];
-                float* const row_tiles = tiles + (k_blocks == 1 ? 0 : (i - top) * (right - left) * kTile);
-                const int64_t k_end = min64(k_words, (k_block + 1) * depth);
-                for (int64_t k = k_block * depth; k < k_end; k += kChunk) {
-                    const int64_t here = min64(kChunk, k_end - k);
-                    copy_rows_chunk<T>(w, panel.row, panel.height, k, here, a);
-                    // The next chunk of these rows, or the first of the next.
-                    const bool more = k + kChunk < k_end;
-                    const T* ahead = static_cast<const T*>(w.data) +
-                                     (panel.row + (more ? 0 : panel.height)) * w.row_stride +
-                                     (more ? (k + kChunk) * kPerWord<T> : 0);
-                    for (int64_t j = left; j < right; ++j)
-                        multiply_rows_tile_of<T>(
-                            panel.height, x.panels.vectors(j),
-                            {here, a, x.words + x.panels.offset(j) + k * x.panels.vectors(j) * kLanes,
-                             row_tiles + (j - left) * kTile, k > 0,
-                             j == left ? reinterpret_cast<const char*>(ahead) : nullptr,
-                             w.row_stride * int64_t(sizeof(T))});
-                }
-                if (k_block == k_blocks - 1)
-                    for (int64_t j = left; j < right; ++j)
-                        epilogue(panel.part, panel.row, j * kColumns, panel.height, x.panels.real(j),
-                                 static_cast<const float*>(row_tiles + (j - left) * kTile));
-            }
+        multiply_run(parts[run.part], run, x, left, right, a, tiles);
+        for (int64_t panel = left; panel < right; ++panel)
+            epilogue(run, panel, static_cast<const float*>(tiles + (panel - left) * tiles_of_panel));
     });
 }
 
-// ---- what becomes of a tile ----
+// ---- what becomes of tiles ----
 
-// out[token][row] = tile[row][token] + bias[row]
+// out[token][row] = C^T[row][token] + bias[row], for the rows of a run and `tokens` tokens: turned round in
+// first-level cache, so that whole lines go out (single tiles wrote each line twice: a quarter of the time where
+// tokens lie 4 KB apart).
 template <class T>
-RK_INLINE void store_transposed(const float* tile, int rows, int tokens, const T* bias, T* out,
-                                int64_t out_stride) {
-    const vf32 b = bias == nullptr ? zero() : load_some(bias, rows);
+inline void store_rows(const RowRun<T>& run, const float* tiles, int tokens, const T* bias, T* out,
+                       int64_t out_stride) {
+    constexpr int kStride = int(kRunPanels) * kRows + kLanes;
+    alignas(64) float turned[kLanes * kStride];
+    const int64_t first = run.first_row();
+    const int rows = run.rows();
     for (int j = 0; j < tokens; j += kLanes) {
-        vf32 block[kLanes];
+        for (int64_t panel = run.top; panel < run.bottom; ++panel) {
+            const float* tile = tiles + (panel - run.top) * kRows * kColumns + j;
+            const int height = run.panels.height(panel);
+            float* const to = turned + run.panels.first(panel) - first;
+            vf32 block[kLanes];
 #pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) block[i] = i < rows ? load(tile + i * kColumns + j) : zero();
-        transpose(block);
+            for (int i = 0; i < kLanes; ++i) block[i] = i < height ? load(tile + i * kColumns) : zero();
+            transpose(block);
 #pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i)
-            if (j + i < tokens) store_some(out + (j + i) * out_stride, block[i] + b, rows);
+            for (int i = 0; i < kLanes; ++i)
+                store(to + i * kStride, block[i]);  // the next panel's are written later
+        }
+        for (int i = 0; i < min64(kLanes, tokens - j); ++i)
+            for (int row = 0; row < rows; row += kLanes) {
+                const vf32 b = bias == nullptr ? zero() : load_some(bias + first + row, rows - row);
+                store_some(out + (j + i) * out_stride + first + row, load(turned + i * kStride + row) + b,
+                           rows - row);
+            }
     }
 }
 
-// The rows of a tile, [rows][kColumns], as words along K of a right operand: out[word][vectors * kLanes].
+// Rows [row, row + rows) of C^T, [rows][kColumns], to where a next product with T finds them as words along K.
 template <class T>
-RK_INLINE void store_words(const float* tile, int rows, int vectors, float* out) {
-    for (int i = 0; i < rows; i += kPerWord<T>)
-        for (int v = 0; v < vectors; ++v, out += kLanes) {
-            vf32 words = load(tile + i * kColumns + v * kLanes);
+RK_INLINE void store_words(const float* tile, int64_t row, int rows, const TokenPanels& panels, int64_t panel,
+                           float* words) {
+    const int vectors = panels.vectors(panel);
+    for (int i = 0; i < rows; i += kPerWord<T>) {
+        float* const out = words + panels.offset(panel, (row + i) / kPerWord<T>);
+        for (int v = 0; v < vectors * kLanes; v += kLanes) {
+            vf32 word = load(tile + i * kColumns + v);
             if constexpr (kPerWord<T> == 2) {
-                const vf32 odd = i + 1 < rows ? load(tile + (i + 1) * kColumns + v * kLanes) : zero();
-                words = as_float((bits(round_to_bf16(words)) >> 16) | bits(round_to_bf16(odd)));
+                const vf32 odd = i + 1 < rows ? load(tile + (i + 1) * kColumns + v) : zero();
+                word = as_float((bits(round_to_bf16(word)) >> 16) | bits(round_to_bf16(odd)));
             }
-            store(out, words);
+            store(out + v, word);
         }
+    }
 }
 
 // f(first, count) for steps of tokens.
@@ -263,7 +314,8 @@ inline void for_token_steps(int64_t tokens, const F& f) {
 
 // The products of encoder_layers.h.
 template <class T>
-struct InPlaceProducts {
+class InPlaceProducts {
+  public:
     using Element = T;
     using Weight = rk::cpu::Weight;
 
@@ -274,12 +326,11 @@ struct InPlaceProducts {
         for (int i = 0; i < count; ++i) offset[i] = columns, columns += parts[i].rows;
         for_token_steps(rows, [&](int64_t first, int64_t tokens) {
             const int64_t k_size = parts[0].columns;
+            const RightOperand right = pack_tokens(x + first * k_size, tokens, k_size);
             multiply_in_place<T>(
-                parts, count, pack_tokens(x + first * k_size, tokens, k_size),
-                [&](int part, int64_t row, int64_t token, int height, int width, const float* tile) {
-                    const T* bias = static_cast<const T*>(biases[part]);
-                    store_transposed(tile, height, width, bias == nullptr ? bias : bias + row,
-                                     out + (first + token) * columns + offset[part] + row, columns);
+                parts, count, right, [&](const RowRun<T>& run, int64_t panel, const float* tiles) {
+                    store_rows(run, tiles, right.panels.real(panel), static_cast<const T*>(biases[run.part]),
+                               out + (first + panel * kColumns) * columns + offset[run.part], columns);
                 });
         });
     }
@@ -296,27 +347,33 @@ struct InPlaceProducts {
         for_token_steps(rows, [&](int64_t first, int64_t tokens) {
             const TokenPanels panels{tokens, words_of<T>(inner)};
             float* const activation = thread_scratch(Use::activation).words(panels.words());
-            multiply_in_place<T>(
-                &l.in, 1, pack_tokens(x + first * hidden, tokens, hidden),
-                [&](int, int64_t row, int64_t token, int height, int, const float* tile) {
-                    const int64_t panel = token / kColumns;
-                    const int vectors = panels.vectors(panel);
-                    const T* bias = static_cast<const T*>(l.in_bias) + row;
-                    alignas(64) float activated[kRows * kColumns];
-                    for (int i = 0; i < height; ++i)
-                        for (int v = 0; v < vectors * kLanes; v += kLanes)
-                            store(activated + i * kColumns + v,
-                                  gelu<kTanh>(load(tile + i * kColumns + v) + load1(bias + i)));
-                    store_words<T>(activated, height, vectors,
-                                   activation + panels.offset(panel) + row / kPerWord<T> * vectors * kLanes);
-                });
-            multiply_in_place<T>(
-                &l.out, 1, RightOperand{panels, activation},
-                [&](int, int64_t row, int64_t token, int height, int width, const float* tile) {
-                    store_transposed<T>(tile, height, width, nullptr, out + (first + token) * hidden + row,
-                                        hidden);
-                });
+            multiply_in_place<T>(&l.in, 1, pack_tokens(x + first * hidden, tokens, hidden),
+                                 [&](const RowRun<T>& run, int64_t panel, const float* tiles) {
+                                     const T* bias = static_cast<const T*>(l.in_bias);
+                                     for (int64_t i = run.top; i < run.bottom; ++i)
+                                         activate<kTanh>(tiles + (i - run.top) * kRows * kColumns, bias,
+                                                         run.panels.first(i), run.panels.height(i), panels,
+                                                         panel, activation);
+                                 });
+            multiply_in_place<T>(&l.out, 1, RightOperand{panels, activation},
+                                 [&](const RowRun<T>& run, int64_t panel, const float* tiles) {
+                                     store_rows<T>(run, tiles, panels.real(panel), nullptr,
+                                                   out + (first + panel * kColumns) * hidden, hidden);
+                                 });
         });
+    }
+
+  private:
+    template <bool kTanh>
+    static RK_INLINE void activate(const float* tile, const T* bias, int64_t row, int height,
+                                   const TokenPanels& panels, int64_t panel, float* activation) {
+        const int lanes = panels.vectors(panel) * kLanes;
+        alignas(64) float activated[kRows * kColumns];
+        for (int i = 0; i < height; ++i)
+            for (int v = 0; v < lanes; v += kLanes)
+                store(activated + i * kColumns + v,
+                      gelu<kTanh>(load(tile + i * kColumns + v) + load1(bias + row + i)));
+        store_words<T>(activated, row, height, panels, panel, activation);
     }
 };
 

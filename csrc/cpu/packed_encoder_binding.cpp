@@ -7,13 +7,13 @@
 #include <string>
 #include <vector>
 
+#include "csrc/cpu/encoder_binding.h"
 #include "csrc/cpu/packed_encoder.h"
-#include "csrc/cpu/tensor_checks.h"
 
 namespace rk::cpu {
 namespace {
 
-constexpr int kTensorsOfLayer = 14;
+constexpr size_t kTensorsOfLayer = 14;
 
 WeightKind kind_of(const std::string& name) {
     for (int kind = 0; kind < kWeightKindCount; ++kind)
@@ -41,12 +41,12 @@ Tensor pack(const Tensor& weight_, const std::string& name) {
     checks.require(weight_.dim() == 2, "weight must have shape [N, K]");
     const Tensor weight = as_contiguous(weight_);
     int64_t bytes = 0;
-    PackWeight args{static_cast<const float*>(weight.const_data_ptr()),
-                    weight.size(0),
-                    weight.size(1),
-                    kind_of(name),
-                    nullptr,
-                    &bytes};
+    PackWeightArgs args{static_cast<const float*>(weight.const_data_ptr()),
+                        weight.size(0),
+                        weight.size(1),
+                        kind_of(name),
+                        nullptr,
+                        &bytes};
     RK_DISPATCH(pack_weight, args);
     const int64_t slack = 256 + (bytes < kHugePage ? 0 : kHugePage);  // never touched, so never in memory
     Tensor packed = checks.empty({bytes + slack}, ScalarType::Byte);
@@ -62,8 +62,10 @@ Tensor pack(const Tensor& weight_, const std::string& name) {
     return packed;
 }
 
-PackedWeight unpack(const Tensor& t, const char* what, int64_t rows, int64_t columns) {
+PackedWeight unpack(LayerReader& reader, const char* name, int64_t rows, int64_t columns) {
     const char* op = "packed_encoder";
+    const Tensor& t = reader.next();
+    const std::string what = reader.label(name);
     PackedHeader header{};
     const bool sized = t.scalar_type() == ScalarType::Byte && t.dim() == 1 && t.is_contiguous() &&
                        t.numel() >= static_cast<int64_t>(sizeof header);
@@ -78,69 +80,38 @@ PackedWeight unpack(const Tensor& t, const char* what, int64_t rows, int64_t col
             static_cast<WeightKind>(header.kind)};
 }
 
-Tensor encode(const Tensor& x_, std::vector<Tensor> layers, const Tensor& cu_seqlens_, int64_t max_seqlen,
-              const std::optional<Tensor>& key_mask_, bool causal, int64_t heads, double scale, double eps,
+EncoderLayer<PackedWeight> read_layer(const Checks& checks, LayerReader& reader, PackedEncoderArgs& args) {
+    EncoderLayer<PackedWeight> l{};
+    const int64_t hidden = args.hidden;
+    l.qkv[0] = unpack(reader, "the weight of query, key and value", -1, hidden);
+    const int64_t inner = l.qkv[0].rows / 3;
+    checks.require(inner * 3 == l.qkv[0].rows, "query, key and value do not divide into the heads");
+    take_head_dim(checks, args, reader.layer, inner);
+    l.qkv_bias[0] = reader.vector("the query's bias", inner);
+    l.qkv_bias[1] = reader.vector("the key's bias", inner);
+    l.qkv_bias[2] = reader.vector("the value's bias", inner);
+    l.attention_out = unpack(reader, "the weight of the attention's output", hidden, inner);
+    l.attention_out_bias = reader.vector("the bias of the attention's output", hidden);
+    l.attention_norm_weight = reader.vector("the weight of the attention's norm", hidden);
+    l.attention_norm_bias = reader.vector("the bias of the attention's norm", hidden);
+    l.in = unpack(reader, "the first weight of the feed-forward", -1, hidden);
+    l.in_bias = reader.vector("the first bias of the feed-forward", l.in.rows);
+    l.out = unpack(reader, "the second weight of the feed-forward", hidden, l.in.rows);
+    l.out_bias = reader.vector("the second bias of the feed-forward", hidden);
+    l.norm_weight = reader.vector("the weight of the norm", hidden);
+    l.norm_bias = reader.vector("the bias of the norm", hidden);
+    return l;
+}
+
+Tensor encode(const Tensor& x, std::vector<Tensor> layers, const Tensor& cu_seqlens, int64_t max_seqlen,
+              std::optional<Tensor> key_mask, bool causal, int64_t heads, double scale, double eps,
               bool tanh) {
-    const char* op = "packed_encoder";
-    const Checks checks(op, x_, "x");
-    checks.same(x_, "x", ScalarType::Float);
-    checks.require(x_.dim() == 2, "x must have shape [T, H]");
-    checks.require(heads > 0, "heads must be positive");
-    checks.require(layers.size() % kTensorsOfLayer == 0, "layers must hold 14 tensors for each layer");
-    const Tensor x = as_contiguous(x_);
-    PackedEncoder e{};
-    e.tokens = x.size(0), e.hidden = x.size(1), e.heads = heads;
-    e.causal = causal, e.tanh = tanh, e.scale = static_cast<float>(scale), e.eps = static_cast<float>(eps);
-    e.layer_count = static_cast<int64_t>(layers.size() / kTensorsOfLayer);
-
-    std::vector<PackedLayer> packed(static_cast<size_t>(e.layer_count));
-    const auto vector = [&](Tensor& t, const char* name, int64_t size) {
-        checks.vector(t, name, size, ScalarType::Float);
-        if (!t.is_contiguous()) t = as_contiguous(t);  // kept alive by `layers`
-        return static_cast<const float*>(t.const_data_ptr());
-    };
-    for (size_t i = 0; i < packed.size(); ++i) {
-        Tensor* t = layers.data() + i * kTensorsOfLayer;
-        PackedLayer& l = packed[i];
-        l.qkv = unpack(t[0], "the weight of query, key and value", -1, e.hidden);
-        const int64_t inner = l.qkv.rows / 3;
-        checks.require(inner % heads == 0 && inner * 3 == l.qkv.rows,
-                       "query, key and value do not divide into the heads");
-        checks.require(i == 0 || inner == e.heads * e.head_dim, "layers differ in the size of their heads");
-        e.head_dim = inner / heads;
-        l.q_bias = vector(t[1], "the query's bias", inner);
-        l.k_bias = vector(t[2], "the key's bias", inner);
-        l.v_bias = vector(t[3], "the value's bias", inner);
-        l.attention_out = unpack(t[4], "the weight of the attention's output", e.hidden, inner);
-        l.attention_out_bias = vector(t[5], "the bias of the attention's output", e.hidden);
-        l.attention_norm_weight = vector(t[6], "the weight of the attention's norm", e.hidden);
-        l.attention_norm_bias = vector(t[7], "the bias of the attention's norm", e.hidden);
-        l.in = unpack(t[8], "the first weight of the feed-forward", -1, e.hidden);
-        l.in_bias = vector(t[9], "the first bias of the feed-forward", l.in.rows);
-        l.out = unpack(t[10], "the second weight of the feed-forward", e.hidden, l.in.rows);
-        l.out_bias = vector(t[11], "the second bias of the feed-forward", e.hidden);
-        l.norm_weight = vector(t[12], "the weight of the norm", e.hidden);
-        l.norm_bias = vector(t[13], "the bias of the norm", e.hidden);
-    }
-    checks.require(e.layer_count == 0 || (e.head_dim >= 16 && e.head_dim <= 128 && e.head_dim % 8 == 0),
-                   "head_dim must be a multiple of 8 from 16 to 128");
-    e.layers = packed.data();
-
-    const Tensor cu_seqlens =
-        check_cu_seqlens(checks, cu_seqlens_, "cu_seqlens", e.tokens, max_seqlen, "max_seqlen");
-    e.cu_seqlens = static_cast<const int32_t*>(cu_seqlens.const_data_ptr());
-    e.batch = cu_seqlens.size(0) - 1;
-    Tensor key_mask;
-    if (key_mask_) {
-        checks.vector(*key_mask_, "key_mask", e.tokens, ScalarType::Bool);
-        key_mask = as_contiguous(*key_mask_);
-        e.key_mask = static_cast<const bool*>(key_mask.const_data_ptr());
-    }
-    Tensor out = checks.empty({e.tokens, e.hidden});
-    e.x = static_cast<const float*>(x.const_data_ptr());
-    e.out = static_cast<float*>(out.mutable_data_ptr());
-    RK_DISPATCH(packed_encoder, e);
-    return out;
+    const Checks checks("packed_encoder", x, "x");
+    checks.same(x, "x", ScalarType::Float);
+    return call_encoder<PackedWeight>(
+        checks, x, layers, kTensorsOfLayer,
+        {cu_seqlens, max_seqlen, key_mask, causal, heads, scale, eps, tanh}, read_layer,
+        [](const PackedEncoderArgs& args) { RK_DISPATCH(packed_encoder, args); });
 }
 
 // A hash of 32 elements of each weight, spread over it.

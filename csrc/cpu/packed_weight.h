@@ -3,12 +3,10 @@
 //
 //   float32       as they are; the micro-kernel reads the panels in place
 //   bfloat16      rounded, half the bytes; a product with float32 rows, in float32
-//   int8          w = scale q, q from -127 to 127, with a scale for every kGroup elements of a row (which
-//   rounds a
+//   int8          w = scale q, q from -127 to 127, with a scale for every kGroup elements of a row (which rounds a
 //                 third less away than one for the row); 9 bits an element; likewise in float32
-//   int8_dynamic  w = scale q with one scale for the row; the left operand is rounded too, each row by
-//   itself, to x =
-//                 scale (u - zero), u from 0 to 255, and the sums are of whole numbers, exact:
+//   int8_dynamic  w = scale q with one scale for the row; the left operand is rounded too, each row by itself, to
+//                 x = scale (u - zero), u from 0 to 255, and the sums are of whole numbers, exact:
 //                 sum x w = scale_x scale_w (sum u q - zero sum q)
 //
 // A narrow form is widened in the micro-kernel as it is read where few rows are multiplied (reading it is
@@ -18,8 +16,8 @@
 // After the panels stand, for int8, scale [panels][groups][kColumns]; for int8_dynamic scale [N] and sum q
 // [N] (int32), both padded to whole panels.
 #pragma once
-#include "csrc/cpu/gemm.h"
-#include "csrc/cpu/packed_encoder.h"
+#include "csrc/cpu/int8.h"
+#include "csrc/cpu/weight_kinds.h"
 
 namespace rk::cpu::RK_CPU_ISA {
 
@@ -86,7 +84,7 @@ RK_INLINE float round_to_int8(const float* in, int64_t count, const Place& place
 }
 
 // One row of a weight, at its column of a panel.
-inline void pack_int8_row(const PackWeight& p, int64_t row) {
+inline void pack_int8_row(const PackWeightArgs& p, int64_t row) {
     const float* in = p.weight + row * p.columns;
     const int64_t panel = row / kColumns, column = row % kColumns;
     float* scales = scales_of(p.panels, p.kind, p.rows, p.columns);
@@ -113,7 +111,7 @@ inline void pack_int8_row(const PackWeight& p, int64_t row) {
     for (int64_t k = p.columns; k < words * kWholePerWord; ++k) *place(k) = 0;
 }
 
-inline void pack_panels(const PackWeight& p) {
+inline void pack_panels(const PackWeightArgs& p) {
     const int64_t words = words_along_k(p.kind, p.columns);
     char* const panels = p.panels;
     // Columns beyond the last row are zero, and so are their scales.

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from roberta_kernels.tolerance import assert_three_way
 
 from .conftest import ISAS
+from .encoder_cases import EPS, SIZES, make_layers, plain
 
 KINDS = ("float32", "bfloat16", "int8", "int8-dynamic")
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
-EPS = 1e-5
 FORMS = pytest.mark.parametrize("tanh", [False, True], ids=["erf", "tanh"])
 WEIGHTS = ("qkv", "attention_out", "inner", "out")
 
@@ -24,20 +23,6 @@ WEIGHTS = ("qkv", "attention_out", "inner", "out")
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
-
-
-def make_layers(count, hidden, inner):
-    def layer():
-        shapes = {"qkv": (3 * hidden, hidden), "attention_out": (hidden, hidden)}
-        shapes |= {"inner": (inner, hidden), "out": (hidden, inner)}
-        tensors = {name: torch.randn(shape) * 1.5 * shape[1] ** -0.5 for name, shape in shapes.items()}
-        for name, (rows, _) in shapes.items():
-            tensors[f"{name}_bias"] = 0.3 * torch.randn(rows)
-        for name in ("attention_norm", "norm"):
-            tensors[f"{name}_weight"], tensors[f"{name}_bias"] = 1 + 0.3 * torch.randn(hidden), torch.randn(hidden)
-        return tensors
-
-    return [layer() for _ in range(count)]
 
 
 def rounded_weight(weight, kind):
@@ -64,37 +49,6 @@ def rounded_rows(x):
     step = (high - low) / 255
     zero = (-low / step + 0.5).trunc()
     return (step.double() * ((row / step + zero + 0.5).trunc().clamp(0, 255) - zero)).nan_to_num().to(x.dtype)
-
-
-def plain(x, layers, lengths, heads, *, causal=False, key_mask=None, tanh=False, rows=lambda x: x):
-    """The encoder in plain torch, sequence by sequence, in x's dtype. rows: what is done to each left operand."""
-    hidden = x.shape[1]
-    seen = torch.ones(len(x), dtype=torch.bool) if key_mask is None else key_mask
-    for layer in layers:
-        w = {name: tensor.to(x.dtype) for name, tensor in layer.items()}
-
-        def product(x, name, w=w):
-            return F.linear(rows(x), w[name], w[f"{name}_bias"])
-
-        def norm(x, name, w=w):
-            return F.layer_norm(x, (hidden,), w[f"{name}_weight"], w[f"{name}_bias"], EPS)
-
-        q, k, v = product(x, "qkv").view(len(x), 3, heads, -1).permute(1, 2, 0, 3)
-        context = []
-        start = 0
-        for length in lengths:
-            here = slice(start, start + length)
-            mask = seen[here].expand(length, length)
-            if causal:
-                mask = mask & torch.ones(length, length, dtype=torch.bool).tril()
-            scores = (q[:, here] @ k[:, here].mT * (hidden // heads) ** -0.5).masked_fill(~mask, float("-inf"))
-            context.append(scores.softmax(-1).nan_to_num() @ v[:, here])
-            start += length
-        context = torch.cat(context, 1).transpose(0, 1).reshape(len(x), hidden)
-        attended = norm(product(context, "attention_out") + x, "attention_norm")
-        activation = F.gelu(product(attended, "inner"), approximate="tanh" if tanh else "none")
-        x = norm(product(activation, "out") + attended, "norm")
-    return x
 
 
 def pack(kernels, layers, kind):
@@ -134,9 +88,6 @@ def check(kernels, kind, hidden, inner, heads, lengths, *, count=2, **options):
     assert difference.square().mean().sqrt() < 0.4 * moved
     assert difference.abs().median() < 0.05 * moved
     return None
-
-
-SIZES = [(64, 96, 2), (48, 101, 3), (40, 33, 1), (128, 24, 8)]
 
 
 @EVERY_KIND
@@ -301,8 +252,8 @@ def _wrong(position, value):
         (lambda packed: packed[:-1], 2, "14 tensors"),
         (_wrong(0, torch.zeros(100, dtype=torch.uint8)), 2, "not what pack_weight gave"),
         (_wrong(0, torch.randn(192, 64)), 2, "not what pack_weight gave"),
-        (_wrong(1, torch.randn(63)), 2, "the query's bias must have shape \\[64\\]"),
-        (_wrong(13, torch.randn(64).double()), 2, "bias of the norm must be Float"),
+        (_wrong(1, torch.randn(63)), 2, "the query's bias of layer 0 must have shape \\[64\\]"),
+        (_wrong(13, torch.randn(64).double()), 2, "bias of the norm of layer 0 must be Float"),
         (lambda packed: [*packed[:4], packed[0], *packed[5:]], 2, "does not fit here"),
         (lambda packed: packed, 3, "do not divide into the heads"),
         (lambda packed: packed, 8, "head_dim must be a multiple of 8"),
