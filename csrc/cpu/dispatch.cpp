@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 
 #if defined(__x86_64__)
 #    include <cpuid.h>
@@ -110,17 +111,17 @@ int64_t set_isa_op(int64_t isa) {
     return active().exchange(static_cast<int>(isa));
 }
 
-std::atomic<int> parts_of_float32{3};
+thread_local int parts_of_float32 = 3;
 
 int64_t set_float32_parts_op(int64_t parts) {
     STD_TORCH_CHECK(parts >= 1 && parts <= 3, "parts must be 1, 2 or 3, got ", parts);
-    return parts_of_float32.exchange(static_cast<int>(parts));
+    return std::exchange(parts_of_float32, static_cast<int>(parts));
 }
 
 }  // namespace
 
 int float32_parts() {
-    return parts_of_float32.load(std::memory_order_relaxed);
+    return parts_of_float32;
 }
 
 Isa active_isa() {

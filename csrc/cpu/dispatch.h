@@ -17,8 +17,9 @@ constexpr int kIsaCount = 5;
 bool isa_available(Isa isa);
 Isa active_isa();
 
-// Of how many bfloat16 parts a float32 number is made where products are on tiles (tile_operands.h): 3 unless the op
-// set_float32_parts says otherwise, which is how torch.set_float32_matmul_precision arrives here.
+// Of how many bfloat16 parts a float32 number is made where products are on tiles (tile_operands.h), in the calling
+// thread: 3 unless the op set_float32_parts says otherwise, which is how torch.set_float32_matmul_precision arrives here
+// (roberta_kernels/ops/matmul_precision.py).
 int float32_parts();
 
 // body(begin, end, context) over [begin, end) on torch's own thread pool; a range of at most `grain` runs in

@@ -12,6 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from roberta_kernels import backends
+from roberta_kernels.ops import gelu_ffn
 from roberta_kernels.tolerance import assert_three_way
 
 from .conftest import ISAS, LIBRARY
@@ -352,7 +354,7 @@ def test_torch_products_in_the_same_threads(kernels, on_threads, threads):
     on_threads(threads, alternate)
 
 
-def test_precision_of_float32(kernels, libraries):
+def test_parts_of_float32(kernels):
     x, *weights = feed_forward_inputs(40, 96, 160, 96, torch.float32)
     before = kernels.set_float32_parts(3)
     try:
@@ -369,3 +371,22 @@ def test_precision_of_float32(kernels, libraries):
             kernels.set_float32_parts(4)
     finally:
         kernels.set_float32_parts(before)
+
+
+@pytest.mark.skipif(not has_amx(), reason="this processor has no AMX")
+def test_matmul_precision():
+    """torch.set_float32_matmul_precision is followed by the op, and by what it is told last."""
+    x, *weights = feed_forward_inputs(40, 96, 160, 96, torch.float32)
+    exact = plain_feed_forward(*(t.double() for t in (x, *weights)), False)
+    before = torch.get_float32_matmul_precision()
+    errors = {}
+    try:
+        with backends.use_cpu_isa("amx"):
+            for precision in ("medium", "high", "highest"):
+                torch.set_float32_matmul_precision(precision)
+                errors[precision] = (gelu_ffn(x, *weights) - exact).abs().max().item()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert errors["highest"] < 2e-6 < errors["high"] < 2e-4 < errors["medium"] < 0.1
+    # a call without the wrapper, as in a traced graph, is float32 again
+    assert torch.ops.roberta_kernels_cpu.set_float32_parts(3) == 3
