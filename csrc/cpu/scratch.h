@@ -44,8 +44,8 @@ class Scratch {
     }
 
   private:
-    // Operands that are walked along K touch another page every few cycles: with pages of 4 KB products on tiles were a
-    // sixth slower.
+    // Operands that are walked along K touch another page every few cycles: with pages of 4 KB products on tiles took a
+    // tenth longer.
     static constexpr size_t kHugePage = 2 << 20;
     char* data_ = nullptr;
     size_t size_ = 0, used_ = 0;

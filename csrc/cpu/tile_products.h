@@ -33,10 +33,10 @@
 
 namespace rk::cpu::RK_CPU_ISA {
 
-constexpr int64_t kChunkSteps = 12;         // steps along K that w0 x0 is summed over in tiles
-constexpr int64_t kStripBytes = 640 << 10;  // of a slab of the strips of a task,
-constexpr int64_t kMostStrips = 8;          // of a task
-constexpr int64_t kPieceSteps = 4;          // that few tokens are multiplied with at a time
+constexpr int64_t kChunkSteps = 12;       // steps along K that w0 x0 is summed over in tiles
+constexpr int64_t kStripBytes = 1 << 20;  // of a slab of the strips of a task,
+constexpr int64_t kMostStrips = 8;        // of a task
+constexpr int64_t kPieceSteps = 4;        // that few tokens are multiplied with at a time
 constexpr int kBlockFloats = 4 * kTileFloats;
 
 // A block's sums: [2 tiles of weight rows][2 tiles of tokens][16 rows][16 tokens].
