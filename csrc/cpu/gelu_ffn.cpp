@@ -7,7 +7,7 @@
 // it. Two dozen tokens or fewer take the dot path of gemm.h: then the weights are only read, once, and the
 // call runs at the speed of memory.
 //
-// With AMX the forward's products are on tiles (tile_layers.h), for any number of tokens.
+// With AMX all products are on tiles (tile_layers.h), for any number of tokens.
 //
 // Backward: the epilogue of grad_out w_out reads the pre-activation, computes gelu and its derivative from
 // one exp, and writes the activation and the gradient of the pre-activation, with the column sums of each row
@@ -138,6 +138,58 @@ void sum_rows(const T* m, int64_t rows, int64_t columns, T* sums) {
     });
 }
 
+// total += the sum over rows of sums, [rows, columns]
+void add_rows(const float* sums, int64_t rows, int64_t columns, float* total) {
+    parallel_for(0, ceil_div(columns, kLanes), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t block = begin; block < end; ++block) {
+            const int64_t column = block * kLanes;
+            const int left = int(min64(kLanes, columns - column));
+            vf32 sum = zero();
+            for (int64_t i = 0; i < rows; ++i) sum += load_some(sums + i * columns + column, left);
+            store_some(total + column, load_some(total + column, left) + sum, left);
+        }
+    });
+}
+
+#if defined(RK_CPU_ISA_AMX)
+
+template <bool kTanh>
+void backward_on_tiles(const GeluFfnBackward& args) {
+    const int64_t tokens = args.tokens, hidden = args.hidden, inner = args.inner, outer = args.outer;
+    on_parts(args.bfloat16, [&](auto parts, auto element) {
+        using T = decltype(element);
+        const Matrix<T> grad_out = row_major(static_cast<const T*>(args.grad_out), tokens, outer);
+        const Matrix<T> x = row_major(static_cast<const T*>(args.x), tokens, hidden);
+        const Matrix<T> w_in = row_major(static_cast<const T*>(args.w_in), inner, hidden);
+        const Matrix<T> w_out_t = row_major(static_cast<const T*>(args.w_out), outer, inner).transposed();
+        const Matrix<T> grad_pre = row_major<T>(static_cast<T*>(args.grad_preactivation), tokens, inner);
+        const Matrix<T> act = row_major<T>(static_cast<T*>(args.activation), tokens, inner);
+
+        const int64_t most_panels = ceil_div(min64(tokens, kTokensAtOnce), kGroup32);
+        float* const sums = thread_scratch(Use::sums).words((most_panels + 1) * inner);
+        float* const total = sums + most_panels * inner;
+        for (int64_t j = 0; j < inner; ++j) total[j] = 0.0f;
+        for_token_groups<parts()>(tokens, outer, [&](int64_t first, int64_t group) {
+            const auto tiles = token_tiles<parts()>(Use::right_operand, group, outer);
+            pack_token_tiles(tiles, grad_out.some_rows(first, group));
+            const DifferentiateBlocks<T, kTanh> differentiate{
+                static_cast<const T*>(args.preactivation) + first * inner,
+                static_cast<T*>(args.activation) + first * inner,
+                static_cast<T*>(args.grad_preactivation) + first * inner, sums, inner};
+            multiply_tiles<T, parts()>(&w_out_t, 1, tiles, differentiate);
+            add_rows(sums, tiles.panels(), inner, total);
+        });
+        for (int64_t j = 0; j < inner; ++j) store1(static_cast<T*>(args.grad_b_in) + j, total[j]);
+        sum_rows(grad_out.data, tokens, outer, static_cast<T*>(args.grad_b_out));
+
+        multiply_matrices<parts()>(grad_pre, w_in.transposed(), static_cast<T*>(args.grad_x));
+        multiply_matrices<parts()>(grad_pre.transposed(), x.transposed(), static_cast<T*>(args.grad_w_in));
+        multiply_matrices<parts()>(grad_out.transposed(), act.transposed(), static_cast<T*>(args.grad_w_out));
+    });
+}
+
+#else
+
 template <class T, bool kTanh>
 void backward(const GeluFfnBackward& args) {
     const int64_t tokens = args.tokens, hidden = args.hidden, inner = args.inner, outer = args.outer;
@@ -180,15 +232,7 @@ void backward(const GeluFfnBackward& args) {
                                 store_some(panel_sums + j, sum, left);
                             }
                         });
-        parallel_for(0, ceil_div(inner, kLanes), 1, [&](int64_t begin, int64_t end) {
-            for (int64_t block = begin; block < end; ++block) {
-                const int64_t column = block * kLanes;
-                const int left = int(min64(kLanes, inner - column));
-                vf32 sum = zero();
-                for (int64_t i = 0; i < panels.count; ++i) sum += load_some(sums + i * inner + column, left);
-                store_some(total + column, load_some(total + column, left) + sum, left);
-            }
-        });
+        add_rows(sums, panels.count, inner, total);
     }
     T* grad_b_in = static_cast<T*>(args.grad_b_in);
     for (int64_t j = 0; j < inner; ++j) store1(grad_b_in + j, total[j]);
@@ -204,6 +248,8 @@ void backward(const GeluFfnBackward& args) {
     multiply(grad_out.transposed(), act.transposed(), store_to(args.grad_w_out, inner));
 }
 
+#endif
+
 }  // namespace
 
 void gelu_ffn_forward(const GeluFfnForward& args) {
@@ -218,10 +264,14 @@ void gelu_ffn_forward(const GeluFfnForward& args) {
 }
 
 void gelu_ffn_backward(const GeluFfnBackward& args) {
+#if defined(RK_CPU_ISA_AMX)
+    return args.tanh ? backward_on_tiles<true>(args) : backward_on_tiles<false>(args);
+#else
     if (args.bfloat16)
         args.tanh ? backward<bf16, true>(args) : backward<bf16, false>(args);
     else
         args.tanh ? backward<float, true>(args) : backward<float, false>(args);
+#endif
 }
 
 }  // namespace rk::cpu::RK_CPU_ISA

@@ -60,10 +60,20 @@ inline void project_rows(const Weight* weights, const T* const* biases, int coun
     }
     for_token_groups<kParts>(tokens, k_size, [&](int64_t first, int64_t group) {
         const auto tiles = token_tiles<kParts>(Use::right_operand, group, k_size);
-        pack_token_tiles(tiles, x + first * k_size, k_size, k_size);
+        pack_token_tiles(tiles, row_major(x + first * k_size, group, k_size));
         StoreBlocks<T> store_group = store;
         store_group.out += first * store.stride;
         multiply_tiles<T, kParts>(weights, count, tiles, store_group);
+    });
+}
+
+// out = a b^T, contiguous; rows of either may lie across K.  a: [M, K], b: [N, K], out: [M, N]
+template <int kParts, class T>
+inline void multiply_matrices(const Matrix<T>& a, const Matrix<T>& b, T* out) {
+    for_token_groups<kParts>(a.rows, a.columns, [&](int64_t first, int64_t group) {
+        const auto tiles = token_tiles<kParts>(Use::right_operand, group, a.columns);
+        pack_token_tiles(tiles, a.some_rows(first, group));
+        multiply_tiles<T, kParts>(&b, 1, tiles, StoreBlocks<T>{out + first * b.rows, b.rows, {0}, {nullptr}});
     });
 }
 
@@ -85,6 +95,43 @@ struct ActivateBlocks {
     }
 };
 
+// From the gradient of the activation and the pre-activation: the activation and the gradient of the pre-activation,
+// [tokens, F], and sums over up to 32 tokens of the latter, [panels, F].
+template <class T, bool kTanh>
+struct DifferentiateBlocks {
+    const T* preactivation;
+    T *activation, *grad_preactivation;
+    float* sums;
+    int64_t inner;
+    WriteAhead ahead(int, int64_t row, int64_t token, int tokens) const {
+        return {reinterpret_cast<char*>(grad_preactivation + token * inner + row), inner * int64_t(sizeof(T)),
+                tokens};
+    }
+    void operator()(int, int64_t first_row, int64_t first_token, int rows, int tokens,
+                    const float* block) const {
+        for (int row = 0; row < rows; row += kLanes) {
+            const int width = int(min64(kLanes, rows - row));
+            vf32 sum = zero();
+            for (int token = 0; token < tokens; token += kLanes) {
+                vf32 square[kLanes];
+                for (int r = 0; r < kLanes; ++r)
+                    square[r] = load(block_row(block, row + r, token / kTileSide) + token % kTileSide);
+                transpose(square);
+                for (int t = 0; t < min64(kLanes, tokens - token); ++t) {
+                    const int64_t at = (first_token + token + t) * inner + first_row + row;
+                    vf32 value;
+                    const vf32 slope = gelu_grad<kTanh>(load_some(preactivation + at, width), &value);
+                    const vf32 grad = square[t] * slope;
+                    sum += grad;
+                    store_some(activation + at, value, width);
+                    store_some(grad_preactivation + at, grad, width);
+                }
+            }
+            store_some(sums + first_token / kGroup32 * inner + first_row + row, sum, width);
+        }
+    }
+};
+
 template <class T>
 struct FeedForward {
     Weight in, out;               // [F, H], [O, F]
@@ -102,8 +149,8 @@ inline void feed_forward(const FeedForward<T>& f) {
     for_token_groups<kParts>(f.tokens, max64(hidden, inner), [&](int64_t first, int64_t group) {
         const auto tiles = token_tiles<kParts>(Use::right_operand, group, hidden);
         const auto activation = token_tiles<kParts>(Use::activation, group, inner);
-        pack_token_tiles(tiles, f.x + first * hidden, hidden, hidden);
-        if (inner == 0) pack_token_tiles(activation, f.x, 0, 0);
+        pack_token_tiles(tiles, row_major(f.x + first * hidden, group, hidden));
+        if (inner == 0) pack_token_tiles(activation, row_major(f.x, group, 0));
         T* const preactivation = f.preactivation == nullptr ? nullptr : f.preactivation + first * inner;
         multiply_tiles<T, kParts>(
             &f.in, 1, tiles, ActivateBlocks<T, kParts, kTanh>{f.in_bias, activation, preactivation, inner});

@@ -191,7 +191,41 @@ inline void pack_strip(const T* in, int rows, int64_t stride, int64_t elements, 
     }
 }
 
-// ---- tokens ----
+// ---- operands that lie across K ----
+
+// One step of 16 rows (or tokens) that are contiguous: rows of K, k_stride elements apart, two of which make the words of
+// one row of a right operand's tile: [16 pairs][16 rows] to `to`, the next part part_bytes further. `left`: along K.
+// mark(row): row has an infinity or NaN.
+template <int kParts, class T, class Mark>
+inline void interleave_step(const T* in, int64_t k_stride, int rows, int64_t left, char* to,
+                            int64_t part_bytes, const Mark& mark) {
+    vu32 largest{};
+    for (int pair = 0; pair < kTileSide; ++pair)
+        for (int v = 0; v < kTileSide; v += kLanes) {
+            vf32 x[2];
+            for (int i = 0; i < 2; ++i)
+                x[i] = 2 * pair + i < left && v < rows
+                           ? load_some(in + (2 * pair + i) * k_stride + v, int(rows - v))
+                           : zero();
+            largest = larger(largest, larger(size_bits(x[0]), size_bits(x[1])));
+            char* out = to + pair * kTileRowBytes + v * 4;
+            for (int part = 0; part < kParts; ++part, out += part_bytes) {
+                const vu32 even = sizeof(T) == 2 ? bits(x[0]) : take_part(&x[0]);
+                const vu32 odd = sizeof(T) == 2 ? bits(x[1]) : take_part(&x[1]);
+                store(reinterpret_cast<float*>(out), as_float((even >> 16) | odd));
+            }
+        }
+    if (sizeof(T) == 2 || !has_special(largest)) return;
+    for (int k = 0; k < min64(left, kStepElements); ++k)
+        for (int row = 0; row < rows; ++row) {
+            const float x = load1(in + k * k_stride + row);
+            const ScalarParts parts = split_any(x);
+            if (!is_finite(x)) mark(row);
+            for (int part = 0; part < kParts; ++part)
+                __builtin_memcpy(to + part * part_bytes + k / 2 * kTileRowBytes + row * 4 + k % 2 * 2,
+                                 &parts.part[part], 2);
+        }
+}
 
 // A transposed 16 x 16 tile of words.
 RK_INLINE void transpose_tile(const char* from, char* to) {
@@ -207,6 +241,25 @@ RK_INLINE void transpose_tile(const char* from, char* to) {
             for (int r = 0; r < kLanes; ++r) store(out + (j + r) * kTileSide + i, block[r]);
         }
 }
+
+// pack_strip for rows that lie across K.
+template <int kParts, class T>
+inline void pack_strip_across(const T* in, int rows, int64_t k_stride, int64_t elements, int64_t steps,
+                              char* tiles, uint8_t* nonfinite) {
+    const int64_t part_bytes = steps * kPairBytes;
+    alignas(64) char words[kParts][kTileBytes];
+    for (int64_t step = 0; step < steps; ++step)
+        for (int first = 0; first < kGroup32; first += kTileSide) {
+            interleave_step<kParts>(in + step * kStepElements * k_stride + first, k_stride,
+                                    int(max64(0, min64(kTileSide, rows - first))),
+                                    elements - step * kStepElements, words[0], kTileBytes,
+                                    [&](int row) { nonfinite[first + row] = 1; });
+            char* to = tiles + step * kPairBytes + first / kTileSide * kTileBytes;
+            for (int part = 0; part < kParts; ++part, to += part_bytes) transpose_tile(words[part], to);
+        }
+}
+
+// ---- tokens ----
 
 // The right operand of a product: tokens, packed.
 template <int kParts>
@@ -225,6 +278,10 @@ struct TokenTiles {
     RK_INLINE char* step(int64_t panel, int64_t step) const {
         const int64_t in_slab = step / kSlabSteps<kParts>;
         return slab(panel, in_slab) + (step - in_slab * kSlabSteps<kParts>)*kPairBytes;
+    }
+    // The first part's of a token.
+    RK_INLINE char* tile(int64_t token, int64_t in_step) const {
+        return step(token / kGroup32, in_step) + token % kGroup32 / kTileSide * kTileBytes;
     }
     RK_INLINE void mark(int64_t token) const { __atomic_store_n(nonfinite + token, 1, __ATOMIC_RELAXED); }
 };
@@ -261,14 +318,15 @@ inline void pack_token_step(const TokenTiles<kParts>& out, const T* x, int64_t s
         for (int r = 0; r < rows; ++r)
             if (split_special_step<kParts>(x + r * stride, left, rows_of + r * kTileRowBytes, kTileBytes))
                 out.mark(token + r);
-    char* to = out.step(token / kGroup32, step) + token % kGroup32 / kTileSide * kTileBytes;
+    char* to = out.tile(token, step);
     const int64_t part_bytes = out.layout.part_bytes(step / kSlabSteps<kParts>);
     for (int part = 0; part < kParts; ++part, to += part_bytes) transpose_tile(halves[part], to);
 }
 
-// x: [tokens, K], rows `stride` elements apart.
+// x: [tokens, K], of strides of which one is 1.
 template <int kParts, class T>
-inline void pack_token_tiles(const TokenTiles<kParts>& out, const T* x, int64_t k_size, int64_t stride) {
+inline void pack_token_tiles(const TokenTiles<kParts>& out, const Matrix<T>& x) {
+    const int64_t k_size = x.columns;
     const int64_t halves = ceil_div(out.tokens, kTileSide), steps = out.layout.steps;
     // For few tokens the threads share the steps.
     const int64_t runs = max64(1, min64(ceil_div(steps, 8), ceil_div(2 * num_threads(), halves)));
@@ -276,9 +334,16 @@ inline void pack_token_tiles(const TokenTiles<kParts>& out, const T* x, int64_t 
         for (int64_t i = begin; i < end; ++i) {
             const int64_t token = i / runs * kTileSide, run = i % runs;
             const int rows = int(min64(kTileSide, out.tokens - token));
-            for (int64_t step = steps * run / runs; step < steps * (run + 1) / runs; ++step)
-                pack_token_step(out, x + token * stride + step * kStepElements, stride, token, rows, step,
-                                k_size - step * kStepElements);
+            for (int64_t step = steps * run / runs; step < steps * (run + 1) / runs; ++step) {
+                const int64_t k = step * kStepElements;
+                const T* const from = x.data + token * x.row_stride + k * x.column_stride;
+                if (x.column_stride == 1)
+                    pack_token_step(out, from, x.row_stride, token, rows, step, k_size - k);
+                else
+                    interleave_step<kParts>(from, x.column_stride, rows, k_size - k, out.tile(token, step),
+                                            out.layout.part_bytes(step / kSlabSteps<kParts>),
+                                            [&](int row) { out.mark(token + row); });
+            }
         }
     });
 }
@@ -287,8 +352,8 @@ inline void pack_token_tiles(const TokenTiles<kParts>& out, const T* x, int64_t 
 template <int kParts>
 RK_INLINE float token_element(const TokenTiles<kParts>& x, int64_t token, int64_t k) {
     const int64_t step = k / kStepElements, in_step = k % kStepElements;
-    const char* at = x.step(token / kGroup32, step) + token % kGroup32 / kTileSide * kTileBytes +
-                     in_step / 2 * kTileRowBytes + token % kTileSide * 4 + in_step % 2 * 2;
+    const char* at =
+        x.tile(token, step) + in_step / 2 * kTileRowBytes + token % kTileSide * 4 + in_step % 2 * 2;
     const int64_t part_bytes = x.layout.part_bytes(step / kSlabSteps<kParts>);
     float sum = 0.0f;
     for (int part = kParts - 1; part >= 0; --part) {

@@ -209,13 +209,25 @@ inline void add_pieces(const PieceSums<kParts>& sums, int64_t steps, float* bloc
 
 // ---- special numbers ----
 
-// What a row with an infinity or NaN gives: element (row, token) in float32, from the weight as it is.
-template <int kParts>
-inline void multiply_nonfinite(const float* weight_row, int64_t k_size, const TokenTiles<kParts>& x,
-                               int64_t token, float* to) {
-    float sum = 0.0f;
-    for (int64_t k = 0; k < k_size; ++k) sum += weight_row[k] * token_element(x, token, k);
-    *to = sum;
+// What a row with an infinity or NaN gives: the weight's row as it is times a token put together again, in float32.
+inline float multiply_nonfinite(const float* row, int64_t stride, const float* token, int64_t k_size) {
+    vf32 sums = zero();
+    int64_t k = 0;
+    if (stride == 1)
+        for (; k + kLanes <= k_size; k += kLanes) sums = fma(load(row + k), load(token + k), sums);
+    float sum = hsum(sums);
+    for (; k < k_size; ++k) sum += row[k * stride] * token[k];
+    return sum;
+}
+
+// Elements along K of a weight's row are this far apart.
+template <class W>
+constexpr int64_t column_stride_of(const W&) {
+    return 1;
+}
+template <class T>
+constexpr int64_t column_stride_of(const Matrix<T>& m) {
+    return m.column_stride;
 }
 
 // ---- the product ----
@@ -304,11 +316,14 @@ class TileProduct {
     void pack(const Place& at, int64_t step, int64_t steps, char* tiles, uint8_t* nonfinite) const {
         const W& w = weights_[at.part];
         const int64_t k = step * kStepElements;
+        const T* const in = static_cast<const T*>(w.data) + at.row * w.row_stride + k * column_stride_of(w);
+        if (column_stride_of(w) != 1)
+            return pack_strip_across<kParts>(in, at.rows, column_stride_of(w), w.columns - k, steps, tiles,
+                                             nonfinite);
         // What comes two pieces later may be of the strip that comes next.
         const int64_t later = k + 2 * kRowSteps * kStepElements;
         const int64_t ahead = later < w.columns ? later - k : later - w.columns + kGroup32 * w.row_stride - k;
-        pack_strip<kParts>(static_cast<const T*>(w.data) + at.row * w.row_stride + k, at.rows, w.row_stride,
-                           w.columns - k, steps, tiles, nonfinite, ahead);
+        pack_strip<kParts>(in, at.rows, w.row_stride, w.columns - k, steps, tiles, nonfinite, ahead);
     }
 
     // Tasks of neighbouring strips, so that one can ask for what the next needs.
@@ -392,12 +407,16 @@ class TileProduct {
             __builtin_memcpy(&word, row_nonfinite + i, 8), found |= word;
         }
         if (found == 0) return;
-        for (int r = 0; r < rows; ++r)
-            for (int t = 0; t < x_.real(panel); ++t)
+        float* const token_row = thread_scratch(Use::left_operand).words(w.columns);
+        const float* const weight = static_cast<const float*>(w.data) + row * w.row_stride;
+        for (int t = 0; t < x_.real(panel); ++t) {
+            const int64_t token = panel * kGroup32 + t;
+            for (int64_t k = 0; k < w.columns; ++k) token_row[k] = token_element(x_, token, k);
+            for (int r = 0; r < rows; ++r)
                 if (row_nonfinite[r] != 0 || token_nonfinite[t] != 0)
-                    multiply_nonfinite(static_cast<const float*>(w.data) + (row + r) * w.row_stride,
-                                       w.columns, x_, panel * kGroup32 + t,
-                                       block_row(sums, r, t / kTileSide) + t % kTileSide);
+                    block_row(sums, r, t / kTileSide)[t % kTileSide] = multiply_nonfinite(
+                        weight + r * w.row_stride, column_stride_of(w), token_row, w.columns);
+        }
     }
 
     const W* weights_;
