@@ -7,7 +7,7 @@
 // it. Two dozen tokens or fewer take the dot path of gemm.h: then the weights are only read, once, and the
 // call runs at the speed of memory.
 //
-// With AMX all products are on tiles (tile_layers.h), for any number of tokens.
+// With AMX the products are on tiles (tile_layers.h): forward for any number of tokens.
 //
 // Backward: the epilogue of grad_out w_out reads the pre-activation, computes gelu and its derivative from
 // one exp, and writes the activation and the gradient of the pre-activation, with the column sums of each row
@@ -188,7 +188,7 @@ void backward_on_tiles(const GeluFfnBackward& args) {
     });
 }
 
-#else
+#endif
 
 template <class T, bool kTanh>
 void backward(const GeluFfnBackward& args) {
@@ -248,8 +248,6 @@ void backward(const GeluFfnBackward& args) {
     multiply(grad_out.transposed(), act.transposed(), store_to(args.grad_w_out, inner));
 }
 
-#endif
-
 }  // namespace
 
 void gelu_ffn_forward(const GeluFfnForward& args) {
@@ -265,13 +263,14 @@ void gelu_ffn_forward(const GeluFfnForward& args) {
 
 void gelu_ffn_backward(const GeluFfnBackward& args) {
 #if defined(RK_CPU_ISA_AMX)
-    return args.tanh ? backward_on_tiles<true>(args) : backward_on_tiles<false>(args);
-#else
+    // Few tokens in float32: splitting weights that lie across K takes longer than multiplying them.
+    if (args.bfloat16 || args.tokens >= 128)
+        return args.tanh ? backward_on_tiles<true>(args) : backward_on_tiles<false>(args);
+#endif
     if (args.bfloat16)
         args.tanh ? backward<bf16, true>(args) : backward<bf16, false>(args);
     else
         args.tanh ? backward<float, true>(args) : backward<float, false>(args);
-#endif
 }
 
 }  // namespace rk::cpu::RK_CPU_ISA

@@ -104,8 +104,11 @@ struct DifferentiateBlocks {
     float* sums;
     int64_t inner;
     WriteAhead ahead(int, int64_t row, int64_t token, int tokens) const {
-        return {reinterpret_cast<char*>(grad_preactivation + token * inner + row), inner * int64_t(sizeof(T)),
-                tokens};
+        char* const at = reinterpret_cast<char*>(grad_preactivation + token * inner + row);
+        const auto from_there = [&](const T* other) {
+            return reinterpret_cast<intptr_t>(other) - reinterpret_cast<intptr_t>(grad_preactivation);
+        };
+        return {at, inner * int64_t(sizeof(T)), tokens, {from_there(activation), from_there(preactivation)}};
     }
     void operator()(int, int64_t first_row, int64_t first_token, int rows, int tokens,
                     const float* block) const {

@@ -47,16 +47,22 @@ RK_INLINE const float* block_row(const float* block, int row, int token_half) {
     return block_row(const_cast<float*>(block), row, token_half);
 }
 
-// Memory that the epilogue of a block will write, asked for while the block is multiplied: rows of up to 128 bytes.
+// Memory that the epilogue of a block will write (or read), asked for while the block is multiplied: rows of up to 128
+// bytes; and rows as far from these as `others` says, unless that is 0.
 struct WriteAhead {
     char* at = nullptr;
     int64_t stride = 0;
     int rows = 0;
+    int64_t others[2] = {0, 0};
     RK_INLINE void step(int count) {
         for (; count > 0 && rows > 0; --count, --rows, at += stride) {
-            __builtin_prefetch(at, 1);
-            __builtin_prefetch(at + 64, 1);
+            ask(at);
+            if (others[0] != 0) ask(at + others[0]), ask(at + others[1]);
         }
+    }
+    RK_INLINE static void ask(char* row) {
+        __builtin_prefetch(row, 1);
+        __builtin_prefetch(row + 64, 1);
     }
 };
 

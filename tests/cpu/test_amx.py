@@ -319,6 +319,47 @@ def test_feed_forward_in_any_batch(tiles, dtype):
 
 
 @DTYPES
+@pytest.mark.parametrize("tanh", [False, True], ids=["erf", "tanh"])
+@pytest.mark.parametrize("sizes", [(130, 33, 70, 40), (129, 16, 31, 64), (140, 40, 300, 1)])
+def test_backward(tiles, sizes, tanh, dtype):
+    """Weights, activations and gradients that lie across K. (Fewer tokens in float32 take the vectors' way.)"""
+    operands = feed_forward_inputs(*sizes, dtype)
+    x, w_in, _, w_out, _ = operands
+    grad_out = torch.randn(sizes[0], sizes[3]).to(dtype)
+    preactivation = tiles.feed_forward(*operands, tanh, save=True)[1]
+    ours = tiles.backward(grad_out, x, w_in, w_out, preactivation, tanh)
+    tiles.threads(1)
+    assert all(map(torch.equal, ours, tiles.backward(grad_out, x, w_in, w_out, preactivation, tanh)))
+    plain = []
+    for wanted in (dtype, torch.float64):
+        leaves = [t.to(wanted).requires_grad_() for t in operands]
+        plain.append(torch.autograd.grad(plain_feed_forward(*leaves, tanh), leaves, grad_out.to(wanted)))
+    for name, *gradients in zip(("x", "w_in", "b_in", "w_out", "b_out"), ours, *plain, strict=True):
+        assert_three_way(*gradients, name=name)
+
+
+@DTYPES
+def test_special_numbers_backward(tiles, dtype):
+    operands = feed_forward_inputs(130, 33, 70, 40, dtype)
+    x, w_in, _, w_out, _ = operands
+    preactivation = tiles.feed_forward(*operands, save=True)[1]
+    grad_out = torch.randn(130, 40).to(dtype)
+    clean = tiles.backward(grad_out, x, w_in, w_out, preactivation)
+    grad_out[70, 3] = math.inf
+    x[50, 7] = math.nan
+    grad_x, grad_w_in, grad_b_in, grad_w_out, grad_b_out = tiles.backward(grad_out, x, w_in, w_out, preactivation)
+    others = [i for i in range(130) if i != 70]
+    assert not grad_x[70].isfinite().any()
+    assert torch.equal(grad_x[others], clean[0][others])
+    assert not grad_b_in.isfinite().any()
+    assert grad_w_in[:, 7].isnan().all()
+    rest = [i for i in range(40) if i != 3]
+    assert torch.equal(grad_w_out[rest], clean[3][rest])
+    assert not grad_w_out[3].isfinite().any()
+    assert grad_b_out[3] == math.inf
+
+
+@DTYPES
 @FLOAT32_PARTS
 def test_twin_of_products(both, parts, dtype):
     """GELU is left out: it has no fused multiply-add in the twin's library."""

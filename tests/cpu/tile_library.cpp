@@ -1,5 +1,6 @@
 // The products on tiles with C entry points, for test_amx.py: compiled with RK_AMX_TWIN for any x86-64 machine, and
 // without it for one that has AMX. Threads are the library's own.
+#include "csrc/cpu/gelu_ffn.cpp"
 #include "csrc/cpu/tile_layers.h"
 
 using namespace rk::cpu::amx;
@@ -54,6 +55,18 @@ void tile_feed_forward(bool is_bf16, int parts, bool tanh, const int64_t* sizes,
         f.preactivation = static_cast<T*>(preactivation), f.tokens = sizes[0];
         tanh ? feed_forward<kept(), true>(f) : feed_forward<kept(), false>(f);
     });
+}
+
+// sizes: tokens, H, F, O; tensors: as in GeluFfnBackward, from grad_out on
+void tile_backward(bool is_bf16, bool tanh, const int64_t* sizes, void* const* tensors) {
+    rk::cpu::GeluFfnBackward b{};
+    b.tokens = sizes[0], b.hidden = sizes[1], b.inner = sizes[2], b.outer = sizes[3];
+    b.bfloat16 = is_bf16, b.tanh = tanh;
+    b.grad_out = tensors[0], b.x = tensors[1], b.w_in = tensors[2], b.w_out = tensors[3];
+    b.preactivation = tensors[4], b.activation = tensors[5], b.grad_preactivation = tensors[6];
+    b.grad_x = tensors[7], b.grad_w_in = tensors[8], b.grad_b_in = tensors[9];
+    b.grad_w_out = tensors[10], b.grad_b_out = tensors[11];
+    gelu_ffn_backward(b);
 }
 
 }  // extern "C"

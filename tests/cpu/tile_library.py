@@ -93,3 +93,21 @@ class Tiles:
         self.library.tile_feed_forward(x.dtype == torch.bfloat16, parts, tanh, sizes, *map(address, operands))
         assert margin.isnan().all(), "written past the end"
         return out, saved
+
+    def backward(self, grad_out, x, w_in, w_out, preactivation, tanh=False):
+        """Gradients of x, w_in, b_in, w_out, b_out."""
+        (tokens, hidden), inner, outer = x.shape, w_in.shape[0], w_out.shape[0]
+        shapes = (
+            (tokens, inner),
+            (tokens, inner),
+            (tokens, hidden),
+            (inner, hidden),
+            (inner,),
+            (outer, inner),
+            (outer,),
+        )
+        results = [poisoned(*shape, dtype=x.dtype) for shape in shapes]
+        tensors = pointers([grad_out, x, w_in, w_out, preactivation, *(result for result, _ in results)])
+        self.library.tile_backward(x.dtype == torch.bfloat16, tanh, numbers(tokens, hidden, inner, outer), tensors)
+        assert all(margin.isnan().all() for _, margin in results), "written past the end"
+        return [result for result, _ in results[2:]]
