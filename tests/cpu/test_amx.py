@@ -17,7 +17,7 @@ from roberta_kernels.ops import gelu_ffn
 from roberta_kernels.tolerance import assert_three_way
 
 from .conftest import ISAS, LIBRARY
-from .tile_library import build
+from .tile_library import address, build
 
 FLOAT32_PARTS = pytest.mark.parametrize("parts", [1, 2, 3], ids=["one-part", "two-parts", "three-parts"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -370,6 +370,17 @@ def test_twin_of_products(both, parts, dtype):
 
 
 # ---- in torch's threads ----
+
+
+def test_configuration_is_put_back(libraries):
+    """What other code left in the thread (here a tile of 7 rows of 48 bytes) is in force again; so is none."""
+    theirs = torch.zeros(64, dtype=torch.uint8)
+    theirs[0], theirs[16], theirs[48] = 1, 48, 7  # palette, bytes of a row and rows of the first tile
+    library = libraries("hardware").library
+    for before in (theirs, None):
+        after = torch.full((64,), 255, dtype=torch.uint8)
+        library.configuration_after_use(address(before), address(after))
+        assert torch.equal(after, torch.zeros(64, dtype=torch.uint8) if before is None else before)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -27,6 +27,18 @@ void tile_dot(bool whole_numbers, const void* a, const void* b, void* c) {
     tile_store<0>(c);
 }
 
+#if !defined(RK_AMX_TWIN)
+// The thread's tile configuration after a use of tiles, where `before` (64 bytes, or null for none) was in force.
+void configuration_after_use(const void* before, void* after) {
+    if (before != nullptr) asm volatile("ldtilecfg (%0)" : : "r"(before) : "memory");
+    {
+        const TileUse use;
+    }
+    asm volatile("sttilecfg (%0)" : : "r"(after) : "memory");
+    asm volatile("tilerelease");
+}
+#endif
+
 // out = x (w_0 | w_1 | w_2)^T + biases. sizes: tokens, K, rows of each; row_stride: of the weights
 void tile_project(bool is_bf16, int parts, int count, const int64_t* sizes, int64_t row_stride,
                   const void* const* w, const void* const* biases, const void* x, void* out) {
