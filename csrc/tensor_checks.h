@@ -1,6 +1,5 @@
 // What the bindings of every compiled backend share: checks that name the argument at fault, and allocation.
-// For
-// *_binding.cpp only: it includes torch's stable headers.
+// For *_binding.cpp only: it includes torch's stable headers.
 #pragma once
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>

@@ -10,16 +10,15 @@
 
 namespace rk::cpu::RK_CPU_ISA {
 
-void encoder(const EncoderInPlaceArgs& args) {
+void encoder(const EncoderInPlaceArgs& a) {
 #if defined(RK_CPU_ISA_AMX)
-    on_parts(args.bf16, [&](auto parts, auto element) {
-        run_encoder(args, TileProducts<decltype(element), parts()>{});
-    });
+    on_parts(a.bf16,
+             [&](auto parts, auto element) { run_encoder(a, TileProducts<decltype(element), parts()>{}); });
 #else
-    if (args.bf16)
-        run_encoder(args, InPlaceProducts<bf16>{});
+    if (a.bf16)
+        run_encoder(a, InPlaceProducts<bf16>{});
     else
-        run_encoder(args, InPlaceProducts<float>{});
+        run_encoder(a, InPlaceProducts<float>{});
 #endif
 }
 

@@ -1,5 +1,6 @@
-// Arguments of an encoder's inference in one call. T: tokens, H: hidden size, F: feed-forward size, E: the elements of
-// hidden states and vectors, float or bf16. A weight is whatever the products that read it take (encoder_layers.h).
+// Arguments of an encoder's inference in one call. T: tokens, H: hidden size, F: feed-forward size, E: the
+// elements of hidden states and vectors, float or bf16. A weight is whatever the products that read it take
+// (encoder_layers.h).
 #pragma once
 #include <cstdint>
 
@@ -7,8 +8,8 @@
 
 namespace rk::cpu {
 
-// A parameter where it lies: [rows, columns] elements, unit stride along columns. Nothing past a row's last element
-// is read.
+// A parameter where it lies: [rows, columns] elements, unit stride along columns. Nothing past a row's last
+// element is read.
 struct Weight {
     const void* data;
     int64_t rows, columns, row_stride;  // stride in elements

@@ -1,5 +1,5 @@
-// What the bindings of encoder and packed_encoder share: the checks of everything but the weights, and the call. For
-// *_binding.cpp only.
+// What the bindings of encoder and packed_encoder share: the checks of everything but the weights, and the
+// call. For *_binding.cpp only.
 #pragma once
 #include <string>
 #include <vector>
@@ -78,8 +78,8 @@ inline void take_head_dim(const Checks& checks, EncoderArgs<W>& args, size_t lay
     args.head_dim = inner / args.heads;
 }
 
-// Checks everything, allocates the output and calls run(args). read_layer(checks, reader, args) reads one layer of
-// `tensors_of_layer` tensors and fills in args.head_dim.
+// Checks everything, allocates the output and calls run(args). read_layer(checks, reader, args) reads one
+// layer of `tensors_of_layer` tensors and fills in args.head_dim.
 template <class W, class ReadLayer, class Run>
 inline Tensor call_encoder(const Checks& checks, const Tensor& x_, std::vector<Tensor>& tensors,
                            size_t tensors_of_layer, const EncoderOptions& options,

@@ -1,8 +1,9 @@
-// All layers of an encoder in one call, for inference; what multiplies, and from what kind of weight, is a parameter.
+// All layers of an encoder in one call, for inference; what multiplies, and from what kind of weight, is a
+// parameter.
 //
-// The sequences are cut into groups of about a thousand tokens, and each group goes through all layers before the next
-// one starts: what a group needs (rows, projections, activations: some 25 MB at H = 768) stays in the last-level cache,
-// and the weights are read once a group. Within a group, per layer:
+// The sequences are cut into groups of about a thousand tokens, and each group goes through all layers before
+// the next one starts: what a group needs (rows, projections, activations: some 25 MB at H = 768) stays in
+// the last-level cache, and the weights are read once a group. Within a group, per layer:
 //
 //   1. x (W_q | W_k | W_v)^T + bias, one product for the three projections -> [rows, 3 heads head_dim]
 //   2. attention per (sequence, head), straight from there (attention.cpp) -> [rows, heads head_dim]
@@ -10,29 +11,30 @@
 //   4. GELU(x W_in^T + bias), in the product's epilogue, written in the layout that the next product reads
 //   5. times W^T; bias, residual and LayerNorm as in 3 -> x
 //
-// Work: 2 T (4 H^2 + 2 H F) + 4 H sum(length^2) flops a layer; for few tokens reading the weights takes longer:
-// (4 H^2 + 2 H F) elements a layer.
+// Work: 2 T (4 H^2 + 2 H F) + 4 H sum(length^2) flops a layer; for few tokens reading the weights takes
+// longer: (4 H^2 + 2 H F) elements a layer.
 //
 // Steps 1, 3 and 4-5 are the products, a class like this:
 //
 //   struct Products {
-//       using Element = float;  // or bf16: of x and out, of the biases, and of everything in memory between the steps
+//       using Element = float;  // or bf16: of x, out and biases, and of all that is in memory between steps
 //       using Weight = ...;     // EncoderLayer<Weight>
 //
 //       // out[r] = x[r] (W_q | W_k | W_v)^T + biases.  x: [rows, H], out: [rows, 3 heads head_dim]
 //       void qkv(const EncoderLayer<Weight>&, const Element* x, int64_t rows, Element* out) const;
 //
 //       // out[r] = context[r] W_out^T, without the bias.  context: [rows, heads head_dim], out: [rows, H]
-//       void attention_out(const EncoderLayer<Weight>&, const Element* context, int64_t rows, Element* out) const;
+//       void attention_out(const EncoderLayer<Weight>&, const Element* context, int64_t rows,
+//                          Element* out) const;
 //
 //       // out[r] = gelu(x[r] W_in^T + in_bias) W^T, without the bias of the second.  x, out: [rows, H]
 //       template <bool kTanh>
 //       void feed_forward(const EncoderLayer<Weight>&, const Element* x, int64_t rows, Element* out) const;
 //   };
 //
-// Rows are contiguous. A product runs its own parallel region, keeps its memory in thread_scratch, and must take every
-// sum in an order that depends on K alone, not on `rows`, the row's place or the number of threads: the same sequence
-// then gives the same bits alone and in any batch.
+// Rows are contiguous. A product runs its own parallel region, keeps its memory in thread_scratch, and must
+// take every sum in an order that depends on K alone, not on `rows`, the row's place or the number of
+// threads: the same sequence then gives the same bits alone and in any batch.
 #pragma once
 #include "csrc/cpu/add_layer_norm.h"
 #include "csrc/cpu/attention.h"

@@ -30,16 +30,16 @@ namespace {
 #if defined(RK_CPU_ISA_AMX)
 
 template <bool kTanh>
-void forward_on_tiles(const GeluFfnForward& args) {
-    on_parts(args.bfloat16, [&](auto parts, auto element) {
+void forward_on_tiles(const GeluFfnForwardArgs& a) {
+    on_parts(a.bf16, [&](auto parts, auto element) {
         using T = decltype(element);
         FeedForward<T> f{};
-        f.in = {args.w_in, args.inner, args.hidden, args.hidden};
-        f.out = {args.w_out, args.outer, args.inner, args.inner};
-        f.in_bias = static_cast<const T*>(args.b_in), f.out_bias = static_cast<const T*>(args.b_out);
-        f.x = static_cast<const T*>(args.x);
-        f.result = static_cast<T*>(args.out), f.preactivation = static_cast<T*>(args.preactivation);
-        f.tokens = args.tokens;
+        f.in = {a.w_in, a.inner, a.hidden, a.hidden};
+        f.out = {a.w_out, a.outer, a.inner, a.inner};
+        f.in_bias = static_cast<const T*>(a.b_in), f.out_bias = static_cast<const T*>(a.b_out);
+        f.x = static_cast<const T*>(a.x);
+        f.result = static_cast<T*>(a.out), f.preactivation = static_cast<T*>(a.preactivation);
+        f.tokens = a.tokens;
         feed_forward<parts(), kTanh>(f);
     });
 }
@@ -49,44 +49,44 @@ void forward_on_tiles(const GeluFfnForward& args) {
 // Bias and GELU of a tile: the activation goes to activation[row][column] with the given stride, the
 // pre-activation to its place in [T, F] if wanted.
 template <class T, bool kTanh>
-RK_INLINE void activate(const GeluFfnForward& args, int64_t row, int64_t column, int rows, int width,
+RK_INLINE void activate(const GeluFfnForwardArgs& a, int64_t row, int64_t column, int rows, int width,
                         const float* tile, T* activation, int64_t activation_stride) {
-    const T* bias = static_cast<const T*>(args.b_in);
-    T* preactivation = static_cast<T*>(args.preactivation);
+    const T* bias = static_cast<const T*>(a.b_in);
+    T* preactivation = static_cast<T*>(a.preactivation);
     for (int j = 0; j < width; j += kLanes) {
         const int left = width - j;
         const vf32 b = load_some(bias + column + j, left);
         for (int i = 0; i < rows; ++i) {
             const vf32 pre = load(tile + i * kColumns + j) + b;
             if (preactivation != nullptr)
-                store_some(preactivation + (row + i) * args.inner + column + j, pre, left);
+                store_some(preactivation + (row + i) * a.inner + column + j, pre, left);
             store_some(activation + i * activation_stride + j, gelu<kTanh>(pre), left);
         }
     }
 }
 
 template <class T, bool kTanh>
-void forward(const GeluFfnForward& args) {
-    const Matrix<T> x = row_major(static_cast<const T*>(args.x), args.tokens, args.hidden);
-    const Matrix<T> w_in = row_major(static_cast<const T*>(args.w_in), args.inner, args.hidden);
-    const Matrix<T> w_out = row_major(static_cast<const T*>(args.w_out), args.outer, args.inner);
-    const StoreTile<T> store_out{static_cast<T*>(args.out), args.outer, static_cast<const T*>(args.b_out)};
+void forward(const GeluFfnForwardArgs& a) {
+    const Matrix<T> x = row_major(static_cast<const T*>(a.x), a.tokens, a.hidden);
+    const Matrix<T> w_in = row_major(static_cast<const T*>(a.w_in), a.inner, a.hidden);
+    const Matrix<T> w_out = row_major(static_cast<const T*>(a.w_out), a.outer, a.inner);
+    const StoreTile<T> store_out{static_cast<T*>(a.out), a.outer, static_cast<const T*>(a.b_out)};
 
-    if (args.tokens <= kFewRows<T>) {
-        T* activation = reinterpret_cast<T*>(thread_scratch(Use::activation).words(args.tokens * args.inner));
+    if (a.tokens <= kFewRows<T>) {
+        T* activation = reinterpret_cast<T*>(thread_scratch(Use::activation).words(a.tokens * a.inner));
         multiply_few_rows(x, w_in, [&](int64_t row, int64_t column, int rows, int width, const float* tile) {
-            activate<T, kTanh>(args, row, column, rows, width, tile, activation + row * args.inner + column,
-                               args.inner);
+            activate<T, kTanh>(a, row, column, rows, width, tile, activation + row * a.inner + column,
+                               a.inner);
         });
-        multiply_few_rows(row_major<T>(activation, args.tokens, args.inner), w_out, store_out);
+        multiply_few_rows(row_major<T>(activation, a.tokens, a.inner), w_out, store_out);
         return;
     }
 
-    const int64_t step = rows_at_once<T>(max64(args.hidden, args.inner));
-    for (int64_t first = 0; first < args.tokens; first += step) {
-        const int64_t count = min64(step, args.tokens - first);
-        const RowPanels x_panels(count, words_of<T>(args.hidden)),
-            activation_panels(count, words_of<T>(args.inner));
+    const int64_t step = rows_at_once<T>(max64(a.hidden, a.inner));
+    for (int64_t first = 0; first < a.tokens; first += step) {
+        const int64_t count = min64(step, a.tokens - first);
+        const RowPanels x_panels(count, words_of<T>(a.hidden)),
+            activation_panels(count, words_of<T>(a.inner));
         float* packed_x = thread_scratch(Use::left_operand).words(count * x_panels.k_words);
         float* packed_activation = thread_scratch(Use::activation).words(count * activation_panels.k_words);
         pack_a(x.some_rows(first, count), x_panels, packed_x);
@@ -94,7 +94,7 @@ void forward(const GeluFfnForward& args) {
             x_panels, packed_x, w_in,
             [&](int64_t row, int64_t column, int rows, int width, const float* tile) {
                 alignas(64) T activation[kLanes * kColumns];  // pack_along_k knows of kLanes rows
-                activate<T, kTanh>(args, first + row, column, rows, width, tile, activation, kColumns);
+                activate<T, kTanh>(a, first + row, column, rows, width, tile, activation, kColumns);
                 float* panel = packed_activation + activation_panels.offset(activation_panels.index(row));
                 pack_along_k(activation, kColumns, rows, width, panel + column / kPerWord<T> * rows, rows,
                              rows);
@@ -154,16 +154,16 @@ void add_rows(const float* sums, int64_t rows, int64_t columns, float* total) {
 #if defined(RK_CPU_ISA_AMX)
 
 template <bool kTanh>
-void backward_on_tiles(const GeluFfnBackward& args) {
-    const int64_t tokens = args.tokens, hidden = args.hidden, inner = args.inner, outer = args.outer;
-    on_parts(args.bfloat16, [&](auto parts, auto element) {
+void backward_on_tiles(const GeluFfnBackwardArgs& a) {
+    const int64_t tokens = a.tokens, hidden = a.hidden, inner = a.inner, outer = a.outer;
+    on_parts(a.bf16, [&](auto parts, auto element) {
         using T = decltype(element);
-        const Matrix<T> grad_out = row_major(static_cast<const T*>(args.grad_out), tokens, outer);
-        const Matrix<T> x = row_major(static_cast<const T*>(args.x), tokens, hidden);
-        const Matrix<T> w_in = row_major(static_cast<const T*>(args.w_in), inner, hidden);
-        const Matrix<T> w_out_t = row_major(static_cast<const T*>(args.w_out), outer, inner).transposed();
-        const Matrix<T> grad_pre = row_major<T>(static_cast<T*>(args.grad_preactivation), tokens, inner);
-        const Matrix<T> act = row_major<T>(static_cast<T*>(args.activation), tokens, inner);
+        const Matrix<T> grad_out = row_major(static_cast<const T*>(a.grad_out), tokens, outer);
+        const Matrix<T> x = row_major(static_cast<const T*>(a.x), tokens, hidden);
+        const Matrix<T> w_in = row_major(static_cast<const T*>(a.w_in), inner, hidden);
+        const Matrix<T> w_out_t = row_major(static_cast<const T*>(a.w_out), outer, inner).transposed();
+        const Matrix<T> grad_pre = row_major<T>(static_cast<T*>(a.grad_preactivation), tokens, inner);
+        const Matrix<T> act = row_major<T>(static_cast<T*>(a.activation), tokens, inner);
 
         const int64_t most_panels = ceil_div(min64(tokens, kTokensAtOnce), kGroup32);
         float* const sums = thread_scratch(Use::sums).words((most_panels + 1) * inner);
@@ -173,33 +173,33 @@ void backward_on_tiles(const GeluFfnBackward& args) {
             const auto tiles = token_tiles<parts()>(Use::right_operand, group, outer);
             pack_token_tiles(tiles, grad_out.some_rows(first, group));
             const DifferentiateBlocks<T, kTanh> differentiate{
-                static_cast<const T*>(args.preactivation) + first * inner,
-                static_cast<T*>(args.activation) + first * inner,
-                static_cast<T*>(args.grad_preactivation) + first * inner, sums, inner};
+                static_cast<const T*>(a.preactivation) + first * inner,
+                static_cast<T*>(a.activation) + first * inner,
+                static_cast<T*>(a.grad_preactivation) + first * inner, sums, inner};
             multiply_tiles<T, parts()>(&w_out_t, 1, tiles, differentiate);
             add_rows(sums, tiles.panels(), inner, total);
         });
-        for (int64_t j = 0; j < inner; ++j) store1(static_cast<T*>(args.grad_b_in) + j, total[j]);
-        sum_rows(grad_out.data, tokens, outer, static_cast<T*>(args.grad_b_out));
+        for (int64_t j = 0; j < inner; ++j) store1(static_cast<T*>(a.grad_b_in) + j, total[j]);
+        sum_rows(grad_out.data, tokens, outer, static_cast<T*>(a.grad_b_out));
 
-        multiply_matrices<parts()>(grad_pre, w_in.transposed(), static_cast<T*>(args.grad_x));
-        multiply_matrices<parts()>(grad_pre.transposed(), x.transposed(), static_cast<T*>(args.grad_w_in));
-        multiply_matrices<parts()>(grad_out.transposed(), act.transposed(), static_cast<T*>(args.grad_w_out));
+        multiply_matrices<parts()>(grad_pre, w_in.transposed(), static_cast<T*>(a.grad_x));
+        multiply_matrices<parts()>(grad_pre.transposed(), x.transposed(), static_cast<T*>(a.grad_w_in));
+        multiply_matrices<parts()>(grad_out.transposed(), act.transposed(), static_cast<T*>(a.grad_w_out));
     });
 }
 
 #endif
 
 template <class T, bool kTanh>
-void backward(const GeluFfnBackward& args) {
-    const int64_t tokens = args.tokens, hidden = args.hidden, inner = args.inner, outer = args.outer;
-    const Matrix<T> grad_out = row_major(static_cast<const T*>(args.grad_out), tokens, outer);
-    const Matrix<T> x = row_major(static_cast<const T*>(args.x), tokens, hidden);
-    const Matrix<T> w_in = row_major(static_cast<const T*>(args.w_in), inner, hidden);
-    const Matrix<T> w_out = row_major(static_cast<const T*>(args.w_out), outer, inner);
-    const T* preactivation = static_cast<const T*>(args.preactivation);
-    T* activation = static_cast<T*>(args.activation);
-    T* grad_preactivation = static_cast<T*>(args.grad_preactivation);
+void backward(const GeluFfnBackwardArgs& a) {
+    const int64_t tokens = a.tokens, hidden = a.hidden, inner = a.inner, outer = a.outer;
+    const Matrix<T> grad_out = row_major(static_cast<const T*>(a.grad_out), tokens, outer);
+    const Matrix<T> x = row_major(static_cast<const T*>(a.x), tokens, hidden);
+    const Matrix<T> w_in = row_major(static_cast<const T*>(a.w_in), inner, hidden);
+    const Matrix<T> w_out = row_major(static_cast<const T*>(a.w_out), outer, inner);
+    const T* preactivation = static_cast<const T*>(a.preactivation);
+    T* activation = static_cast<T*>(a.activation);
+    T* grad_preactivation = static_cast<T*>(a.grad_preactivation);
 
     // Column sums of the gradient of the pre-activation: one row for each row panel, then the total so far.
     const int64_t step = rows_at_once<T>(outer);
@@ -234,43 +234,42 @@ void backward(const GeluFfnBackward& args) {
                         });
         add_rows(sums, panels.count, inner, total);
     }
-    T* grad_b_in = static_cast<T*>(args.grad_b_in);
+    T* grad_b_in = static_cast<T*>(a.grad_b_in);
     for (int64_t j = 0; j < inner; ++j) store1(grad_b_in + j, total[j]);
-    sum_rows(grad_out.data, tokens, outer, static_cast<T*>(args.grad_b_out));
+    sum_rows(grad_out.data, tokens, outer, static_cast<T*>(a.grad_b_out));
 
     const auto store_to = [](void* out, int64_t columns) {
         return StoreTile<T>{static_cast<T*>(out), columns, nullptr};
     };
     const Matrix<T> grad_pre = row_major<T>(grad_preactivation, tokens, inner);
     const Matrix<T> act = row_major<T>(activation, tokens, inner);
-    multiply(grad_pre, w_in.transposed(), store_to(args.grad_x, hidden));
-    multiply(grad_pre.transposed(), x.transposed(), store_to(args.grad_w_in, hidden));
-    multiply(grad_out.transposed(), act.transposed(), store_to(args.grad_w_out, inner));
+    multiply(grad_pre, w_in.transposed(), store_to(a.grad_x, hidden));
+    multiply(grad_pre.transposed(), x.transposed(), store_to(a.grad_w_in, hidden));
+    multiply(grad_out.transposed(), act.transposed(), store_to(a.grad_w_out, inner));
 }
 
 }  // namespace
 
-void gelu_ffn_forward(const GeluFfnForward& args) {
+void gelu_ffn_forward(const GeluFfnForwardArgs& a) {
 #if defined(RK_CPU_ISA_AMX)
-    return args.tanh ? forward_on_tiles<true>(args) : forward_on_tiles<false>(args);
+    return a.tanh ? forward_on_tiles<true>(a) : forward_on_tiles<false>(a);
 #else
-    if (args.bfloat16)
-        args.tanh ? forward<bf16, true>(args) : forward<bf16, false>(args);
+    if (a.bf16)
+        a.tanh ? forward<bf16, true>(a) : forward<bf16, false>(a);
     else
-        args.tanh ? forward<float, true>(args) : forward<float, false>(args);
+        a.tanh ? forward<float, true>(a) : forward<float, false>(a);
 #endif
 }
 
-void gelu_ffn_backward(const GeluFfnBackward& args) {
+void gelu_ffn_backward(const GeluFfnBackwardArgs& a) {
 #if defined(RK_CPU_ISA_AMX)
     // Few tokens in float32: splitting weights that lie across K takes longer than multiplying them.
-    if (args.bfloat16 || args.tokens >= 128)
-        return args.tanh ? backward_on_tiles<true>(args) : backward_on_tiles<false>(args);
+    if (a.bf16 || a.tokens >= 128) return a.tanh ? backward_on_tiles<true>(a) : backward_on_tiles<false>(a);
 #endif
-    if (args.bfloat16)
-        args.tanh ? backward<bf16, true>(args) : backward<bf16, false>(args);
+    if (a.bf16)
+        a.tanh ? backward<bf16, true>(a) : backward<bf16, false>(a);
     else
-        args.tanh ? backward<float, true>(args) : backward<float, false>(args);
+        a.tanh ? backward<float, true>(a) : backward<float, false>(a);
 }
 
 }  // namespace rk::cpu::RK_CPU_ISA

@@ -5,9 +5,9 @@
 
 namespace rk::cpu {
 
-struct GeluFfnForward {
+struct GeluFfnForwardArgs {
     int64_t tokens, hidden, inner, outer;  // T, H, F, O
-    bool bfloat16, tanh;
+    bool bf16, tanh;
     const void* x;        // [T, H]
     const void* w_in;     // [F, H]
     const void* b_in;     // [F]
@@ -17,9 +17,9 @@ struct GeluFfnForward {
     void* preactivation;  // [T, F], or null
 };
 
-struct GeluFfnBackward {
+struct GeluFfnBackwardArgs {
     int64_t tokens, hidden, inner, outer;
-    bool bfloat16, tanh;
+    bool bf16, tanh;
     const void* grad_out;       // [T, O]
     const void* x;              // [T, H]
     const void* w_in;           // [F, H]
@@ -36,5 +36,5 @@ struct GeluFfnBackward {
 
 }  // namespace rk::cpu
 
-RK_DECLARE_ENTRY(gelu_ffn_forward, GeluFfnForward)
-RK_DECLARE_ENTRY(gelu_ffn_backward, GeluFfnBackward)
+RK_DECLARE_ENTRY(gelu_ffn_forward, GeluFfnForwardArgs)
+RK_DECLARE_ENTRY(gelu_ffn_backward, GeluFfnBackwardArgs)

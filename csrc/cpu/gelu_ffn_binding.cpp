@@ -30,9 +30,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_, const Tensor& w_in_, const 
     Tensor out = checks.empty({tokens, outer});
     Tensor preactivation = save_preactivation ? checks.empty({tokens, inner}) : checks.empty({0});
 
-    GeluFfnForward args{};
+    GeluFfnForwardArgs args{};
     args.tokens = tokens, args.hidden = hidden, args.inner = inner, args.outer = outer;
-    args.bfloat16 = checks.bf16();
+    args.bf16 = checks.bf16();
     args.tanh = tanh;
     args.x = x.const_data_ptr();
     args.w_in = w_in.const_data_ptr();
@@ -63,9 +63,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_o
     Tensor grad_w_out = checks.empty({outer, inner});
     Tensor grad_b_out = checks.empty({outer});
 
-    GeluFfnBackward args{};
+    GeluFfnBackwardArgs args{};
     args.tokens = tokens, args.hidden = hidden, args.inner = inner, args.outer = outer;
-    args.bfloat16 = checks.bf16();
+    args.bf16 = checks.bf16();
     args.tanh = tanh;
     args.grad_out = grad_out.const_data_ptr();
     args.x = x.const_data_ptr();

@@ -18,12 +18,12 @@
 // sum of K terms then grows as that of a blocked sum, not as that of a serial one.
 //
 // The epilogue is called once a tile, with the finished float32 tile in the first-level cache:
-//     epilogue(row, column, rows, columns, tile)      tile: [rows][kColumns], of which `columns` columns are
-//     real
+//     epilogue(row, column, rows, columns, tile)
+//         tile: [rows][kColumns], of which `columns` columns are real
 // Each element of C is summed in an order that depends on M, N and K alone, never on the number of threads.
 //
 // A weight of an inference path is packed beforehand, once and for all calls (packed_weight.h): its panels
-// take the place of those that a task packs.
+// take the place of those that a task packs. Or it is never packed: in_place_products.h.
 //
 // bfloat16 with AVX512-BF16: two neighbours along K make one 32-bit word, multiplied by vdpbf16ps; elsewhere
 // packing converts to float32. So a packed operand is always made of 32-bit words, kPerWord elements along K
@@ -201,8 +201,8 @@ inline void pack_b_panel(const Matrix<T>& bt, int64_t column, int64_t k, int64_t
 
 // ---- micro-kernel ----
 
-// What a product of words is added to, and how. (One type of sum for float32 and whole numbers, with casts, makes GCC
-// keep the sums in memory.)
+// What a product of words is added to, and how. (One type of sum for float32 and whole numbers, with casts,
+// makes GCC keep the sums in memory.)
 template <class T>
 struct Arithmetic {
     using Sum = vf32;

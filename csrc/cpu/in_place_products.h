@@ -1,45 +1,49 @@
-// C^T = W X^T: the encoder's products with weights read where they lie, row-major [N, K], never packed or copied as a
-// whole.
+// C^T = W X^T: the encoder's products with weights read where they lie, row-major [N, K], never packed or
+// copied as a whole.
 //
-// The weight is the left operand: an element of it is broadcast. Activations are the right one, packed with tokens in
-// the vector lanes: panels of kColumns tokens, [K words][kColumns], the last one narrower by whole vectors. A tile of
-// C^T, kRows weight rows by up to kColumns tokens, stays in registers, as in gemm.h.
+// The weight is the left operand: an element of it is broadcast. Activations are the right one, packed with
+// tokens in the vector lanes: panels of kColumns tokens, [K words][kColumns], the last one narrower by whole
+// vectors. A tile of C^T, kRows weight rows by up to kColumns tokens, stays in registers, as in gemm.h.
 //
-//   task        a run of row panels x a block of token panels (as many as half of the second-level cache holds)
-//   row panel   kRows rows of W, taken kChunk words along K at a time into 7 KB of first-level cache: broadcasts from
-//               there have constant addresses, and rows that lie a multiple of 4 KB apart (K = 3072) do not fight for
-//               one set of that cache. A bfloat16 weight is widened on the way where the processor has no vdpbf16ps.
-//   few tokens  (one token panel) each weight is read once and that takes the time: the lines that come next are asked
-//               for while this chunk is multiplied.
+//   task        a run of row panels x a block of token panels (384 KB for K = 768: it stays in the
+//               second-level cache)
+//   row panel   kRows rows of W, taken kChunk words along K at a time into 7 KB of first-level cache:
+//               broadcasts from there have constant addresses, and rows that lie a multiple of 4 KB apart
+//               (K = 3072) do not fight for one set of that cache. A bfloat16 weight is widened on the way
+//               where the processor has no vdpbf16ps.
+//   few tokens  reading the weights takes the time, and each is read once, in one pass: the lines that come
+//               256 words later are asked for while this chunk is multiplied, from all rows in turn
 //
-// Every kChunk words the sums in registers are added to the tile. So each element of C is summed in an order that
-// depends on K alone: not on the number of tokens, their place, or the threads.
+// Every kChunk words the sums in registers are added to the tile. So each element of C is summed in an order
+// that depends on K alone: not on the number of tokens, their place, or the threads.
 //
-// What an element costs: a broadcast for each row and each vector of tokens: 2 flops a lane and kLanes tokens for 4
-// bytes of W. At 16 tokens or fewer a core takes in about 7 bytes of W a cycle at most, more than memory brings.
+// A word of W costs a broadcast and as many multiply-adds as there are vectors of tokens. At one
+// vector (AVX-512: up to 16 tokens) that is 7 bytes of W a cycle at most, more than memory brings to a core.
 #pragma once
 #include "csrc/cpu/encoder.h"
 #include "csrc/cpu/gemm.h"
 
 namespace rk::cpu::RK_CPU_ISA {
 
-constexpr int64_t kStepTokens = kColumns * (1024 / kColumns);  // tokens of one product
-
-constexpr int64_t kBlockPanels = 4;     // token panels of a block
-constexpr int64_t kRunPanels = 16;      // row panels of a task, at most
-constexpr int64_t kAhead = 2 * kChunk;  // how far ahead lines of W are asked for
+constexpr int64_t kStepTokens = 1024;             // tokens of one product
+constexpr int64_t kBlockPanels = 128 / kColumns;  // token panels of a block
+constexpr int64_t kRunPanels = 784 / kRows;       // row panels of a task, at most
+constexpr int64_t kTurnedPanels = 224 / kRows;    // row panels whose tiles are turned round together
+constexpr int64_t kAhead = 2 * kChunk;            // how far ahead lines of W are asked for, in words
+static_assert(kStepTokens % (kBlockPanels * kColumns) == 0, "steps are whole blocks");
 
 // ---- the right operand ----
 
-// Tokens packed as panels of kColumns (the last one narrower, by whole vectors), kBlockPanels panels to a block, in the
-// order in which a task reads them: [block][chunk of K][panel][kChunk words][width].
+// Tokens packed as panels of kColumns (the last one narrower, by whole vectors), kBlockPanels panels to a
+// block, in the order in which a task reads them: [block][chunk of K][panel][kChunk words][width].
 struct TokenPanels {
     int64_t tokens, k_words;
     RK_INLINE int64_t count() const { return ceil_div(tokens, kColumns); }
     RK_INLINE int64_t blocks() const { return ceil_div(count(), kBlockPanels); }
     RK_INLINE int real(int64_t panel) const { return int(min64(kColumns, tokens - panel * kColumns)); }
     RK_INLINE int vectors(int64_t panel) const { return int(ceil_div(real(panel), kLanes)); }
-    // Where word `k` of a panel is, and those after it to the end of its chunk, vectors(panel) * kLanes apart.
+    // Where word `k` of a panel is, and those after it to the end of its chunk, vectors(panel) * kLanes
+    // apart.
     RK_INLINE int64_t offset(int64_t panel, int64_t k) const {
         const int64_t first = panel / kBlockPanels * kBlockPanels * kColumns;
         const int64_t width = min64(kBlockPanels * kColumns, round_up(tokens - first, kLanes));
@@ -77,8 +81,8 @@ inline RightOperand pack_tokens(const T* x, int64_t tokens, int64_t k_size) {
 
 // ---- the left operand ----
 
-// The rows of a weight cut into panels of at most kRows, as equal as can be, which start at whole words of a next
-// product's K.
+// The rows of a weight cut into panels of at most kRows, as equal as can be, which start at whole words of a
+// next product's K.
 template <class T>
 struct WeightPanels {
     static constexpr int kUnit = kPerWord<T>;
@@ -97,8 +101,6 @@ struct RowRun {
     int part;
     WeightPanels<T> panels;
     int64_t top, bottom;
-    RK_INLINE int64_t first_row() const { return panels.first(top); }
-    RK_INLINE int rows() const { return int(panels.first(bottom) - panels.first(top)); }
 };
 
 // Up to three weights of one K, cut into runs.
@@ -198,7 +200,8 @@ RK_INLINE void multiply_rows_tile_of(int height, int vectors, const TileCall& t)
 }
 static_assert(kVectors == 2, "a token panel has one vector or two");
 
-// One task: the tiles of a run of row panels and token panels [left, right), tiles[panel - left][row panel - top].
+// One task: the tiles of a run of row panels and token panels [left, right), tiles[panel - left][row panel -
+// top].
 template <class T>
 inline void multiply_run(const Weight& w, const RowRun<T>& run, const RightOperand& x, int64_t left,
                          int64_t right, float* a, float* tiles) {
@@ -231,7 +234,8 @@ inline void multiply_run(const Weight& w, const RowRun<T>& run, const RightOpera
         }
 }
 
-// For every run and token panel, once: epilogue(run, panel, tiles), tiles: float32, [row panels][kRows][kColumns].
+// For every run and token panel, once: epilogue(run, panel, tiles), tiles: float32, [row
+// panels][kRows][kColumns].
 template <class T, class Epilogue>
 inline void multiply_in_place(const Weight* parts, int count, const RightOperand& x,
                               const Epilogue& epilogue) {
@@ -256,38 +260,41 @@ inline void multiply_in_place(const Weight* parts, int count, const RightOperand
 // ---- what becomes of tiles ----
 
 // out[token][row] = C^T[row][token] + bias[row], for the rows of a run and `tokens` tokens: turned round in
-// first-level cache, so that whole lines go out (single tiles wrote each line twice: a quarter of the time where
-// tokens lie 4 KB apart).
+// first-level cache, so that whole lines go out (single tiles wrote each line twice: a quarter of the time
+// where tokens lie 4 KB apart).
 template <class T>
 inline void store_rows(const RowRun<T>& run, const float* tiles, int tokens, const T* bias, T* out,
                        int64_t out_stride) {
-    constexpr int kStride = int(kRunPanels) * kRows + kLanes;
+    constexpr int kStride = int(kTurnedPanels) * kRows + kLanes;
     alignas(64) float turned[kLanes * kStride];
-    const int64_t first = run.first_row();
-    const int rows = run.rows();
-    for (int j = 0; j < tokens; j += kLanes) {
-        for (int64_t panel = run.top; panel < run.bottom; ++panel) {
-            const float* tile = tiles + (panel - run.top) * kRows * kColumns + j;
-            const int height = run.panels.height(panel);
-            float* const to = turned + run.panels.first(panel) - first;
-            vf32 block[kLanes];
+    for (int64_t top = run.top; top < run.bottom; top += kTurnedPanels) {
+        const int64_t bottom = min64(run.bottom, top + kTurnedPanels), first = run.panels.first(top);
+        const int rows = int(run.panels.first(bottom) - first);
+        for (int j = 0; j < tokens; j += kLanes) {
+            for (int64_t panel = top; panel < bottom; ++panel) {
+                const float* tile = tiles + (panel - run.top) * kRows * kColumns + j;
+                const int height = run.panels.height(panel);
+                float* const to = turned + run.panels.first(panel) - first;
+                vf32 block[kLanes];
 #pragma GCC unroll 16
-            for (int i = 0; i < kLanes; ++i) block[i] = i < height ? load(tile + i * kColumns) : zero();
-            transpose(block);
+                for (int i = 0; i < kLanes; ++i) block[i] = i < height ? load(tile + i * kColumns) : zero();
+                transpose(block);
 #pragma GCC unroll 16
-            for (int i = 0; i < kLanes; ++i)
-                store(to + i * kStride, block[i]);  // the next panel's are written later
-        }
-        for (int i = 0; i < min64(kLanes, tokens - j); ++i)
-            for (int row = 0; row < rows; row += kLanes) {
-                const vf32 b = bias == nullptr ? zero() : load_some(bias + first + row, rows - row);
-                store_some(out + (j + i) * out_stride + first + row, load(turned + i * kStride + row) + b,
-                           rows - row);
+                for (int i = 0; i < kLanes; ++i)
+                    store(to + i * kStride, block[i]);  // the lanes past `height` are the next panel's
             }
+            for (int i = 0; i < min64(kLanes, tokens - j); ++i)
+                for (int row = 0; row < rows; row += kLanes) {
+                    const vf32 b = bias == nullptr ? zero() : load_some(bias + first + row, rows - row);
+                    store_some(out + (j + i) * out_stride + first + row, load(turned + i * kStride + row) + b,
+                               rows - row);
+                }
+        }
     }
 }
 
-// Rows [row, row + rows) of C^T, [rows][kColumns], to where a next product with T finds them as words along K.
+// Rows [row, row + rows) of C^T, [rows][kColumns], to where a next product with T finds them as words along
+// K.
 template <class T>
 RK_INLINE void store_words(const float* tile, int64_t row, int rows, const TokenPanels& panels, int64_t panel,
                            float* words) {

@@ -75,13 +75,13 @@ struct PackedProducts {
 
 }  // namespace
 
-void pack_weight(const PackWeightArgs& args) {
-    *args.bytes = bytes_of_weight(args.kind, args.rows, args.columns);
-    if (args.panels != nullptr) pack_panels(args);
+void pack_weight(const PackWeightArgs& a) {
+    *a.bytes = bytes_of_weight(a.kind, a.rows, a.columns);
+    if (a.panels != nullptr) pack_panels(a);
 }
 
-void packed_encoder(const PackedEncoderArgs& args) {
-    run_encoder(args, PackedProducts{});
+void packed_encoder(const PackedEncoderArgs& a) {
+    run_encoder(a, PackedProducts{});
 }
 
 }  // namespace rk::cpu::RK_CPU_ISA

@@ -1,4 +1,5 @@
-// Arguments of an encoder's inference on weights that were packed once (weight_kinds.h), with float32 hidden states.
+// Arguments of an encoder's inference on weights that were packed once (weight_kinds.h), with float32 hidden
+// states.
 #pragma once
 #include "csrc/cpu/encoder.h"
 #include "csrc/cpu/weight_kinds.h"

@@ -3,10 +3,10 @@
 //
 //   float32       as they are; the micro-kernel reads the panels in place
 //   bfloat16      rounded, half the bytes; a product with float32 rows, in float32
-//   int8          w = scale q, q from -127 to 127, with a scale for every kGroup elements of a row (which rounds a
-//                 third less away than one for the row); 9 bits an element; likewise in float32
-//   int8_dynamic  w = scale q with one scale for the row; the left operand is rounded too, each row by itself, to
-//                 x = scale (u - zero), u from 0 to 255, and the sums are of whole numbers, exact:
+//   int8          w = scale q, q from -127 to 127, with a scale for every kGroup elements of a row (which
+//                 rounds a third less away than one for the row); 9 bits an element; likewise in float32
+//   int8_dynamic  w = scale q with one scale for the row; the left operand is rounded too, each row by
+//                 itself, to x = scale (u - zero), u from 0 to 255, and the sums are of whole numbers, exact:
 //                 sum x w = scale_x scale_w (sum u q - zero sum q)
 //
 // A narrow form is widened in the micro-kernel as it is read where few rows are multiplied (reading it is
@@ -84,49 +84,49 @@ RK_INLINE float round_to_int8(const float* in, int64_t count, const Place& place
 }
 
 // One row of a weight, at its column of a panel.
-inline void pack_int8_row(const PackWeightArgs& p, int64_t row) {
-    const float* in = p.weight + row * p.columns;
+inline void pack_int8_row(const PackWeightArgs& a, int64_t row) {
+    const float* in = a.weight + row * a.columns;
     const int64_t panel = row / kColumns, column = row % kColumns;
-    float* scales = scales_of(p.panels, p.kind, p.rows, p.columns);
-    int8_t* numbers = reinterpret_cast<int8_t*>(p.panels);
-    if (p.kind == WeightKind::int8) {
-        numbers += panel * kColumns * p.columns + column;
-        for (int64_t group = 0; group < groups_of(p.columns); ++group) {
+    float* scales = scales_of(a.panels, a.kind, a.rows, a.columns);
+    int8_t* numbers = reinterpret_cast<int8_t*>(a.panels);
+    if (a.kind == WeightKind::int8) {
+        numbers += panel * kColumns * a.columns + column;
+        for (int64_t group = 0; group < groups_of(a.columns); ++group) {
             const int64_t k = group * kGroup;
-            scales[(panel * groups_of(p.columns) + group) * kColumns + column] =
-                round_to_int8(in + k, min64(kGroup, p.columns - k),
+            scales[(panel * groups_of(a.columns) + group) * kColumns + column] =
+                round_to_int8(in + k, min64(kGroup, a.columns - k),
                               [&](int64_t i) { return numbers + (k + i) * kColumns; });
         }
         return;
     }
-    const int64_t words = words_along_k(p.kind, p.columns);
+    const int64_t words = words_along_k(a.kind, a.columns);
     numbers += (panel * words * kColumns + column) * kWholePerWord;
     const auto place = [&](int64_t k) {
         return numbers + k / kWholePerWord * kColumns * kWholePerWord + k % kWholePerWord;
     };
-    scales[row] = round_to_int8(in, p.columns, place);
-    int32_t* sum = sums_of(p.panels, p.rows, p.columns) + row;
+    scales[row] = round_to_int8(in, a.columns, place);
+    int32_t* sum = sums_of(a.panels, a.rows, a.columns) + row;
     *sum = 0;
-    for (int64_t k = 0; k < p.columns; ++k) *sum += *place(k);
-    for (int64_t k = p.columns; k < words * kWholePerWord; ++k) *place(k) = 0;
+    for (int64_t k = 0; k < a.columns; ++k) *sum += *place(k);
+    for (int64_t k = a.columns; k < words * kWholePerWord; ++k) *place(k) = 0;
 }
 
-inline void pack_panels(const PackWeightArgs& p) {
-    const int64_t words = words_along_k(p.kind, p.columns);
-    char* const panels = p.panels;
+inline void pack_panels(const PackWeightArgs& a) {
+    const int64_t words = words_along_k(a.kind, a.columns);
+    char* const panels = a.panels;
     // Columns beyond the last row are zero, and so are their scales.
-    if (is_int8(p.kind) && p.rows % kColumns != 0)
-        __builtin_memset(panels, 0, size_t(bytes_of_weight(p.kind, p.rows, p.columns)));
-    parallel_for(0, ceil_div(p.rows, kColumns), 1, [&](int64_t begin, int64_t end) {
+    if (is_int8(a.kind) && a.rows % kColumns != 0)
+        __builtin_memset(panels, 0, size_t(bytes_of_weight(a.kind, a.rows, a.columns)));
+    parallel_for(0, ceil_div(a.rows, kColumns), 1, [&](int64_t begin, int64_t end) {
         for (int64_t panel = begin; panel < end; ++panel) {
             const int64_t first = panel * kColumns;
-            if (is_int8(p.kind)) {
-                const int64_t real = min64(kColumns, p.rows - first);
-                for (int64_t i = 0; i < real; ++i) pack_int8_row(p, first + i);
+            if (is_int8(a.kind)) {
+                const int64_t real = min64(kColumns, a.rows - first);
+                for (int64_t i = 0; i < real; ++i) pack_int8_row(a, first + i);
                 continue;
             }
-            const Matrix<float> weight = row_major(p.weight, p.rows, p.columns);
-            if (p.kind == WeightKind::float32) {
+            const Matrix<float> weight = row_major(a.weight, a.rows, a.columns);
+            if (a.kind == WeightKind::float32) {
                 pack_b_panel(weight, first, 0, words, reinterpret_cast<float*>(panels) + first * words);
                 continue;
             }

@@ -1,5 +1,5 @@
-// Memory that a thread keeps between calls, aligned to cache lines: no kernel allocates on its hot path, and no
-// call pays for page faults.
+// Memory that a thread keeps between calls, aligned to cache lines: no kernel allocates on its hot path, and
+// no call pays for page faults.
 #pragma once
 #include <stdint.h>
 #include <stdlib.h>

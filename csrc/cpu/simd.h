@@ -6,8 +6,7 @@
 //
 //   lanes and types     kLanes, vf32, vi32, vu32, set1, zero, bits/as_float, select, any
 //   memory              load, load_partial, load_some, store, store_partial, store_some, for float and
-//   bfloat16 (as
-//                       float32 vectors)
+//                       bfloat16 (as float32 vectors)
 //   arithmetic          fma, vmin, vmax, sqrt, hsum, hmax, exp, tanh, gelu<kTanh>, gelu_grad<kTanh>
 //   dropout             Philox4x32-10: dropout_keep, dropout_multiplier (docs/design.md, section 4)
 //   layout              interleave, transpose

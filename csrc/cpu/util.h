@@ -19,8 +19,8 @@ constexpr int64_t round_up(int64_t n, int64_t to) {
     return ceil_div(n, to) * to;
 }
 
-// f(task) for each of `count` tasks, on at most `threads` threads, each of which takes one task after the other: one that
-// is slow, or late, takes fewer. What a task computes must not depend on who runs it.
+// f(task) for each of `count` tasks, on at most `threads` threads, each of which takes one task after the
+// other: one that is slow, or late, takes fewer. What a task computes must not depend on who runs it.
 template <class F>
 inline void parallel_tasks(int64_t count, int64_t threads, const F& f) {
     int64_t next = 0;

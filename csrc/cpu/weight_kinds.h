@@ -1,5 +1,5 @@
-// Weights that are packed once: what they are kept as, and what stands before them in memory. N and K: rows and columns
-// of a weight.
+// Weights that are packed once: what they are kept as, and what stands before them in memory. N and K: rows
+// and columns of a weight.
 #pragma once
 #include <cstdint>
 

@@ -4,8 +4,7 @@
 //
 // Idea. One kernel in three roles. Rows of scores belong to warps, 16 each; their two operands and the
 // float32 gradients stay in registers, and the two tensors of the other side stream through the ring of
-// attention_common.cuh in tiles of 64 (half of that above head dim 64, half in float32), 32 columns at a
-// time:
+// attention_common.cuh in tiles of 64 (half of that above head dim 64, half in float32), 32 columns at a time:
 //   scores = first rowsᵀ, grad_weights = second rowsᵀ, then weights and grad_scores element by element, which
 //   are the left operands of the two sums as they lie in registers.
 // keys: rows are keys (k, v), columns queries (q, grad_out); sums are grad_k and grad_v; four products.

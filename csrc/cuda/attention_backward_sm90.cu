@@ -4,13 +4,11 @@
 // Idea. Two kernels, so that every gradient has one owner: no atomics, no workspace, bitwise the same result
 // every time.
 // - attention_sm90_grad_query_kernel: tiles of queries, chunks of keys and values, as forward. It computes
-// the probabilities again
-//   from the log-sum-exp, and sums the gradient of its queries in registers. Out comes along with queries and
-//   grad_out, so the row sums of grad_out * out ("delta") cost no kernel of their own; they are written for
-//   the other kernel.
+//   the probabilities again from the log-sum-exp, and sums the gradient of its queries in registers. Out
+//   comes along with queries and grad_out, so the row sums of grad_out * out ("delta") cost no kernel of their
+//   own; they are written for the other kernel.
 // - attention_sm90_grad_key_kernel: tiles of keys and values, chunks of queries and grad_out; scores are
-// transposed. It sums the
-//   gradients of its keys and values in registers.
+//   transposed. It sums the gradients of its keys and values in registers.
 // In both, the tile's rows are the first operand from registers throughout, and a chunk is the second operand
 // in shared memory twice, once by columns and once by rows: nothing is transposed, and nothing but the chunks
 // is stored in shared memory.

@@ -12,10 +12,9 @@
 // busy.
 // - A tile comes through a buffer of its consumer, together with a Unit that says what to do with it.
 // - Chunks come through a ring of slots. Those of one (sequence, head) stay as long as the block has tiles of
-// it: they are
-//   loaded once where they fit in the ring, else once for every round of tiles. A slot is free when every
-//   consumer has released it: after its last tile of that (sequence, head); for a consumer that has none, the
-//   producer does it.
+//   it: they are loaded once where they fit in the ring, else once for every round of tiles. A slot is free
+//   when every consumer has released it: after its last tile of that (sequence, head); for a consumer that has
+//   none, the producer does it.
 // Rows past the end of a sequence belong to the next one and may hold anything. In tiles such rows are not
 // stored; scores of such chunk rows are masked; where 0 * NaN would be NaN, they are overwritten with zeros
 // in shared memory.

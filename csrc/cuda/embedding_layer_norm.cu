@@ -4,16 +4,14 @@
 // Backward takes three steps, none of which adds floats by atomics:
 //
 // 1. keys_kernel writes each token's id, for each table, as a row of the tables laid end to end; torch sorts
-// all of
-//    them at once, stably. What gets no gradient (padding) is sorted behind the last row. A token-type table
-//    of one row is left out: its gradient is a column sum.
+//    all of them at once, stably. What gets no gradient (padding) is sorted behind the last row. A token-type
+//    table of one row is left out: its gradient is a column sum.
 // 2. The rows are gathered again; their gradients go to memory as float32 (grad_sum), the column sums as in
 //    add_layer_norm.
 // 3. sum_runs_kernel adds the gradients of equal keys, in token order: a warp has 32 neighbours of the sorted
-// keys, so
-//    every warp has the same work, however often an id occurs. A run that crosses such a border leaves
-//    pieces, which join_pieces_kernel adds, in order. Rows that no token names keep the zeros that they were
-//    allocated with.
+//    keys, so every warp has the same work, however often an id occurs. A run that crosses such a border
+//    leaves pieces, which join_pieces_kernel adds, in order. Rows that no token names keep the zeros that
+//    they were allocated with.
 //
 // Bytes, for T tokens, H columns of E bytes, V rows in all tables, K tables that are sorted for (2 or 3); the
 // floor at the rate of a copy, where no word occurs twice (repeated rows, positions and types come from L2):
@@ -21,9 +19,8 @@
 //     forward     2 T H E + 32 T       words, out; three ids, mean and rstd
 //     backward    2 T H E + 32 T       words, grad_out
 //                 4 T H (1 + K)        grad_sum, written once and read for each table
-//                 V H E                the dense gradients, zeros included: 77 MB for 50265 words of 768 in
-//                 bfloat16,
-//                                      more than all the rest up to 6000 tokens
+//                 V H E                the dense gradients, zeros included: 77 MB for 50265 words of 768
+//                                      in bfloat16, more than all the rest up to 6000 tokens
 //                 K T (4 + 4 + 4 + 8)  keys, the sort's own passes apart
 //
 // About 10 flops an element forward, 20 + K backward.

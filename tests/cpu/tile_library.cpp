@@ -69,11 +69,11 @@ void tile_feed_forward(bool is_bf16, int parts, bool tanh, const int64_t* sizes,
     });
 }
 
-// sizes: tokens, H, F, O; tensors: as in GeluFfnBackward, from grad_out on
+// sizes: tokens, H, F, O; tensors: as in GeluFfnBackwardArgs, from grad_out on
 void tile_backward(bool is_bf16, bool tanh, const int64_t* sizes, void* const* tensors) {
-    rk::cpu::GeluFfnBackward b{};
+    rk::cpu::GeluFfnBackwardArgs b{};
     b.tokens = sizes[0], b.hidden = sizes[1], b.inner = sizes[2], b.outer = sizes[3];
-    b.bfloat16 = is_bf16, b.tanh = tanh;
+    b.bf16 = is_bf16, b.tanh = tanh;
     b.grad_out = tensors[0], b.x = tensors[1], b.w_in = tensors[2], b.w_out = tensors[3];
     b.preactivation = tensors[4], b.activation = tensors[5], b.grad_preactivation = tensors[6];
     b.grad_x = tensors[7], b.grad_w_in = tensors[8], b.grad_b_in = tensors[9];
