@@ -44,15 +44,20 @@ TORCH_FLOOR = (2, 10)
 TORCH_TARGET_VERSION = "0x020a000000000000"
 
 # The CPU kernels are compiled once per instruction set and chosen at run time (csrc/cpu/dispatch.h).
+AVX512_BF16 = [
+    *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
+    *("-mavx512bf16", "-mavx512vnni"),
+    *("-mfma", "-mprefer-vector-width=512"),
+]
 X86_ISAS = {
     "portable": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"],
-    "avx512_bf16": [
-        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
-        *("-mavx512bf16", "-mavx512vnni"),
-        *("-mfma", "-mprefer-vector-width=512"),
-    ],
+    "avx512_bf16": AVX512_BF16,
+    "amx": [
+        *AVX512_BF16,
+        "-DRK_CPU_ISA_AVX512_BF16",
+    ],  # its tile instructions are written in assembler (csrc/cpu/amx.h)
 }
 OPS = re.findall(r'^RK_SCHEMA\("(\w+)_forward\(', (ROOT / "roberta_kernels/schemas.def").read_text(), re.MULTILINE)
 CPU_OPS = [*OPS, "encoder", "packed_encoder"]

@@ -15,6 +15,7 @@ STABLE_TORCH_LIBRARY(roberta_kernels_cpu, m) {
     m.def("get_isa() -> int");
     m.def("set_isa(int isa) -> int");
     m.def("isa_available(int isa) -> bool");
+    m.def("set_float32_parts(int parts) -> int");
     // Inference, without gradients: all layers of an encoder in one call, on the parameters themselves
     // (csrc/cpu/encoder_binding.cpp has the order of `layers`) or on weights that were packed before
     // (roberta_kernels/packed_weights.py).

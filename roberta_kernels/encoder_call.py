@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from roberta_kernels import backends
+from roberta_kernels.ops import matmul_precision
 from roberta_kernels.unpadding import Sequences
 
 
@@ -65,7 +66,7 @@ class EncoderCall:
     def run(self, hidden_states: Tensor, sequences: Sequences) -> Tensor:
         """`[..., H]` of the parameters' dtype -> `[..., H]`, through all layers."""
         op = torch.ops.roberta_kernels_cpu.encoder.default
-        return run_encoder(op, self._tensors, self._settings, hidden_states, sequences)
+        return matmul_precision.call(run_encoder, op, self._tensors, self._settings, hidden_states, sequences)
 
 
 def run_encoder(

@@ -7,6 +7,8 @@
 // it. Two dozen tokens or fewer take the dot path of gemm.h: then the weights are only read, once, and the
 // call runs at the speed of memory.
 //
+// With AMX the products are on tiles (tile_layers.h): forward for any number of tokens.
+//
 // Backward: the epilogue of grad_out w_out reads the pre-activation, computes gelu and its derivative from
 // one exp, and writes the activation and the gradient of the pre-activation, with the column sums of each row
 // panel for the bias gradient (added up afterwards in row order, so the result does not depend on the
@@ -18,9 +20,31 @@
 #include "csrc/cpu/gelu_ffn.h"
 
 #include "csrc/cpu/gemm.h"
+#if defined(RK_CPU_ISA_AMX)
+#    include "csrc/cpu/tile_layers.h"
+#endif
 
 namespace rk::cpu::RK_CPU_ISA {
 namespace {
+
+#if defined(RK_CPU_ISA_AMX)
+
+template <bool kTanh>
+void forward_on_tiles(const GeluFfnForwardArgs& a) {
+    on_parts(a.bf16, [&](auto parts, auto element) {
+        using T = decltype(element);
+        FeedForward<T> f{};
+        f.in = {a.w_in, a.inner, a.hidden, a.hidden};
+        f.out = {a.w_out, a.outer, a.inner, a.inner};
+        f.in_bias = static_cast<const T*>(a.b_in), f.out_bias = static_cast<const T*>(a.b_out);
+        f.x = static_cast<const T*>(a.x);
+        f.result = static_cast<T*>(a.out), f.preactivation = static_cast<T*>(a.preactivation);
+        f.tokens = a.tokens;
+        feed_forward<parts(), kTanh>(f);
+    });
+}
+
+#else
 
 // Bias and GELU of a tile: the activation goes to activation[row][column] with the given stride, the
 // pre-activation to its place in [T, F] if wanted.
@@ -82,6 +106,8 @@ void forward(const GeluFfnForwardArgs& a) {
     }
 }
 
+#endif
+
 // The sum over `count` of m's rows (from `first` on) of the vector at `column`: serial up to 64 rows, beyond
 // that a sum of at most 64 such sums, and so on, so that the error grows with the depth and not with the
 // number of rows.
@@ -111,6 +137,58 @@ void sum_rows(const T* m, int64_t rows, int64_t columns, T* sums) {
         }
     });
 }
+
+// total += the sum over rows of sums, [rows, columns]
+void add_rows(const float* sums, int64_t rows, int64_t columns, float* total) {
+    parallel_for(0, ceil_div(columns, kLanes), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t block = begin; block < end; ++block) {
+            const int64_t column = block * kLanes;
+            const int left = int(min64(kLanes, columns - column));
+            vf32 sum = zero();
+            for (int64_t i = 0; i < rows; ++i) sum += load_some(sums + i * columns + column, left);
+            store_some(total + column, load_some(total + column, left) + sum, left);
+        }
+    });
+}
+
+#if defined(RK_CPU_ISA_AMX)
+
+template <bool kTanh>
+void backward_on_tiles(const GeluFfnBackwardArgs& a) {
+    const int64_t tokens = a.tokens, hidden = a.hidden, inner = a.inner, outer = a.outer;
+    on_parts(a.bf16, [&](auto parts, auto element) {
+        using T = decltype(element);
+        const Matrix<T> grad_out = row_major(static_cast<const T*>(a.grad_out), tokens, outer);
+        const Matrix<T> x = row_major(static_cast<const T*>(a.x), tokens, hidden);
+        const Matrix<T> w_in = row_major(static_cast<const T*>(a.w_in), inner, hidden);
+        const Matrix<T> w_out_t = row_major(static_cast<const T*>(a.w_out), outer, inner).transposed();
+        const Matrix<T> grad_pre = row_major<T>(static_cast<T*>(a.grad_preactivation), tokens, inner);
+        const Matrix<T> act = row_major<T>(static_cast<T*>(a.activation), tokens, inner);
+
+        const int64_t most_panels = ceil_div(min64(tokens, kTokensAtOnce), kGroup32);
+        float* const sums = thread_scratch(Use::sums).words((most_panels + 1) * inner);
+        float* const total = sums + most_panels * inner;
+        for (int64_t j = 0; j < inner; ++j) total[j] = 0.0f;
+        for_token_groups<parts()>(tokens, outer, [&](int64_t first, int64_t group) {
+            const auto tiles = token_tiles<parts()>(Use::right_operand, group, outer);
+            pack_token_tiles(tiles, grad_out.some_rows(first, group));
+            const DifferentiateBlocks<T, kTanh> differentiate{
+                static_cast<const T*>(a.preactivation) + first * inner,
+                static_cast<T*>(a.activation) + first * inner,
+                static_cast<T*>(a.grad_preactivation) + first * inner, sums, inner};
+            multiply_tiles<T, parts()>(&w_out_t, 1, tiles, differentiate);
+            add_rows(sums, tiles.panels(), inner, total);
+        });
+        for (int64_t j = 0; j < inner; ++j) store1(static_cast<T*>(a.grad_b_in) + j, total[j]);
+        sum_rows(grad_out.data, tokens, outer, static_cast<T*>(a.grad_b_out));
+
+        multiply_matrices<parts()>(grad_pre, w_in.transposed(), static_cast<T*>(a.grad_x));
+        multiply_matrices<parts()>(grad_pre.transposed(), x.transposed(), static_cast<T*>(a.grad_w_in));
+        multiply_matrices<parts()>(grad_out.transposed(), act.transposed(), static_cast<T*>(a.grad_w_out));
+    });
+}
+
+#endif
 
 template <class T, bool kTanh>
 void backward(const GeluFfnBackwardArgs& a) {
@@ -154,15 +232,7 @@ void backward(const GeluFfnBackwardArgs& a) {
                                 store_some(panel_sums + j, sum, left);
                             }
                         });
-        parallel_for(0, ceil_div(inner, kLanes), 1, [&](int64_t begin, int64_t end) {
-            for (int64_t block = begin; block < end; ++block) {
-                const int64_t column = block * kLanes;
-                const int left = int(min64(kLanes, inner - column));
-                vf32 sum = zero();
-                for (int64_t i = 0; i < panels.count; ++i) sum += load_some(sums + i * inner + column, left);
-                store_some(total + column, load_some(total + column, left) + sum, left);
-            }
-        });
+        add_rows(sums, panels.count, inner, total);
     }
     T* grad_b_in = static_cast<T*>(a.grad_b_in);
     for (int64_t j = 0; j < inner; ++j) store1(grad_b_in + j, total[j]);
@@ -181,13 +251,21 @@ void backward(const GeluFfnBackwardArgs& a) {
 }  // namespace
 
 void gelu_ffn_forward(const GeluFfnForwardArgs& a) {
+#if defined(RK_CPU_ISA_AMX)
+    return a.tanh ? forward_on_tiles<true>(a) : forward_on_tiles<false>(a);
+#else
     if (a.bf16)
         a.tanh ? forward<bf16, true>(a) : forward<bf16, false>(a);
     else
         a.tanh ? forward<float, true>(a) : forward<float, false>(a);
+#endif
 }
 
 void gelu_ffn_backward(const GeluFfnBackwardArgs& a) {
+#if defined(RK_CPU_ISA_AMX)
+    // Few tokens in float32: splitting weights that lie across K takes longer than multiplying them.
+    if (a.bf16 || a.tokens >= 128) return a.tanh ? backward_on_tiles<true>(a) : backward_on_tiles<false>(a);
+#endif
     if (a.bf16)
         a.tanh ? backward<bf16, true>(a) : backward<bf16, false>(a);
     else

@@ -22,7 +22,7 @@ from roberta_kernels.backends import choosing, library_ops
 from roberta_kernels.schemas import schemas
 
 _PACKAGE = Path(__file__).parents[1]  # where setup.py puts libraries and its report
-CPU_ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
+CPU_ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 ISA_VARIABLE = "ROBERTA_KERNELS_CPU_ISA"
 # A library of the CUDA kernels compiled for the CPU (tests/cuda_emulation): the cuda backend then serves CPU tensors,
 # as Triton does under TRITON_INTERPRET=1. It finds mistakes in kernels, some ten thousand times slower than a GPU.

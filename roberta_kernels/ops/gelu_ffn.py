@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from roberta_kernels import backends
-from roberta_kernels.ops import contract
+from roberta_kernels.ops import contract, matmul_precision
 from roberta_kernels.ops.contract import check, check_tensor
 
 
@@ -30,6 +30,8 @@ def gelu_ffn(
         approximate: "none" for the exact GELU, x * Phi(x) through erf, or "tanh" (Hendrycks and Gimpel 2016, section
         2).
 
+    float32 on a CPU follows torch.set_float32_matmul_precision where kernels can (ops/matmul_precision.py).
+
     Returns:
         `[T, O]`. Kept for backward: x and the pre-activation `[T, F]`.
 
@@ -49,7 +51,8 @@ def gelu_ffn(
     kernels = backends.select(x, "gelu_ffn", x.shape[0])
     # Kept only where a backward pass can follow.
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w_in, b_in, w_out, b_out))
-    out, _ = contract.call(
+    out, _ = matmul_precision.call(
+        contract.call,
         kernels.gelu_ffn_forward,
         x.contiguous(),
         w_in.contiguous(),

@@ -10,7 +10,7 @@ import torch
 import roberta_kernels
 
 LIBRARY = Path(roberta_kernels.__file__).parent / "_cpu.so"
-ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

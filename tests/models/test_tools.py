@@ -251,7 +251,7 @@ def run_fake(model, inputs, *, grad=False):
 def test_fake_inputs_in_a_real_model(head, mask, ran_before):
     ours, original, inputs = both_and_batch(head, mask=mask)
     inputs.pop("labels", None)
-    if ran_before:  # weights in kernel order are there
+    if ran_before:  # what was decided for real tensors is there
         run(ours, inputs)
     try:
         want = run_fake(original, inputs)
@@ -263,7 +263,7 @@ def test_fake_inputs_in_a_real_model(head, mask, ran_before):
     assert run_fake(ours, inputs) == want
 
 
-@pytest.mark.parametrize("options", [{}, {"prepack": False}, {"packed": False}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"quantization": "int8"}, {"packed": False}], ids=str)
 def test_a_fake_copy_of_a_model_that_ran(options):
     original, inputs = model_and_batch(mask="none")
     ours = patched(original, **options)
