@@ -267,7 +267,7 @@ def test_fake_inputs_in_a_real_model(head, mask, ran_before):
 def test_a_fake_copy_of_a_model_that_ran(options):
     original, inputs = model_and_batch(mask="none")
     ours = patched(original, **options)
-    run(ours, inputs)
+    before = run(ours, inputs)
     mode = FakeTensorMode()
     with FakeCopyMode(mode):
         fake = copy.deepcopy(ours)
@@ -275,7 +275,7 @@ def test_a_fake_copy_of_a_model_that_ran(options):
         output = fake(**{name: mode.from_tensor(tensor) for name, tensor in inputs.items()})
     assert all(isinstance(parameter, FakeTensor) for parameter in fake.parameters())
     assert shapes(output) == {name: (tuple(t.shape), t.dtype) for name, t in run(original, inputs).items()}
-    assert_promise(ours, original, inputs)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in run(ours, inputs).items())
 
 
 @pytest.mark.parametrize("family", ["roberta", "bert", "ernie"])  # xmod reads values of its inputs

@@ -14,16 +14,19 @@ import functools
 from collections import Counter
 from typing import Any
 
-from roberta_kernels.layers import FastLayer, PatchState
-from roberta_kernels.packed_weights import Plan
-
 import roberta_kernels as rk
+from roberta_kernels.encoder_call import EncoderCall
+from roberta_kernels.hf.choice import replaced
+from roberta_kernels.hf.layer import FastLayer
+from roberta_kernels.hf.state import PatchState
+from roberta_kernels.quantized import QuantizedCall
 
 counts: Counter[str] = Counter()
 fallbacks: Counter[str] = Counter()
 
 
 def _counted(cls: Any, name: str, note: Any) -> None:
+    """Has note called before the method, with the same arguments."""
     original = getattr(cls, name)
 
     @functools.wraps(original)
@@ -34,17 +37,35 @@ def _counted(cls: Any, name: str, note: Any) -> None:
     setattr(cls, name, method)
 
 
-def _feed_forward(layer: Any, hidden_states: Any) -> None:
+def _layer_by_itself() -> None:
+    """A layer may run as an op call, which counts its layers: but it is one call, in whichever way it runs."""
+    original = FastLayer._rk_forward
+
+    @functools.wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        before = counts["attention calls"]
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            counts["attention calls"] = before + 1
+
+    FastLayer._rk_forward = method
+
+
+def _own_feed_forward(layer: Any, hidden_states: Any) -> None:
+    """feed_forward_chunk leads to _rk_feed_forward, but for code that is somebody else's."""
+    counts["feed-forward calls"] += replaced(layer) is not None
+
+
+def _feed_forward(layer: Any, choice: Any, hidden_states: Any) -> None:
     counts["feed-forward calls"] += 1
-    counts["feed-forward fused"] += layer.feed_forward_reason(hidden_states) is None
+    counts["feed-forward fused"] += choice.reason is None
 
 
-def _plan_run(plan: Any, *_: Any) -> None:
-    """One op call: through all layers of a model, or through one, whose call was counted before."""
-    layers = plan._layer_count
-    counts["attention calls"] += layers
-    for what in ("attention fused", "feed-forward calls", "feed-forward fused"):
-        counts[what] += layers or 1
+def _op_call(call: Any, *_: Any) -> None:
+    """Through all layers of a model, or through one."""
+    for what in ("attention calls", "attention fused", "feed-forward calls", "feed-forward fused"):
+        counts[what] += call.layer_count
 
 
 def _fell_back(state: Any, module: Any, reason: str) -> None:
@@ -52,10 +73,12 @@ def _fell_back(state: Any, module: Any, reason: str) -> None:
 
 
 def pytest_configure(config: Any) -> None:
-    _counted(FastLayer, "forward", lambda *_: counts.update(["attention calls"]))
-    _counted(FastLayer, "fused_attention", lambda *_: counts.update(["attention fused"]))
-    _counted(FastLayer, "feed_forward_chunk", _feed_forward)
-    _counted(Plan, "run", _plan_run)
+    _layer_by_itself()
+    _counted(FastLayer, "_rk_attention", lambda *_: counts.update(["attention fused"]))
+    _counted(FastLayer, "feed_forward_chunk", _own_feed_forward)
+    _counted(FastLayer, "_rk_feed_forward", _feed_forward)
+    for call in (EncoderCall, QuantizedCall):
+        _counted(call, "run", _op_call)
     _counted(PatchState, "fell_back", _fell_back)
     rk.patch_transformers()
 
