@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from roberta_kernels import backends, cli, ops
+from roberta_kernels import backends, ops
 from roberta_kernels.backends import choosing, op_namespaces, selection
 from roberta_kernels.backends.choosing import ChoicesError, Entry
+from roberta_kernels.cli import environment
 
 ENTRY = Entry(
     op="attention",
@@ -143,8 +144,8 @@ def test_the_table_for_a_reader_tells_the_unmeasured():
 
 def test_env_prints_the_table(monkeypatch, capsys):
     monkeypatch.setattr(selection, "_table", (ENTRY,))
-    monkeypatch.setattr(cli.out, "width", 200)
-    cli.env()
+    monkeypatch.setattr(environment.out, "width", 200)
+    environment.show()
     told = capsys.readouterr().out
     assert "benchmarks/results/a-gpu/results.json, commit 0123456789ab" in told
     assert told.count("unmeasured: conservative default") == len(choosing.OPS)

@@ -8,9 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from roberta_kernels.hf.arguments import by_name
+from roberta_kernels.hf.choice import replaced
 from roberta_kernels.hf.embeddings import HuggingFaceModule
 from roberta_kernels.hf.fusable import tracing
 from roberta_kernels.hf.masks import AllRows
+from roberta_kernels.hf.model import FastModel
 from roberta_kernels.hf.state import state_of
 
 # Arguments of a head that are no labels; what its base model takes is passed on to it.
@@ -38,13 +40,20 @@ class FastHead(HuggingFaceModule):
         if (
             isinstance(mask, Tensor)
             and state_of(self).options.packed == "auto"
-            and (self._rk_always_reads or self._rk_reads_padding(mask, kwargs))
+            and any(isinstance(part, FastModel) for part in self._modules.values())
+            and (self._rk_always_reads or self._rk_replaced() or self._rk_reads_padding(mask, kwargs))
         ):
             kwargs = kwargs | {"attention_mask": AllRows(mask)}
         return super().forward(**kwargs)
 
     def _rk_reads_padding(self, mask: Tensor, kwargs: dict[str, Any]) -> bool:
         return False
+
+    def _rk_replaced(self) -> bool:
+        """Whether code of the head is somebody else's, which may read what it likes."""
+        return replaced(self) is not None or any(
+            replaced(part) is not None for part in self._modules.values() if part is not None
+        )
 
 
 class FastTokenHead(FastHead):

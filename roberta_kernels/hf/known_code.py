@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -126,8 +126,19 @@ class HeadFacts:
     reads_padding: bool
 
 
-# (class, role) -> its facts, and how it differs from what is known.
-_known: dict[tuple[type, str], tuple[LayerFacts | ModelFacts | HeadFacts | None, str | None]] = {}
+Facts = LayerFacts | ModelFacts | HeadFacts | None
+
+
+class Verdict(NamedTuple):
+    """difference: how the class differs from what is known, or None. lasting: whether it was found of transformers' own
+    code, and not while a part of it was replaced by somebody else's."""
+
+    facts: Facts
+    difference: str | None
+    lasting: bool
+
+
+_known: dict[tuple[type, str], Verdict] = {}  # by class and role
 
 
 def difference(cls: Any, role: str) -> str | None:
@@ -139,34 +150,42 @@ def difference(cls: Any, role: str) -> str | None:
     if reason is not None:
         return reason
     key = (cls, role)
-    if key not in _known and role in _RUNS:
+    if role in _RUNS and not lasting(cls, role):
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.device("cpu"), unset_fake_temporarily():
-                facts, same = _RUNS[role](cls)
+                module = _tiny(cls)
+                facts, same = _RUNS[role](module)
         except Exception as error:
             # Not kept: a later call may come from where it can be run.
             return f"{cls.__name__} cannot be run as known: {type(error).__name__}: {error}"
-        _known[key] = facts, None if same else f"{cls.__name__} computes something else"
-    return _known[key][1] if key in _known else None
+        own = not any(replaced_code(type(part)) for part in module.modules())
+        _known[key] = Verdict(facts, None if same else f"{cls.__name__} computes something else", own)
+    return _known[key].difference if key in _known else None
+
+
+def lasting(cls: type, role: str) -> bool:
+    """Whether what is known of a class will not change; of a role that is not run, nothing is."""
+    return role not in _RUNS or ((cls, role) in _known and _known[cls, role].lasting)
 
 
 def layer_facts(cls: type) -> LayerFacts:
     """Of a class whose `difference` as a layer is None."""
-    facts, _ = _known[cls, "layer"]
+    facts = _known[cls, "layer"].facts
     assert isinstance(facts, LayerFacts)
     return facts
 
 
 def head_facts(cls: type, role: str) -> HeadFacts | None:
     """Of a class with a head, whose `difference` is None; None of a kind of head that needs no look."""
-    facts, _ = _known.get((cls, role), (None, None))
+    verdict = _known.get((cls, role))
+    facts = None if verdict is None else verdict.facts
     assert facts is None or isinstance(facts, HeadFacts)
     return facts
 
 
 def model_facts(cls: type, role: str) -> ModelFacts:
     """Of a class whose `difference` as a model is None."""
-    facts, _ = _known[cls, role]
+    facts = _known[cls, role].facts
     assert isinstance(facts, ModelFacts)
     return facts
 
@@ -207,8 +226,7 @@ _MASK = torch.tensor([[0.0] * 5, [0.0] * 3 + [-1e9] * 2], dtype=torch.float64)[:
 _IDS = [[5, 6, 7, 8, 9], [9, 6, 7, 1, 1]]  # 1: padding
 
 
-def _layer(cls: Any) -> tuple[LayerFacts, bool]:
-    module = _tiny(cls)
+def _layer(module: Any) -> tuple[LayerFacts, bool]:
     x = _numbers((2, 5, 16), 100)
     attended = _attention(module.attention.self, x, _MASK)
     attended = _output(module.attention.output, attended, x)
@@ -221,21 +239,18 @@ def _layer(cls: Any) -> tuple[LayerFacts, bool]:
     return facts, _same(module(x, _MASK), want)
 
 
-def _self_attention(cls: Any) -> tuple[None, bool]:
-    module = _tiny(cls)
+def _self_attention(module: Any) -> tuple[None, bool]:
     x = _numbers((2, 5, 16), 100)
     return None, _same(module(x, _MASK)[0], _attention(module, x, _MASK))
 
 
-def _self_output(cls: Any) -> tuple[None, bool]:
-    module = _tiny(cls)
+def _self_output(module: Any) -> tuple[None, bool]:
     x, residual = _numbers((2, 5, 16), 100), _numbers((2, 5, 16), 101)
     return None, _same(module(x, residual), _output(module, x, residual))
 
 
 def _embeddings(positions: Callable[[Tensor], Tensor]) -> Callable[[Any], tuple[None, bool]]:
-    def run(cls: Any) -> tuple[None, bool]:
-        module = _tiny(cls)
+    def run(module: Any) -> tuple[None, bool]:
         ids = torch.tensor(_IDS)
         types, own = (ids > 6).long(), torch.tensor([[3, 1, 2, 4, 7]])
         norm = module.LayerNorm
@@ -258,8 +273,8 @@ def padded_positions(ids: Tensor, padding_idx: int) -> Tensor:
     return (torch.cumsum(real, dim=1).type_as(real) * real).long() + padding_idx
 
 
-def _model(cls: Any) -> tuple[ModelFacts, bool]:
-    module, ids = _tiny(cls), torch.tensor(_IDS)
+def _model(module: Any) -> tuple[ModelFacts, bool]:
+    ids = torch.tensor(_IDS)
     mask = (ids != 1).long()
     out = module(input_ids=ids, attention_mask=mask)
     pooled = "pooler_output" in inspect.signature(type(out)).parameters
@@ -276,11 +291,11 @@ def _model(cls: Any) -> tuple[ModelFacts, bool]:
         if pooler is not None:
             same = same and _same(out.pooler_output, pooler(x))
         more = [name for name in out if name not in ("last_hidden_state", "pooler_output") and out[name] is not None]
-        unpadded = None if same and not more else f"{cls.__name__}.forward does more than run its parts"
+        unpadded = None if same and not more else f"{type(module).__name__}.forward does more than run its parts"
         if unpadded is None and pooler is not None and not _same(out.pooler_output, pooler(_without_padding(x, real))):
             unpadded = f"{type(pooler).__name__} reads padded rows"
     except Exception as error:
-        unpadded = f"the parts of {cls.__name__} cannot be run as known: {type(error).__name__}: {error}"
+        unpadded = f"the parts of {type(module).__name__} cannot be run as known: {type(error).__name__}: {error}"
     return _model_facts(module, out, pooled, unpadded, _masks_reach(module, ids, mask, "")), True
 
 
@@ -289,9 +304,9 @@ def _without_padding(x: Tensor, real: Tensor) -> Tensor:
     return x.masked_fill(~real[..., None], 0.0)
 
 
-def _head(cls: Any) -> tuple[HeadFacts, bool]:
+def _head(module: Any) -> tuple[HeadFacts, bool]:
     """Whether what stands behind the base model reads padded rows."""
-    module, ids = _tiny(cls), torch.tensor(_IDS)
+    ids = torch.tensor(_IDS)
     base = getattr(module, module.base_model_prefix)
     for shape in ((2, 5), (1, 2, 5)):  # of multiple choice
         try:
@@ -324,8 +339,8 @@ def _same_rows(got: Any, want: Any, real: Tensor) -> bool:
     return _same(got, want) if isinstance(want, Tensor) else True
 
 
-def _attention_model(cls: Any) -> tuple[ModelFacts, bool]:
-    module, ids = _tiny(cls), torch.tensor(_IDS)
+def _attention_model(module: Any) -> tuple[ModelFacts, bool]:
+    ids = torch.tensor(_IDS)
     mask = (ids != 1).long()
     out = module(input_ids=ids, attention_mask=mask)
     reach = _masks_reach(module, ids, mask, "attention.self")
@@ -379,7 +394,7 @@ def _masks_reach(module: Any, ids: Tensor, mask: Tensor, where: str) -> str | No
     return None
 
 
-_RUNS: dict[str, Callable[[Any], tuple[LayerFacts | ModelFacts | HeadFacts | None, bool]]] = {
+_RUNS: dict[str, Callable[[Any], tuple[Facts, bool]]] = {
     "layer": _layer,
     "self_attention": _self_attention,
     "self_output": _self_output,

@@ -276,8 +276,9 @@ def _unknown_layers(model: Any, layers: tuple[Any, ...]) -> str | None:
 
 def _padded_modules(model: Any, encoder: Any, layers: tuple[Any, ...], project: Any) -> str | None:
     reason = model._rk_facts.unpadded
+    pooler = model._modules.get("pooler")
     if reason is None:
-        reason = replaced(model)
+        reason = replaced(model) or (None if pooler is None else replaced(pooler))
     if reason is None and skipped(encoder):
         reason = "hooks on the encoder" if tracing() else skipped(encoder)
     if reason is None and any(skipped(layer) for layer in layers):

@@ -157,6 +157,10 @@ def test_transformers_own_adapters():
     case = case_of()
     original = build(case)
     ours = copy.deepcopy(original)
+    try:
+        copy.deepcopy(original).add_adapter(peft.LoraConfig(target_modules=["query"]))
+    except ValueError as error:  # transformers asks for a PEFT that there may not be yet
+        pytest.skip(f"needs a PEFT that this transformers takes: {error}")
     rk.patch(ours)
     for model in (ours, original):
         torch.manual_seed(7)
