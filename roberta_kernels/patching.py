@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from roberta_kernels import quantized
+from roberta_kernels.hf import known_code
 from roberta_kernels.hf.families import FAMILIES, family_classes, role_of, why_left
 from roberta_kernels.hf.fast_class import (
     MODEL_ROLES,
@@ -244,7 +245,7 @@ def _patching_init(cls: type, original: Callable[..., None]) -> Callable[..., No
     @functools.wraps(original)
     def init(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        if type(self) is cls:
+        if type(self) is cls and not known_code.making():
             patch(self, **dataclasses.asdict(_options))
 
     return init

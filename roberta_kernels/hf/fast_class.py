@@ -86,6 +86,7 @@ def _make_class(original: Any) -> Any:
         "__doc__": original.__doc__,
         **_own_functions(mixin),
         "_rk_original": original,
+        "_rk_role": role,
         **parameters(original),
     }
     namespace |= _of_role(original, role, namespace["_rk_defaults"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -190,6 +191,14 @@ def model_facts(cls: type, role: str) -> ModelFacts:
     return facts
 
 
+def current_facts(model: Any) -> ModelFacts:
+    """Of a model with a fast class: found anew where they were found while a part was somebody else's code."""
+    original, role = type(model)._rk_original, type(model)._rk_role
+    if not lasting(original, role) and difference(original, role) is not None:
+        return model._rk_facts
+    return model_facts(original, role)
+
+
 def _config(cls: type) -> Any:
     """A tiny configuration of the class's family. Attributes that a family does not know do nothing."""
     config = part_class(cls, "Config")(
@@ -215,8 +224,20 @@ def _config(cls: type) -> Any:
     return config
 
 
+_making: ContextVar[bool] = ContextVar("roberta_kernels_making_a_tiny_module", default=False)
+
+
+def making() -> bool:
+    """Whether a module is being made here to be looked at: nobody may patch that one."""
+    return _making.get()
+
+
 def _tiny(cls: Any) -> Any:
-    module = cls(_config(cls)).to(torch.float64).eval()
+    token = _making.set(True)
+    try:
+        module = cls(_config(cls)).to(torch.float64).eval()
+    finally:
+        _making.reset(token)
     for i, parameter in enumerate(module.parameters()):
         parameter.copy_(_numbers(parameter.shape, i))
     return module

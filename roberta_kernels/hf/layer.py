@@ -163,7 +163,8 @@ class FastLayer(HuggingFaceModule):
             return choice.call.run(hidden_states, mask.sequences)
         state = state_of(self)
         if state.options.quantization is not None:
-            state.fell_back(self, f"float32 weights: {choice.no_call or f'{unknown} was given'}", _QUANTISED)
+            why = choice.no_call or ("a graph is being traced" if unknown is None else f"{unknown} was given")
+            state.fell_back(self, f"float32 weights: {why}", _QUANTISED)
         reason = choice.attention.reason or (None if unknown is None else f"{unknown} was given")
         if reason is not None:
             state.fell_back(self, reason)

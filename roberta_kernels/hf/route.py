@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from roberta_kernels.encoder_call import EncoderCall
-from roberta_kernels.hf import encoder_layers
+from roberta_kernels.hf import encoder_layers, known_code
 from roberta_kernels.hf.choice import TORCH_FUNC, LayerChoice, autocast_dtype, layer_choice, replaced, skipped
 from roberta_kernels.hf.embeddings import FastEmbeddings
 from roberta_kernels.hf.fusable import (
@@ -233,7 +233,7 @@ def survey_of(model: Any) -> Survey:
 
 
 def _survey(model: Any, watch: Watch | None) -> Survey:
-    facts = model._rk_facts
+    facts = model._rk_facts if watch is None else known_code.current_facts(model)
     modules = model._modules
     embeddings, encoder, project = modules["embeddings"], modules["encoder"], modules.get("embeddings_project")
     layers = tuple(encoder._modules["layer"]) if type(encoder) is facts.encoder else ()
@@ -241,10 +241,10 @@ def _survey(model: Any, watch: Watch | None) -> Survey:
     return Survey(
         watch=watch,
         layers=layers,
-        original=_unknown_layers(model, layers),
+        original=_unknown_layers(model, facts, layers),
         interface=facts.masks,
         through_interface=model.config._attn_implementation == ATTENTION,
-        padded=_padded_modules(model, encoder, layers, project),
+        padded=facts.unpadded or _padded_modules(model, encoder, layers, project),
         tables=skipped(embeddings) or embeddings.fused_reason() if isinstance(embeddings, FastEmbeddings) else None,
         own_embeddings=_own_embeddings(facts, embeddings),
         like=like,
@@ -266,19 +266,17 @@ def _wants_grad(module: Any) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
-def _unknown_layers(model: Any, layers: tuple[Any, ...]) -> str | None:
+def _unknown_layers(model: Any, facts: Any, layers: tuple[Any, ...]) -> str | None:
     """Whether the encoder and all its layers are what the fused code stands in for."""
-    known = type(model._modules["encoder"]) is model._rk_facts.encoder
+    known = type(model._modules["encoder"]) is facts.encoder
     if known and not any(own_forward(layer) for layer in layers) and model._rk_known_layers(layers):
         return None
     return "an encoder or layer with code of its own"
 
 
 def _padded_modules(model: Any, encoder: Any, layers: tuple[Any, ...], project: Any) -> str | None:
-    reason = model._rk_facts.unpadded
     pooler = model._modules.get("pooler")
-    if reason is None:
-        reason = replaced(model) or (None if pooler is None else replaced(pooler))
+    reason = replaced(model) or (None if pooler is None else replaced(pooler))
     if reason is None and skipped(encoder):
         reason = "hooks on the encoder" if tracing() else skipped(encoder)
     if reason is None and any(skipped(layer) for layer in layers):
