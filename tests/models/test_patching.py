@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -568,3 +570,22 @@ def test_hf_names_are_kept():
             kinds = {type(module).__name__ for module in model.modules()}
             assert f"{cls.__name__[: cls.__name__.index('Roberta')]}RobertaLayer" in kinds
             assert transformers.AutoModel._model_mapping[type(model.config)].__name__.endswith("RobertaModel")
+
+
+FRESH = """
+import logging, torch, transformers
+import roberta_kernels as rk
+logging.getLogger("roberta_kernels").addHandler(logging.StreamHandler())
+rk.patch_transformers()
+config = transformers.RobertaConfig(
+    vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48
+)
+assert rk.is_patched(transformers.RobertaForMaskedLM(config))
+"""
+
+
+def test_patch_transformers_before_any_other_call():
+    """In a process of its own: what is found out about a class is found out while the first model of it is made."""
+    done = subprocess.run([sys.executable, "-c", FRESH], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "roberta_kernels" not in done.stderr

@@ -16,7 +16,6 @@ from typing import Any
 
 import roberta_kernels as rk
 from roberta_kernels.encoder_call import EncoderCall
-from roberta_kernels.hf.choice import replaced
 from roberta_kernels.hf.layer import FastLayer
 from roberta_kernels.hf.state import PatchState
 from roberta_kernels.quantized import QuantizedCall
@@ -52,11 +51,6 @@ def _layer_by_itself() -> None:
     FastLayer._rk_forward = method
 
 
-def _own_feed_forward(layer: Any, hidden_states: Any) -> None:
-    """feed_forward_chunk leads to _rk_feed_forward, but for code that is somebody else's."""
-    counts["feed-forward calls"] += replaced(layer) is not None
-
-
 def _feed_forward(layer: Any, choice: Any, hidden_states: Any) -> None:
     counts["feed-forward calls"] += 1
     counts["feed-forward fused"] += choice.reason is None
@@ -75,7 +69,6 @@ def _fell_back(state: Any, module: Any, reason: str) -> None:
 def pytest_configure(config: Any) -> None:
     _layer_by_itself()
     _counted(FastLayer, "_rk_attention", lambda *_: counts.update(["attention fused"]))
-    _counted(FastLayer, "feed_forward_chunk", _own_feed_forward)
     _counted(FastLayer, "_rk_feed_forward", _feed_forward)
     for call in (EncoderCall, QuantizedCall):
         _counted(call, "run", _op_call)
