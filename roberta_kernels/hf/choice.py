@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from roberta_kernels.hf import known_code
 from roberta_kernels.hf.fusable import (
     FUSABLE_DTYPES,
     foreign_hooks,
@@ -18,6 +17,7 @@ from roberta_kernels.hf.fusable import (
     plain_linear,
     tracing,
 )
+from roberta_kernels.hf.structure import replaced_code
 from roberta_kernels.ops.attention import serving_head_dim
 
 _OWN_CODE = "a part of the layer has code of its own"
@@ -80,7 +80,7 @@ class LayerChoice(NamedTuple):
 
 def replaced(module: nn.Module) -> str | None:
     """Which of a module's methods is somebody else's code, or None. A graph that is being traced does not look."""
-    return None if tracing() else known_code.replaced_code(type(module))
+    return None if tracing() else replaced_code(type(module))
 
 
 def skipped(module: nn.Module) -> str | None:

@@ -25,6 +25,7 @@ from roberta_kernels.hf.layer import FastLayer, FastSelfAttention, FastSelfOutpu
 from roberta_kernels.hf.model import FastAttentionModel, FastModel
 from roberta_kernels.hf.names import ATTENTION
 from roberta_kernels.hf.state import PatchState, attach, detach, keep_implementation, kept_implementation
+from roberta_kernels.hf.structure import structure_difference
 
 _MIXINS: dict[str, type] = {
     "embeddings": FastEmbeddings,
@@ -200,7 +201,7 @@ def mismatch(module: nn.Module) -> str | None:
     role = None if is_fast_class(cls) else role_of(cls)
     if role is None:
         return None
-    return known_code.structure_difference(module, role) or known_code.difference(cls, role)
+    return structure_difference(module, role) or known_code.difference(cls, role)
 
 
 def _set_interface(module: Any) -> None:

@@ -233,7 +233,7 @@ def survey_of(model: Any) -> Survey:
 
 
 def _survey(model: Any, watch: Watch | None) -> Survey:
-    facts = model._rk_facts if watch is None else known_code.current_facts(model)
+    facts: Any = model._rk_facts if watch is None else known_code.current_facts(model)
     modules = model._modules
     embeddings, encoder, project = modules["embeddings"], modules["encoder"], modules.get("embeddings_project")
     layers = tuple(encoder._modules["layer"]) if type(encoder) is facts.encoder else ()
@@ -275,7 +275,7 @@ def _unknown_layers(model: Any, facts: Any, layers: tuple[Any, ...]) -> str | No
 
 
 def _padded_modules(model: Any, encoder: Any, layers: tuple[Any, ...], project: Any) -> str | None:
-    pooler = model._modules.get("pooler")
+    pooler: Any = model._modules.get("pooler")
     reason = replaced(model) or (None if pooler is None else replaced(pooler))
     if reason is None and skipped(encoder):
         reason = "hooks on the encoder" if tracing() else skipped(encoder)

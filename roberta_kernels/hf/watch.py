@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from roberta_kernels.hf.known_code import ATTRIBUTES, METHODS
+from roberta_kernels.hf.structure import ATTRIBUTES, METHODS
 
 _own = itemgetter(
     *("training", "_modules", "_parameters"),
