@@ -399,7 +399,7 @@ def test_quantised_weights_are_measured_and_not_judged(quantization, how):
 def test_what_cannot_be_quantised_is_refused():
     with pytest.raises(VerificationError, match="float32 model on a CPU"):
         verify(tiny().bfloat16(), quantization="int8")
-    with pytest.raises(VerificationError, match="quantization must be None or one of .*, got 'int3'"):
+    with pytest.raises(VerificationError, match=r"quantization must be None or one of .*, got 'int3'"):
         verify(tiny(), quantization="int3")
 
 
