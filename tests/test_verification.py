@@ -403,6 +403,13 @@ def test_what_cannot_be_quantised_is_refused():
         verify(tiny(), quantization="int3")
 
 
+def test_prepack_is_accepted_with_a_warning():
+    with pytest.warns(FutureWarning, match="prepack has no effect") as warned:
+        report = verify(tiny(), prepack=False)
+    assert report.holds
+    assert [warning.filename for warning in warned if warning.category is FutureWarning] == [__file__]
+
+
 def test_an_unavailable_backend_is_refused():
     if rk.available_backends()["cuda"]:
         pytest.skip("cuda is available here")
