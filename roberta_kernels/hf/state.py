@@ -82,11 +82,12 @@ class Options:
 def warn_of_former(kwargs: dict[str, Any]) -> None:
     """Options of former versions are accepted with a warning: float32 weights are read in place, without copies."""
     if "prepack" in kwargs:
-        if not isinstance(kwargs.pop("prepack"), bool):
-            raise ValueError("prepack must be True or False")
-        warnings.warn("prepack has no effect any more: weights are read in place", FutureWarning, stacklevel=4)
+        prepack = kwargs.pop("prepack")
+        if not isinstance(prepack, bool):
+            raise ValueError(f"prepack must be True or False, got {prepack!r}")
+        warnings.warn("prepack has no effect any more: weights are read in place", FutureWarning, stacklevel=3)
     if kwargs.get("offload") is True and kwargs.get("quantization") is None:
-        warnings.warn("offload has no effect without quantization: no weight is copied", FutureWarning, stacklevel=4)
+        warnings.warn("offload has no effect without quantization: no weight is copied", FutureWarning, stacklevel=3)
 
 
 def takes_options(function: Callable[..., Any]) -> Callable[..., Any]:
