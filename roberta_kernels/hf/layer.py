@@ -163,7 +163,7 @@ class FastLayer(HuggingFaceModule):
             return choice.call.run(hidden_states, mask.sequences)
         state = state_of(self)
         if state.options.quantization is not None:
-            why = choice.no_call or ("a graph is being traced" if unknown is None else f"{unknown} was given")
+            why = choice.no_call or f"{unknown} was given"
             state.fell_back(self, f"float32 weights: {why}", _QUANTISED)
         reason = choice.attention.reason or (None if unknown is None else f"{unknown} was given")
         if reason is not None:
@@ -181,10 +181,14 @@ class FastLayer(HuggingFaceModule):
         return torch.cat(chunks, dim)
 
     def _rk_choice(self, mask: LayerMask, hidden_states: Tensor) -> LayerChoice:
+        choice = None
         if mask.choices is not None and not torch.compiler.is_compiling():
-            return mask.choices[id(self)]
-        device = hidden_states.device.type
-        return layer_choice(self, hidden_states.dtype, hidden_states.shape[-1], autocast_dtype(device))
+            choice = mask.choices[id(self)]
+        if choice is None:
+            device = hidden_states.device.type
+            choice = layer_choice(self, hidden_states.dtype, hidden_states.shape[-1], autocast_dtype(device))
+            choice = choice._replace(no_call="a graph is traced, or hooks run before the layer")
+        return choice
 
     def _rk_attention(self, choice: AttentionChoice, hidden_states: Tensor, sequences: Sequences) -> Tensor:
         """Projections, attention, output projection, dropout, residual, LayerNorm. hidden_states `[..., H]`."""

@@ -66,7 +66,7 @@ class Padded:
 
     reason: why not unpadded; None: `packed=False`.
     choices: by id of a layer; None where each layer looks again: in a graph that is being traced, or when the
-        embeddings may give another dtype than their parameters have.
+        embeddings may give another dtype than their parameters have. One is None where its layer alone does.
     zeros: whether padded rows come back as zeros, as in the unpadded layout.
     """
 
@@ -325,7 +325,7 @@ def _decide(model: Any, survey: Survey, call: Call) -> Route:
     fused = isinstance(model._modules["embeddings"], FastEmbeddings) and call.embeds is None
     unknown = _embeddings_reason(survey, call, fused)  # of which dtype the hidden states will be, say
     choices = model._rk_choices(survey, call, options)
-    handed = choices if unknown is None and survey.watch is not None else None
+    handed = _handed(survey, choices) if unknown is None and survey.watch is not None else None
     if options.packed is False:
         return _padded(survey, None, handed)
     reason = call.padded or survey.padded or unknown
@@ -340,6 +340,13 @@ def _decide(model: Any, survey: Survey, call: Call) -> Route:
     if call_all is None:
         return Unpadded(fused, choices, padded)
     return Encoder(fused, choices, padded, call_all)
+
+
+def _handed(survey: Survey, choices: dict[int, Any]) -> dict[int, Any]:
+    """Choices as layers get them: one that hooks run before, which may change it (fully_shard gathers its parameters
+    only then), looks again."""
+    hooked = {id(layer) for layer in survey.layers if layer._forward_pre_hooks}
+    return {key: None if key in hooked else choice for key, choice in choices.items()} if hooked else choices
 
 
 def _padded(

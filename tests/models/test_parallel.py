@@ -180,7 +180,7 @@ def fsdp_patched_before(rank):
     sharded(ours)
     assert all(isinstance(layer, FSDPModule) for layer in ours.base_model.encoder.layer)
     all_close(train(ours, rank), want)
-    assert report.fallbacks() == {}
+    assert report.fallbacks() == {}, report.fallbacks()
     assert report.padded() == {"hooks on a layer": 3}
     assert rk.is_patched(ours)
     with pytest.raises(RuntimeError, match="FSDPRobertaFor"):
