@@ -30,8 +30,9 @@ class FastModel(HuggingFaceModule):
     _rk_known_arguments: frozenset[str]  # these, and those of the family's own that change nothing for us
 
     def train(self, mode: bool = True) -> Any:
+        dropped = mode and drop_quantized(self)  # before the layers, which free their own
         super().train(mode)
-        if mode and drop_quantized(self):
+        if dropped:
             quantized.trim()
         return self
 

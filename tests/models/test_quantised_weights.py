@@ -31,7 +31,7 @@ from torch import nn
 from transformers import RobertaModel
 
 import roberta_kernels as rk
-from roberta_kernels import backends, encoder_call, tolerance
+from roberta_kernels import backends, encoder_call, quantized, tolerance
 from roberta_kernels.encoder_call import unavailable
 from roberta_kernels.hf import encoder_layers
 from roberta_kernels.quantized import QUANTIZATIONS, offloading
@@ -318,6 +318,17 @@ def test_only_what_changed_is_packed_again():
     assert calls(ours, batches[0])[PACK] == 4
     bias(ours)
     assert PACK not in calls(ours, batches[0]), "biases and norms are read where they are"
+
+
+def test_training_hands_freed_memory_back(monkeypatch):
+    trimmed = []
+    monkeypatch.setattr(quantized, "trim", lambda: trimmed.append(True))
+    _, ours, batches = pair(quantization="int8")
+    hidden(ours, batches[0])
+    ours.train()
+    assert trimmed == [True]
+    ours.train()
+    assert trimmed == [True], "nothing was there to free"
 
 
 def test_training_frees_the_copies_and_learns_the_same():
