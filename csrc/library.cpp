@@ -17,8 +17,8 @@ STABLE_TORCH_LIBRARY(roberta_kernels_cpu, m) {
     m.def("isa_available(int isa) -> bool");
     m.def("set_float32_parts(int parts) -> int");
     // Inference, without gradients: all layers of an encoder in one call, on the parameters themselves
-    // (csrc/cpu/encoder_binding.cpp has the order of `layers`) or on weights that were packed before
-    // (roberta_kernels/packed_weights.py).
+    // (csrc/cpu/encoder_binding.cpp has the order of `layers`) or on quantised copies
+    // (roberta_kernels/quantized).
     m.def(
         "encoder(Tensor x, Tensor[] layers, Tensor cu_seqlens, SymInt max_seqlen, Tensor? key_mask, "
         "bool causal, int heads, float scale, float eps, bool tanh) -> Tensor");

@@ -83,7 +83,7 @@ Isa best_isa() {
 }
 
 // A name that is unknown or that this processor lacks is refused by the Python side, which reads the same
-// variable (roberta_kernels/backends.py); here it only must not crash.
+// variable (roberta_kernels/backends); here it only must not crash.
 Isa initial_isa() {
     const char* wish = std::getenv("ROBERTA_KERNELS_CPU_ISA");
     if (wish != nullptr)

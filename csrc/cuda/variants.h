@@ -1,6 +1,6 @@
 // Which of its implementations an op may use: process-wide, set from Python. A variant that this build has
 // not, or the device at hand cannot run, or that does not take the sizes of a call, gives way to the best
-// below it. Every op starts with "portable": roberta_kernels/backends.py raises it where recorded
+// below it. Every op starts with "portable": roberta_kernels/backends raises it where recorded
 // measurements say so. Plain C++.
 #pragma once
 #include <string>
