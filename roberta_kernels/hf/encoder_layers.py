@@ -34,7 +34,7 @@ def no_call(options: Options, like: Tensor) -> str | None:
 
 
 def _bfloat16_call(dtype: torch.dtype) -> bool:
-    """Whether bfloat16 layers run as one call: on tiles that is faster than torch's products; elsewhere it is unmeasured."""
+    """Whether bfloat16 layers run as one call: faster than torch's products on tiles; elsewhere unmeasured."""
     return dtype == torch.bfloat16 and backends.cpu_isa() == "amx"
 
 
