@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import transformers
 from torch import nn
 
 import roberta_kernels as rk
-from roberta_kernels import encoder_call, ops, verification
+from roberta_kernels import encoder_call, ops, tolerance, verification
 from roberta_kernels.hf import encoder_layers
 from roberta_kernels.hf.families import FAMILIES
 from roberta_kernels.quantized import QUANTIZATIONS
@@ -427,3 +428,28 @@ def test_nudge_moves_weights_by_one_rounding_at_most():
         assert bool(((after.double() - before.double()).abs() <= ulp).all())
         share.append(float((before != after).double().mean()))
     assert max(share) > 0.4
+
+
+def comparison(error: float, original: float) -> tolerance.Comparison:
+    return tolerance.Comparison("x", error, original, 2 * original, error, original, 2 * original)
+
+
+def judged_over_draws(*draws: tuple[float, float]) -> bool:
+    return verification.over_draws([comparison(*draw) for draw in draws]).holds
+
+
+def test_luck_is_not_a_fault_and_a_fault_is_not_luck():
+    assert judged_over_draws((2.1, 1.0), (0.9, 1.1), (1.0, 0.8))  # noise of one size: large once
+    assert not judged_over_draws((2.5, 1.0), (2.9, 1.1), (2.6, 0.8))  # always larger
+    assert not judged_over_draws((9.0, 1.0), (0.1, 1.1), (0.2, 0.8))  # rarely, and then far off
+    assert not judged_over_draws((math.inf, 1.0), (0.1, 1.1), (0.2, 0.8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_gradients_that_are_rounding_alone(dtype):
+    """The keys' bias moves all scores of a row alike: its gradient is zero in exact arithmetic, and noise otherwise."""
+    for seed in range(6):
+        model = tiny().to(dtype)
+        verification.nudge(model, seed=seed)
+        report = verify(model, gradients=True)
+        assert report.holds, str(report)

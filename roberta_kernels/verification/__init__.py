@@ -13,7 +13,7 @@ from roberta_kernels.verification.report import (
     VerificationError,
     VerificationReport,
 )
-from roberta_kernels.verification.verify import nudge, verify
+from roberta_kernels.verification.verify import nudge, over_draws, verify
 
 __all__ = [
     "GRADIENT",
@@ -25,5 +25,6 @@ __all__ = [
     "complete_batch",
     "generated_batch",
     "nudge",
+    "over_draws",
     "verify",
 ]
