@@ -194,7 +194,11 @@ def compiled_parts():
     extensions: list[Extension] = [
         CppExtension(
             "roberta_kernels._cpu",
-            ["csrc/library.cpp", "csrc/cpu/dispatch.cpp", *(f"csrc/cpu/{op}_binding.cpp" for op in CPU_OPS)],
+            [
+                "csrc/library.cpp",
+                "csrc/cpu/dispatch.cpp",
+                *(f"csrc/cpu/{op}_binding.cpp" for op in (*CPU_OPS, "checksum")),
+            ],
             depends=[
                 str(p.relative_to(ROOT)) for p in sorted([*(ROOT / "csrc/cpu").iterdir(), *(ROOT / "csrc").glob("*.h")])
             ]

@@ -43,6 +43,7 @@ __all__ = [
     "ops",
     "patch",
     "patch_transformers",
+    "refresh",
     "set_backend",
     "unpatch",
     "unpatch_transformers",

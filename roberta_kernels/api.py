@@ -16,6 +16,7 @@ from roberta_kernels.patching import (
     is_patched,
     patch,
     patch_transformers,
+    refresh,
     unpatch,
     unpatch_transformers,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "ops",
     "patch",
     "patch_transformers",
+    "refresh",
     "set_backend",
     "unpatch",
     "unpatch_transformers",

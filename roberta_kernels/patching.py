@@ -33,6 +33,7 @@ from roberta_kernels.hf.state import (
     detach,
     forget,
     logger,
+    refresh_quantized,
     takes_options,
 )
 from roberta_kernels.patch_report import Left, PatchReport, Replaced
@@ -212,6 +213,16 @@ def unpatch(model: nn.Module) -> None:
     for module in model.modules():
         make_original(module)
     quantized.trim()
+
+
+def refresh(model: nn.Module) -> None:
+    """Says that weights of a patched model were changed in a way that torch does not count: through `.data`, a numpy
+    view, another process. The next call sees it.
+
+    Only quantised weights need this (`patch(quantization=...)`), as they are copies; they notice such an edit by
+    themselves some calls later (docs/design.md, section 9). Harmless on any other module.
+    """
+    refresh_quantized(model)
 
 
 def is_patched(model: nn.Module) -> bool:

@@ -1,7 +1,5 @@
-// Registers the inference path for CPU tensors: packing a weight, running an encoder, and a look at whether
-// weights are still those that were packed.
+// Registers the inference path for CPU tensors on copies of weights: packing a weight, and running an encoder.
 #include <sys/mman.h>
-#include <unistd.h>
 
 #include <cstring>
 #include <string>
@@ -114,31 +112,10 @@ Tensor encode(const Tensor& x, std::vector<Tensor> layers, const Tensor& cu_seql
         [](const PackedEncoderArgs& args) { RK_DISPATCH(packed_encoder, args); });
 }
 
-// A hash of 32 elements of each weight, spread over it.
-int64_t sample(std::vector<Tensor> weights) {
-    constexpr int64_t kSamples = 32;
-    uint64_t hash = 0xcbf29ce484222325ull;
-    for (const Tensor& t : weights) {
-        STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.device().is_cpu(),
-                        "sample_weights: weights must be contiguous float32 tensors on the CPU");
-        const auto* data = static_cast<const uint32_t*>(t.const_data_ptr());
-        const int64_t size = t.numel();
-        uint32_t found[kSamples] = {};
-        // 2654435761 / 2^32 is the golden ratio: the elements lie in no row or column.
-        for (int64_t i = 0; i < kSamples && size > 0; ++i)
-            found[i] = data[static_cast<int64_t>((static_cast<uint64_t>(i) * 2654435761u % 4294967296u) *
-                                                     static_cast<unsigned __int128>(size) >>
-                                                 32)];
-        for (const uint32_t bits : found) hash = (hash ^ bits) * 0x100000001b3ull;
-    }
-    return static_cast<int64_t>(hash);
-}
-
 }  // namespace
 }  // namespace rk::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(roberta_kernels_cpu, CPU, m) {
     m.impl("pack_weight", TORCH_BOX(&rk::cpu::pack));
     m.impl("packed_encoder", TORCH_BOX(&rk::cpu::encode));
-    m.impl("sample_weights", TORCH_BOX(&rk::cpu::sample));
 }

@@ -135,8 +135,22 @@ def self_attention_choice(core: Any, dtype: torch.dtype) -> AttentionChoice:
     if reason is None and dtype not in FUSABLE_DTYPES:
         reason = f"no kernels for {dtype}"
     projections = plain_linear(query), plain_linear(key), plain_linear(value)
+    if reason is None:
+        reason = _heads_reason(
+            [m.weight for m, plain in zip((query, key, value), projections, strict=True) if plain], core
+        )
     said = () if all(projections) else (_OWN_PROJECTION,)
     return AttentionChoice(reason, projections, head_dim, said=said)
+
+
+def _heads_reason(weights: list[Any], core: Any) -> str | None:
+    """Why the rows of projections `[heads * head_dim, H]` are not as many heads in each of them, or None."""
+    rows = {weight.shape[0] for weight in weights}
+    if len(rows) > 1:
+        return "query, key and value have different numbers of heads"
+    if any(count % core.attention_head_size for count in rows):
+        return "query, key and value are no whole number of heads"
+    return None
 
 
 def attention_choice(layer: Any, dtype: torch.dtype, hidden: int) -> AttentionChoice:

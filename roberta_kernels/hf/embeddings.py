@@ -45,7 +45,7 @@ class FastEmbeddings(HuggingFaceModule):
         layer_norm, dropout = modules["LayerNorm"], modules["dropout"]
         if not all(plain_embedding(table) for table in tables):
             return "an embedding table is not a plain nn.Embedding"
-        if not plain_layer_norm(layer_norm, tables[0].embedding_dim):
+        if not plain_layer_norm(layer_norm, tables[0].weight.shape[1]):
             return "LayerNorm is not a plain nn.LayerNorm"
         if not plain_dropout(dropout):
             return "dropout is not a plain nn.Dropout with p < 1"
@@ -58,18 +58,20 @@ class FastEmbeddings(HuggingFaceModule):
 
     def _rk_forward(self, *args: Any, **kwargs: Any) -> Tensor:
         named = by_name(self, args, kwargs)
+        if named.get("input_ids") is None or named.get("inputs_embeds") is not None:
+            return super().forward(*args, **kwargs)  # the words are not looked up
         reason = self.fused_reason() or self._unknown_argument(named)
-        if reason is not None or named.get("input_ids") is None or named.get("inputs_embeds") is not None:
-            if reason is not None:
-                state_of(self).fell_back(self, reason)
+        if reason is not None:
+            state_of(self).fell_back(self, reason)
             return super().forward(*args, **kwargs)
         input_ids: Tensor = named["input_ids"]
-        token_type_ids, position_ids = named.get("token_type_ids"), named.get("position_ids")
+        position_ids = named.get("position_ids")
         if position_ids is None:
             position_ids = self.positions(input_ids)
         batch, length = input_ids.shape
         if not tracing() and not fake(input_ids):
             self.check_positions(position_ids)
+        token_type_ids = self.token_types(named.get("token_type_ids"), position_ids)
         hidden_states = self.embed(
             input_ids.reshape(-1),
             position_ids.expand(batch, length).reshape(-1),
@@ -87,6 +89,17 @@ class FastEmbeddings(HuggingFaceModule):
     def positions(self, input_ids: Tensor) -> Tensor:
         """Position ids `[B, S]` of ids `[B, S]`."""
         return padded_positions(input_ids, self.padding_idx)
+
+    def token_types(self, given: Tensor | None, position_ids: Tensor) -> Tensor | None:
+        """Token types `[B, S]` or `[1, S]`; None: all zero. Where none are given, those that a buffer of the embeddings
+        has at the positions, as in the original: zeros, unless a user put others there.
+
+        Raises RuntimeError, as the original does, where the buffer is shorter than the positions.
+        """
+        own = getattr(self, "token_type_ids", None)
+        if given is not None or own is None:
+            return given
+        return own.to(position_ids.device).expand(position_ids.shape[0], -1).gather(1, position_ids)
 
     def first_position(self) -> int:
         """What the position ids of a sequence count from."""

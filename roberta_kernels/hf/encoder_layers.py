@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from roberta_kernels import backends
 from roberta_kernels.encoder_call import EncoderCall, LayerSettings, LayerTensors, unavailable
 from roberta_kernels.hf.choice import LayerChoice
-from roberta_kernels.hf.state import Options, memory_of
+from roberta_kernels.hf.state import Options, memory_of, state_of
 from roberta_kernels.ops.attention import supported_head_dim
 from roberta_kernels.quantized import LayerCopies, QuantizedCall
 
 GRADIENTS = "gradients are needed (torch.no_grad() was not set)"
+NOT_QUANTISED = "the quantised weights are not used"
 _TRAINING = "training mode"
+_UNSETTLED = "they were changed, and are copied again once they are the same in two calls"
 
 
 def no_call(options: Options, like: Tensor) -> str | None:
@@ -53,6 +55,8 @@ def no_layer_call(layer: Any, choice: LayerChoice) -> str | None:
         return "a product has no bias"
     if not all(_plain(tensor, dtype) for tensor in tensors):
         return "not all of its parameters are plain, contiguous tensors of one dtype on the CPU"
+    if not _fit(tensors):
+        return "its weights do not fit one another"
     core = layer.attention.self
     if not supported_head_dim(core.attention_head_size):
         return f"head_dim {core.attention_head_size}"
@@ -79,10 +83,22 @@ def _plain(tensor: Any, dtype: torch.dtype) -> bool:
     )
 
 
+def _fit(tensors: LayerTensors) -> bool:
+    """Whether each product takes what is given to it: the op would refuse in words of its own, not the original's."""
+    hidden, inner, wide = (len(w) for w in (tensors.attention_weight, tensors.query_weight, tensors.inner_weight))
+    shapes = (
+        *(((inner, hidden), (inner,)) * 3),
+        *((hidden, inner), (hidden,), (hidden,), (hidden,)),
+        *((wide, hidden), (wide,)),
+        *((hidden, wide), (hidden,), (hidden,), (hidden,)),
+    )
+    return all(tensor.shape == shape for tensor, shape in zip(tensors, shapes, strict=True))
+
+
 def _settings(layer: Any, choice: LayerChoice) -> LayerSettings:
     core = layer.attention.self
     return LayerSettings(
-        heads=core.num_attention_heads,
+        heads=core.query.weight.shape[0] // core.attention_head_size,
         scale=float(core.scaling),
         eps=layer.output.LayerNorm.eps,
         tanh=choice.feed_forward.gelu == "tanh",
@@ -94,7 +110,7 @@ def encoder_call(
 ) -> EncoderCall | QuantizedCall | None:
     """One call through layers that each could be one, or None where they differ in what the op takes of them."""
     settings = {_settings(layer, choice) for layer, choice in zip(layers, choices, strict=True)}
-    if len(settings) != 1:
+    if len(settings) != 1 or len({layer.attention.self.attention_head_size for layer in layers}) != 1:
         return None
     if options.quantization is None:
         return EncoderCall([tensors_of(layer) for layer in layers], settings.pop())
@@ -104,4 +120,9 @@ def encoder_call(
         if memory.quantized is None:
             memory.quantized = LayerCopies()
         places.append((memory.quantized, tensors_of(layer)))
-    return QuantizedCall(places, settings.pop(), options.quantization, options.offloads)
+
+    def not_used() -> None:
+        for layer in layers:
+            state_of(layer).fell_back(layer, f"float32 weights: {_UNSETTLED}", NOT_QUANTISED)
+
+    return QuantizedCall(places, settings.pop(), options.quantization, options.offloads, not_used)

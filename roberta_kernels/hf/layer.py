@@ -27,12 +27,11 @@ from roberta_kernels.hf.choice import (
     self_attention_choice,
 )
 from roberta_kernels.hf.embeddings import HuggingFaceModule
+from roberta_kernels.hf.encoder_layers import NOT_QUANTISED
 from roberta_kernels.hf.fusable import dropout_of
 from roberta_kernels.hf.masks import LayerMask, find, put
 from roberta_kernels.hf.state import drop_quantized, in_force, state_of
 from roberta_kernels.unpadding import Sequences
-
-_QUANTISED = "the quantised weights are not used"
 
 
 def _count(module: Any, reasons: tuple[str, ...]) -> None:
@@ -47,11 +46,13 @@ def _attend(
     core: Any, choice: AttentionChoice, hidden_states: Tensor, sequences: Sequences, seed: Tensor | None
 ) -> Tensor:
     """Projections and attention of a SelfAttention module. hidden_states `[..., H]` -> `[..., heads * head_dim]`."""
-    heads, head_dim = core.num_attention_heads, core.attention_head_size
-    query, key, value = (
-        (F.linear(hidden_states, m.weight, m.bias) if plain else m(hidden_states)).reshape(-1, heads, head_dim)
+    head_dim = core.attention_head_size
+    projected = [
+        F.linear(hidden_states, m.weight, m.bias) if plain else m(hidden_states)
         for m, plain in zip((core.query, core.key, core.value), choice.projections, strict=True)
-    )
+    ]
+    # As many heads as were projected, whatever an attribute says: as the original counts them.
+    query, key, value = (p.reshape(-1, p.shape[-1] // head_dim, head_dim) for p in projected)
     if choice.head_dim != head_dim:
         query, key, value = (F.pad(t, (0, choice.head_dim - head_dim)) for t in (query, key, value))
     dropout_p = attention_dropout(core)
@@ -67,7 +68,7 @@ def _attend(
         dropout_p=dropout_p,
         seed=seed if dropout_p > 0 else None,
     )
-    return context[..., :head_dim].reshape(*hidden_states.shape[:-1], heads * head_dim)
+    return context[..., :head_dim].reshape(projected[0].shape)
 
 
 def attention_dropout(core: Any) -> float:
@@ -151,7 +152,7 @@ class FastLayer(HuggingFaceModule):
         state = state_of(self)
         if mask is None:  # called with a Hugging Face mask: the model chose the original attention
             if state.options.quantization is not None:
-                state.fell_back(self, "float32 weights: the original attention runs", _QUANTISED)
+                state.fell_back(self, "float32 weights: the original attention runs", NOT_QUANTISED)
             return super().forward(hidden_states, *args, **kwargs)
         with in_force(state):
             return self._rk_run(mask, hidden_states, args, kwargs)
@@ -164,7 +165,7 @@ class FastLayer(HuggingFaceModule):
         state = state_of(self)
         if state.options.quantization is not None:
             why = choice.no_call or f"{unknown} was given"
-            state.fell_back(self, f"float32 weights: {why}", _QUANTISED)
+            state.fell_back(self, f"float32 weights: {why}", NOT_QUANTISED)
         reason = choice.attention.reason or (None if unknown is None else f"{unknown} was given")
         if reason is not None:
             state.fell_back(self, reason)

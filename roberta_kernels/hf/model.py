@@ -74,12 +74,12 @@ class FastModel(HuggingFaceModule):
     def _rk_embed(self, chosen: route.Unpadded, batch_layout: Unpadding, kwargs: dict[str, Any]) -> Tensor:
         embeddings = self.embeddings
         if chosen.fused_embeddings:
-            input_ids, token_type_ids = kwargs["input_ids"], kwargs.get("token_type_ids")
-            position_ids = kwargs.get("position_ids")
+            input_ids, position_ids = kwargs["input_ids"], kwargs.get("position_ids")
             if position_ids is None:
                 position_ids = embeddings.positions(input_ids)
-            position_ids = position_ids.expand(input_ids.shape)
             embeddings.check_positions(position_ids)
+            token_type_ids = embeddings.token_types(kwargs.get("token_type_ids"), position_ids)
+            position_ids = position_ids.expand(input_ids.shape)
             hidden_states = embeddings.embed(
                 batch_layout.unpad(input_ids),
                 batch_layout.unpad(position_ids),

@@ -204,7 +204,8 @@ class Survey:
         to ours instead.
     padded: why they cannot run unpadded.
     tables: why the embeddings cannot be fused.
-    own_embeddings: why what their original code gives cannot be unpadded.
+    own_embeddings: why what their original code gives cannot be unpadded. given_embeddings: where words are
+        given to it.
     like: a tensor of the hidden states' dtype, device and width.
     embeddings_grad: whether what the embeddings give may need a gradient.
     routes: of the calls that were made.
@@ -218,6 +219,7 @@ class Survey:
     padded: str | None
     tables: str | None
     own_embeddings: str | None
+    given_embeddings: str | None
     like: Tensor
     embeddings_grad: bool
     routes: dict[Call, Route] = field(default_factory=dict)
@@ -246,7 +248,8 @@ def _survey(model: Any, watch: Watch | None) -> Survey:
         through_interface=model.config._attn_implementation == ATTENTION,
         padded=facts.unpadded or _padded_modules(model, encoder, layers, project),
         tables=skipped(embeddings) or embeddings.fused_reason() if isinstance(embeddings, FastEmbeddings) else None,
-        own_embeddings=_own_embeddings(facts, embeddings),
+        own_embeddings=_own_embeddings(facts, embeddings, list(embeddings.parameters())),
+        given_embeddings=_own_embeddings(facts, embeddings, _without_words(embeddings)),
         like=like,
         embeddings_grad=_wants_grad(embeddings) or (project is not None and _wants_grad(project)),
     )
@@ -288,12 +291,20 @@ def _padded_modules(model: Any, encoder: Any, layers: tuple[Any, ...], project: 
     return reason
 
 
-def _own_embeddings(facts: Any, embeddings: Any) -> str | None:
-    """Their original code runs on the padded batch, before unpadding. The layers take its dtype for granted."""
+def _without_words(embeddings: Any) -> list[Tensor]:
+    parts = [part for name, part in embeddings.named_children() if name != "word_embeddings"]
+    return [parameter for part in parts for parameter in part.parameters()]
+
+
+def _own_embeddings(facts: Any, embeddings: Any, parameters: list[Tensor]) -> str | None:
+    """Their original code runs on the padded batch, before unpadding. The layers take its dtype for granted.
+
+    parameters: those that it reads.
+    """
     if not isinstance(embeddings, FastEmbeddings) and type(embeddings) is not facts.embeddings:
         return "the embeddings have code of their own"
     dtype = _like(embeddings).dtype
-    if any(parameter.dtype != dtype for parameter in embeddings.parameters()):
+    if any(parameter.dtype != dtype for parameter in parameters):
         return "embeddings of several dtypes"
     return None
 
@@ -361,8 +372,9 @@ def _padded(
 def _embeddings_reason(survey: Survey, call: Call, fused: bool) -> str | None:
     if fused:
         return None if survey.tables is None else "the embeddings cannot be fused"
-    if survey.own_embeddings is not None:
-        return survey.own_embeddings
+    reason = survey.own_embeddings if call.embeds is None else survey.given_embeddings
+    if reason is not None:
+        return reason
     if call.autocast is not None:
         return "embeddings of several dtypes"
     if call.embeds is not None and call.embeds != survey.like.dtype:

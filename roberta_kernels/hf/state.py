@@ -188,13 +188,28 @@ def memory_of(module: Any) -> Memory:
 
 def drop_quantized(root: nn.Module) -> bool:
     """Frees the quantised weights of all layers under a module, and says whether there were any."""
-    dropped = False
-    for module in root.modules():
-        memory = module.__dict__.get("_rk_memory")
-        if memory is not None:
-            memory.survey = None  # its routes have calls that hold them
-            dropped = (memory.quantized is not None and memory.quantized.drop()) or dropped
-    return dropped
+    dropped = [memory.quantized.lose() for memory in _memories(root) if memory.quantized is not None]
+    if any(dropped):
+        _forget_routes(root)
+    return any(dropped)
+
+
+def refresh_quantized(root: nn.Module) -> None:
+    """The same, and the next call makes new ones."""
+    for memory in _memories(root):
+        if memory.quantized is not None:
+            memory.quantized.refresh()
+    _forget_routes(root)
+
+
+def _forget_routes(root: nn.Module) -> None:
+    """Which have calls that hold the copies."""
+    for memory in _memories(root):
+        memory.survey = None
+
+
+def _memories(root: nn.Module) -> list[Memory]:
+    return [module.__dict__["_rk_memory"] for module in root.modules() if "_rk_memory" in module.__dict__]
 
 
 def in_force(state: PatchState) -> contextlib.AbstractContextManager[Any]:

@@ -13,7 +13,7 @@ _LAYER_STRUCTURE: dict[str, tuple[set[str], set[str]]] = {
     "attention": ({"self", "output"}, set()),
     "attention.self": (
         {"query", "key", "value", "dropout"},
-        {"num_attention_heads", "attention_head_size", "scaling"},
+        {"attention_head_size", "scaling"},
     ),
     "attention.output": (_OUTPUT_PARTS, set()),
     "intermediate": ({"dense"}, {"intermediate_act_fn"}),

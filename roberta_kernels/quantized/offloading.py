@@ -12,7 +12,6 @@ import ctypes
 import logging
 import mmap
 import tempfile
-import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,24 +27,28 @@ class Offloaded:
     """The weights of a module that are in files."""
 
     def __init__(self) -> None:
-        # id -> the weight, its address, and whether the file is ours
-        self._moved: dict[int, tuple[weakref.ref[Tensor], int, bool]] = {}
+        # id -> the weight (no weak reference: with one, torch.utils.swap_tensors refuses it), its address, and whether
+        # the file is ours
+        self._moved: dict[int, tuple[Tensor, int, bool]] = {}
 
     def __contains__(self, weight: Tensor) -> bool:
         moved = self._moved.get(id(weight))
-        return moved is not None and moved[0]() is weight and moved[1] == weight.data_ptr()
+        return moved is not None and moved[0] is weight and moved[1] == weight.data_ptr()
 
     def move(self, weights: Sequence[Tensor]) -> None:
         """Moves weights into files in the temporary directory (tempfile's). Where it has no room, they stay, with a
-        warning.
+        warning. Weights of former calls that are not among them are forgotten.
         """
+        self._moved = {id(weight): self._moved[id(weight)] for weight in weights if weight in self}
         mappings = _file_mappings()
         for weight in weights:
             storage = weight.untyped_storage()
             if storage.nbytes() != weight.numel() * weight.element_size() or not weight.is_contiguous():
                 continue  # a part of something larger: moving it would part it from the rest
-            mapped = any(start <= weight.data_ptr() < end for start, end in mappings)
-            if not mapped:
+            private = [kind for start, end, kind in mappings if start <= weight.data_ptr() < end]
+            if private == [False]:
+                continue  # shared with another process, which would be parted from it
+            if not private:
                 try:
                     weight.data = _mapped_copy(weight.detach())
                 except (OSError, RuntimeError) as error:
@@ -55,14 +58,19 @@ class Offloaded:
                         error,
                     )
                     return
-            _page_out(weight)
-            self._moved[id(weight)] = weakref.ref(weight), weight.data_ptr(), not mapped
+            if weight not in self:
+                self._moved[id(weight)] = weight, weight.data_ptr(), not private
+
+    def page_out(self) -> None:
+        """Takes what was read of them out of memory again."""
+        for weight, _, _ in self._moved.values():
+            if weight in self:
+                _page_out(weight)
 
     def bring_back(self) -> None:
         """Brings into memory what is still in a file of ours."""
-        for reference, _, ours in self._moved.values():
-            weight = reference()
-            if ours and weight is not None and weight in self:
+        for weight, _, ours in self._moved.values():
+            if ours and weight in self:
                 weight.data = weight.detach().clone()
         self._moved.clear()
 
@@ -71,15 +79,15 @@ class Offloaded:
 _PIECE = 1 << 16
 
 
-def _file_mappings() -> list[tuple[int, int]]:
-    """Address ranges of this process that are files on a disk."""
+def _file_mappings() -> list[tuple[int, int, bool]]:
+    """Address ranges of this process that are files, and whether what is written there stays in this process."""
     found = []
     with contextlib.suppress(OSError):  # no Linux
         for line in Path("/proc/self/maps").read_text().splitlines():
-            addresses, _, _, _, inode, *_ = line.split()
+            addresses, rights, _, _, inode, *_ = line.split()
             if inode != "0":
                 start, end = (int(address, 16) for address in addresses.split("-"))
-                found.append((start, end))
+                found.append((start, end, rights.endswith("p")))
     return found
 
 
