@@ -58,7 +58,9 @@ class QuantizedCall:
         """`[..., H]` float32 -> `[..., H]`, through all layers."""
         isa = backends.cpu_isa()
         made = self._made
-        if made is None or not self._holds(made, isa) or not self._part_holds(made):
+        if made is None or not self._holds(made, isa):
+            made = self._copy(isa)
+        if made is not None and not self._part_holds(made):
             made = self._copy(isa)
         if made is None:
             self._not_used()

@@ -1,4 +1,4 @@
-"""pack_weight, packed_encoder and sample_weights of the CPU library, against plain torch in float64.
+"""pack_weight and packed_encoder of the CPU library, against plain torch in float64.
 
 A weight kept with less than float32 is compared with the rounded weight itself: what is left is what the products
 round, and that is held to the promise. Where the rows are rounded too, plain torch rounds them in the same way.
@@ -284,17 +284,3 @@ def test_wrong_weights_are_refused(kernels):
         kernels.pack_weight(torch.randn(4, 4).bfloat16(), "int8")
     with pytest.raises(RuntimeError, match="weight must have shape"):
         kernels.pack_weight(torch.randn(4), "int8")
-
-
-def test_samples_of_weights(kernels):
-    weights = [torch.randn(300, 70), torch.randn(5), torch.empty(0, 3)]
-    before = kernels.sample_weights(weights)
-    assert kernels.sample_weights([w.clone() for w in weights]) == before
-    assert kernels.sample_weights(weights[::-1]) != before
-    weights[0].data.mul_(1.0001)
-    changed = kernels.sample_weights(weights)
-    assert changed != before
-    weights[1].data[3] += 1.0  # fewer elements than samples: every one is looked at
-    assert kernels.sample_weights(weights) != changed
-    with pytest.raises(RuntimeError, match="contiguous"):
-        kernels.sample_weights([torch.randn(4, 6).t()])

@@ -230,7 +230,7 @@ def encoder_hook(model):
     model.encoder.register_forward_pre_hook(lambda module, args: (args[0] * 1.2, *args[1:]))
 
 
-# Edits of some numbers, of which torch counts nothing.
+# Edits of some numbers, of which torch counts nothing, and which only copies could miss.
 UNCOUNTED = (
     *(one_row_through_data, one_column_through_data, one_element_through_data, one_element_through_numpy),
     *(bias_through_data, bias_through_numpy, norm_through_data),
