@@ -10,12 +10,12 @@ from torch import nn
 from roberta_kernels.hf.fusable import (
     FUSABLE_DTYPES,
     foreign_hooks,
-    functorch_active,
     gelu_kind,
     plain_dropout,
     plain_layer_norm,
     plain_linear,
     tracing,
+    transform,
 )
 from roberta_kernels.hf.structure import replaced_code
 from roberta_kernels.ops.attention import serving_head_dim
@@ -25,7 +25,6 @@ _OWN_CODE = "a part of the layer has code of its own"
 _OWN_PROJECTION = "query, key or value is not a plain nn.Linear (an adapter, a quantised weight), and runs its own code"
 _OWN_PRODUCT = "an output product is not a plain nn.Linear (an adapter, a quantised weight), and runs its own code"
 _OWN_FEED_FORWARD = "a product of the feed-forward is not a plain nn.Linear (an adapter, a quantised weight)"
-TORCH_FUNC = "inside a torch.func transform"
 
 
 class OutputChoice(NamedTuple):
@@ -113,9 +112,7 @@ def output_choice(output: Any, dtype: torch.dtype, hidden: int) -> OutputChoice:
         return OutputChoice("LayerNorm is not a plain nn.LayerNorm")
     if not plain_dropout(dropout):
         return OutputChoice("dropout is not a plain nn.Dropout with p < 1")
-    reason = any_skipped(output, dense, layer_norm, dropout) or dtype_reason(dtype, layer_norm)
-    if reason is None and functorch_active():
-        reason = TORCH_FUNC
+    reason = any_skipped(output, dense, layer_norm, dropout) or dtype_reason(dtype, layer_norm) or transform()
     plain = plain_linear(dense)
     return OutputChoice(reason, plain, () if plain else (_OWN_PRODUCT,))
 
@@ -129,9 +126,7 @@ def self_attention_choice(core: Any, dtype: torch.dtype) -> AttentionChoice:
     if parts["dropout"].p >= 1.0:
         return AttentionChoice("attention dropout is 1")
     query, key, value = parts["query"], parts["key"], parts["value"]
-    reason = any_skipped(core, query, key, value, parts["dropout"])
-    if reason is None and functorch_active():
-        reason = TORCH_FUNC
+    reason = any_skipped(core, query, key, value, parts["dropout"]) or transform()
     if reason is None and dtype not in FUSABLE_DTYPES:
         reason = f"no kernels for {dtype}"
     projections = plain_linear(query), plain_linear(key), plain_linear(value)

@@ -9,16 +9,16 @@ from torch import Tensor
 
 from roberta_kernels import ops
 from roberta_kernels.hf.arguments import by_name
-from roberta_kernels.hf.choice import TORCH_FUNC, any_skipped, dtype_reason, replaced
+from roberta_kernels.hf.choice import any_skipped, dtype_reason, replaced
 from roberta_kernels.hf.fusable import (
     dropout_of,
     fake,
-    functorch_active,
     input_grads_hook,
     plain_dropout,
     plain_embedding,
     plain_layer_norm,
     tracing,
+    transform,
 )
 from roberta_kernels.hf.known_code import padded_positions
 from roberta_kernels.hf.state import state_of
@@ -49,9 +49,7 @@ class FastEmbeddings(HuggingFaceModule):
             return "LayerNorm is not a plain nn.LayerNorm"
         if not plain_dropout(dropout):
             return "dropout is not a plain nn.Dropout with p < 1"
-        if functorch_active():
-            return TORCH_FUNC
-        reason = replaced(self) or any_skipped(*tables, layer_norm, dropout)
+        reason = transform() or replaced(self) or any_skipped(*tables, layer_norm, dropout)
         if reason is None and len({module.weight.dtype for module in (*tables, layer_norm)}) != 1:
             reason = "the tables and LayerNorm have different dtypes"
         return reason or dtype_reason(tables[0].weight.dtype, layer_norm)

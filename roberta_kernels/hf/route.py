@@ -21,16 +21,16 @@ from torch import Tensor
 
 from roberta_kernels.encoder_call import EncoderCall
 from roberta_kernels.hf import encoder_layers, known_code
-from roberta_kernels.hf.choice import TORCH_FUNC, LayerChoice, autocast_dtype, layer_choice, replaced, skipped
+from roberta_kernels.hf.choice import LayerChoice, autocast_dtype, layer_choice, replaced, skipped
 from roberta_kernels.hf.embeddings import FastEmbeddings
 from roberta_kernels.hf.fusable import (
     compiled,
     fake,
-    functorch_active,
     input_grads_hook,
     own_forward,
     plain_linear,
     tracing,
+    transform,
 )
 from roberta_kernels.hf.masks import AllRows
 from roberta_kernels.hf.names import ATTENTION
@@ -303,8 +303,9 @@ def _own_embeddings(facts: Any, embeddings: Any) -> str | None:
 
 def decide(model: Any, kwargs: dict[str, Any]) -> Route:
     """The route of a call of a model with a fast class. kwargs: all arguments of its forward, by name."""
-    if functorch_active():
-        return Original(TORCH_FUNC)
+    reason = transform()
+    if reason is not None:
+        return Original(reason)
     given = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
     if tracing() or fake(given):
         survey = _survey(model, None)
