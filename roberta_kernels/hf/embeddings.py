@@ -41,7 +41,9 @@ class FastEmbeddings(HuggingFaceModule):
     def fused_reason(self) -> str | None:
         """Why the embeddings cannot be fused, or None."""
         modules = self._modules
-        tables = [modules[name] for name in ("word_embeddings", "position_embeddings", "token_type_embeddings")]
+        tables = [modules["word_embeddings"], modules["position_embeddings"]]
+        if "token_type_embeddings" in modules:
+            tables.append(modules["token_type_embeddings"])
         layer_norm, dropout = modules["LayerNorm"], modules["dropout"]
         if not all(plain_embedding(table) for table in tables):
             return "an embedding table is not a plain nn.Embedding"
@@ -110,13 +112,15 @@ class FastEmbeddings(HuggingFaceModule):
         """`[T]` ids -> `[T, H]`."""
         word, position = self.word_embeddings, self.position_embeddings
         layer_norm, dropout_p = self.LayerNorm, dropout_of(self.dropout)
+        types = self._modules.get("token_type_embeddings")
         hidden_states = ops.embedding_layer_norm(
             input_ids,
             position_ids,
-            token_type_ids,
+            None if types is None else token_type_ids,
             word.weight,
             position.weight,
-            self.token_type_embeddings.weight,
+            # A family without token types adds nothing.
+            word.weight.new_zeros(1, word.weight.shape[1]) if types is None else types.weight,
             layer_norm.weight,
             layer_norm.bias,
             eps=layer_norm.eps,
