@@ -36,14 +36,16 @@ from roberta_kernels.hf.state import (
     refresh_quantized,
     takes_options,
 )
+from roberta_kernels.hf.structure import AROUND, feed_forward_parts
 from roberta_kernels.patch_report import Left, PatchReport, Replaced
 
 _FUSED = {
     "embeddings": "embeddings + LayerNorm + dropout",
     "absolute_embeddings": "embeddings + LayerNorm + dropout",
+    "typeless_absolute_embeddings": "embeddings + LayerNorm + dropout",
     "self_attention": "attention",
     "self_output": "bias + dropout + residual + LayerNorm",
-    "layer": "attention, GELU feed-forward, bias + dropout + residual + LayerNorm",
+    **dict.fromkeys(AROUND, "attention, GELU feed-forward, bias + dropout + residual + LayerNorm"),
     "model": "padding-free pass",
     "attention_model": "hands its attention the lengths of the sequences",
     "token_head": "asks for padded rows where its loss reads them",
@@ -138,7 +140,7 @@ def _patch_module(name: str, module: nn.Module, report: PatchReport, before: lis
     before.append((module, cls, attached(module)))
     make_fast(module, report.state)
     fused = _FUSED[role]
-    if role == "layer":
+    if role in AROUND:
         fused = _layer_fused(module)
         if report.quantization is not None:
             _check_float32(name, module, report.quantization)
@@ -190,11 +192,11 @@ def _why_left(cls: type) -> str | None:
 
 
 def _layer_fused(layer: Any) -> str:
-    intermediate = layer.intermediate
-    if gelu_kind(intermediate.intermediate_act_fn) is None:
-        activation = type(intermediate.intermediate_act_fn).__name__
+    parts = feed_forward_parts(layer)
+    if gelu_kind(parts.activation) is None:
+        activation = type(parts.activation).__name__
         return f"attention, bias + dropout + residual + LayerNorm (feed-forward left: {activation})"
-    if not plain_linear(intermediate.dense) or not plain_linear(layer.output.dense):
+    if not plain_linear(parts.inner) or not plain_linear(parts.output.dense):
         return (
             "attention, bias + dropout + residual + LayerNorm (feed-forward left: its products are not plain nn.Linear)"
         )

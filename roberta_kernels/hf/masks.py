@@ -28,6 +28,9 @@ class AllRows:
         return replace(self, attention_mask=self.attention_mask.view(*shape))
 
 
+BESIDE = "roberta_kernels_sequences"  # the keyword under which a LayerMask comes to layers whose mask stays theirs
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerMask:
     """What a layer gets of a model that runs fused.

@@ -64,6 +64,7 @@ PREFIX = {
     "ernie": "Ernie",
     "bert_generation": "BertGeneration",
     "roc_bert": "RoCBert",
+    "distilbert": "DistilBert",
     "roberta_prelayernorm": "RobertaPreLayerNorm",
     "xlm_roberta_xl": "XLMRobertaXL",
     "xmod": "Xmod",
@@ -77,7 +78,15 @@ FAMILY_CONFIG: dict[str, dict[str, Any]] = {
         **{"pronunciation_embed_dim": 12, "pronunciation_vocab_size": 97},
         **{"shape_embed_dim": 20, "shape_vocab_size": 97},
     },
+    "distilbert": {"type_vocab_size": 1, "seq_classif_dropout": 0.0, "qa_dropout": 0.0},
     "xmod": {"languages": ["en_XX", "de_DE"], "default_language": "de_DE"},
+}
+# Other names of what all have.
+RENAMED = {
+    "distilbert": {
+        **{"intermediate_size": "hidden_dim", "hidden_act": "activation"},
+        **{"hidden_dropout_prob": "dropout", "attention_probs_dropout_prob": "attention_dropout"},
+    },
 }
 OWN_NAMES = {
     ("bert", "causal_lm"): "BertLMHeadModel",
@@ -143,7 +152,8 @@ def heads_of(family: str) -> list[str]:
     """The heads that a family has. A pooler can be left out where there is one."""
     if family == "bert_generation":
         return ["pooler", "causal_lm"]
-    return [head for head in HEADS if (family, head) != ("electra", "no_pooler")]
+    missing = {"electra": ("no_pooler",), "distilbert": ("no_pooler", "causal_lm")}.get(family, ())
+    return [head for head in HEADS if head not in missing]
 
 
 def fast_class(family: str, head: str) -> type:
@@ -182,7 +192,9 @@ def config_for(case: Case) -> Any:
     if case.head == "multi_label":
         values["problem_type"] = "multi_label_classification"
     own = FAMILY_CONFIG.get(case.family, {})
-    return hf_class(case.family, case.head).config_class(**(values | own | case.config))
+    names = RENAMED.get(case.family, {})
+    values = {names.get(name, name): value for name, value in (values | own | case.config).items()}
+    return hf_class(case.family, case.head).config_class(**values)
 
 
 def randomise(model: nn.Module, seed: int) -> None:

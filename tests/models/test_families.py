@@ -29,10 +29,11 @@ import roberta_kernels as rk
 from roberta_kernels.hf import known_code
 from roberta_kernels.hf.families import family_classes, part_class
 
-SAME_LAYERS = tuple(PREFIX)[:9]
-ATTENTION_ONLY = tuple(PREFIX)[9:]
+SAME_LAYERS = tuple(PREFIX)[:10]
+ATTENTION_ONLY = tuple(PREFIX)[10:]
 OTHERS = tuple(PREFIX)[2:]
 OWN_EMBEDDINGS = ("ernie", "bert_generation", "roc_bert")
+EMBEDDINGS = ("embeddings", "absolute_embeddings", "typeless_absolute_embeddings")
 SMALL = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "hidden_act": "gelu"}
 
 
@@ -56,6 +57,7 @@ def test_the_report_says_what_runs(family):
     model = build(Case(seed=2, family=family, config=SMALL))
     report = rk.patch(model)
     classes = {replaced.original.removeprefix(PREFIX[family]): replaced.fused for replaced in report.replaced}
+    classes |= {"Layer": classes["TransformerBlock"]} if family == "distilbert" else {}
     left = {left.original.removeprefix(PREFIX[family]): left.reason for left in report.left}
     if family in ATTENTION_ONLY:
         assert classes["SelfAttention"] == "attention"
@@ -69,7 +71,7 @@ def test_the_report_says_what_runs(family):
     assert all("_rk_state" not in module.__dict__ for module in model.modules())
 
 
-@pytest.mark.parametrize("family", ["ernie", "roc_bert", "xmod"])
+@pytest.mark.parametrize("family", ["ernie", "roc_bert", "distilbert", "xmod"])
 def test_arguments_of_their_own(family):
     case = Case(seed=3, family=family, config=SMALL, train=True)
     original = build(case)
@@ -80,6 +82,8 @@ def test_arguments_of_their_own(family):
             inputs["task_type_ids"] = torch.randint(0, 3, ids.shape)
         elif family == "roc_bert":
             inputs |= {"input_shape_ids": ids.flip(1), "input_pronunciation_ids": ids.flip(0)}
+        elif family == "distilbert":
+            inputs["token_type_ids"] = ids % 2  # as many a tokenizer gives, and it has no use for
         else:
             inputs["lang_ids"] = torch.arange(len(ids)) % 2
     ours = patched(original)
@@ -176,7 +180,7 @@ def test_gradient_checkpointing(family, use_reentrant, monkeypatch):
     assert report.fallbacks() == {}
 
 
-@pytest.mark.parametrize("family", ["bert", "electra", "ernie", "xmod"])
+@pytest.mark.parametrize("family", ["bert", "electra", "ernie", "distilbert", "xmod"])
 def test_every_model_from_now_on(family):
     case = Case(seed=15, family=family, head="single_label", config=SMALL)
     with rk.patch_transformers():
@@ -191,7 +195,7 @@ def test_every_model_from_now_on(family):
 
 
 @pytest.mark.parametrize(("hidden", "heads"), [(40, 5), (60, 3), (24, 1), (128, 1), (80, 2), (136, 1)])
-@pytest.mark.parametrize("family", ["roberta", "bert", "xmod"])
+@pytest.mark.parametrize("family", ["roberta", "bert", "distilbert", "xmod"])
 def test_head_dims(family, hidden, heads):
     # 8 and 20 run in kernels for 16 and 24; 136 is not served, and runs the original attention.
     config = {"hidden_size": hidden, "num_attention_heads": heads, "num_hidden_layers": 1, "hidden_act": "gelu"}
@@ -225,7 +229,7 @@ def test_8194_positions():
                 model(input_ids=torch.full((1, 8193), 7))
 
 
-@pytest.mark.parametrize("family", ["bert", "electra"])
+@pytest.mark.parametrize("family", ["bert", "electra", "distilbert"])
 def test_positions_outside_of_the_table(family):
     case = Case(seed=9, family=family, config=SMALL)
     original = build(case)
@@ -242,7 +246,7 @@ def test_positions_outside_of_the_table(family):
 # --- the code that is known -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("role", ["layer", "self_attention", "self_output", "embeddings", "absolute_embeddings"])
+@pytest.mark.parametrize("role", ["layer", "distilbert_layer", "self_attention", "self_output", *EMBEDDINGS])
 def test_the_classes_of_every_family_compute_what_is_known(role):
     classes = family_classes(role)
     assert classes
