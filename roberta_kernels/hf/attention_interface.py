@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from roberta_kernels import ops
-from roberta_kernels.hf.fusable import FUSABLE_DTYPES, transform
+from roberta_kernels.hf.fusable import transform, unserved
 from roberta_kernels.hf.names import ATTENTION
 from roberta_kernels.hf.state import PatchState, logger
 from roberta_kernels.ops.attention import supported_head_dim
@@ -161,8 +161,10 @@ def _unserved(
         return "heads that share keys"
     if value.shape[-1] != query.shape[-1] or not supported_head_dim(query.shape[-1]):
         return f"head_dim {query.shape[-1]} is not served"
-    if query.dtype not in FUSABLE_DTYPES or not query.dtype == key.dtype == value.dtype:
+    if not query.dtype == key.dtype == value.dtype:
         return f"no kernels for {query.dtype}"
+    if (reason := unserved(query.dtype, query.device)) is not None:
+        return reason
     if query.numel() == 0 or key.numel() == 0:
         return "an empty batch"
     if dropout >= 1.0:

@@ -16,6 +16,7 @@ from roberta_kernels.hf.fusable import (
     plain_linear,
     tracing,
     transform,
+    unserved,
 )
 from roberta_kernels.hf.structure import (
     CoreParts,
@@ -103,11 +104,9 @@ def any_skipped(*modules: Any) -> str | None:
 
 
 def dtype_reason(dtype: torch.dtype, layer_norm: Any) -> str | None:
-    if dtype not in FUSABLE_DTYPES:
-        return f"no kernels for {dtype}"
     if layer_norm.weight.dtype != dtype:
         return f"hidden states are {dtype} and LayerNorm is {layer_norm.weight.dtype}"
-    return None
+    return unserved(dtype, layer_norm.weight.device)
 
 
 def output_choice(output: OutputParts, dtype: torch.dtype, hidden: int) -> OutputChoice:
@@ -131,9 +130,9 @@ def self_attention_choice(core: CoreParts, dtype: torch.dtype) -> AttentionChoic
         return AttentionChoice("attention dropout is 1")
     query, key, value = core.query, core.key, core.value
     reason = any_skipped(core.module, query, key, value, core.dropout) or transform()
+    projections = plain_linear(query), plain_linear(key), plain_linear(value)
     if reason is None and dtype not in FUSABLE_DTYPES:
         reason = f"no kernels for {dtype}"
-    projections = plain_linear(query), plain_linear(key), plain_linear(value)
     if reason is None:
         reason = _heads_reason(
             [m.weight for m, plain in zip((query, key, value), projections, strict=True) if plain], core
@@ -186,6 +185,7 @@ def feed_forward_choice(layer: Any, dtype: torch.dtype, hidden: int, autocast: t
     if (
         not plain
         or w_in.bias is None
+        or (autocast is not None and unserved(autocast, w_in.weight.device) is not None)
         or (autocast is None and not (w_in.weight.dtype == w_in.bias.dtype == w_out.weight.dtype == dtype))
     ):
         gelu = None

@@ -32,6 +32,7 @@ from roberta_kernels.hf.fusable import (
     plain_linear,
     tracing,
     transform,
+    unserved,
 )
 from roberta_kernels.hf.masks import AllRows
 from roberta_kernels.hf.names import ATTENTION
@@ -336,7 +337,8 @@ def decide(model: Any, kwargs: dict[str, Any]) -> Route:
 
 
 def _decide(model: Any, survey: Survey, call: Call) -> Route:
-    reason = call.original or survey.original
+    products = survey.like.dtype if call.autocast is None else call.autocast
+    reason = call.original or survey.original or unserved(products, survey.like.device)
     if reason is not None:
         return Original(reason)
     options = state_of(model).options

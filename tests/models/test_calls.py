@@ -8,6 +8,7 @@ import pytest
 import torch
 from model_cases import (
     Case,
+    Ops,
     assert_case,
     assert_promise,
     batch_for,
@@ -503,6 +504,28 @@ def test_a_dtype_changed_after_patching(dtype):
     ours, original, batches = ours_original_batches()
     ours, original = ours.to(dtype), original.to(dtype)
     assert_promise(ours, original, batches)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_float16_on_a_cpu_runs_the_original(autocast):
+    """Which is faster there than the reference; and the report says so."""
+    original = build(Case(mask="left", config={"hidden_act": "gelu"}))
+    original = original if autocast else original.half()
+    ours = copy.deepcopy(original)
+    report = rk.patch(ours)
+    inputs = batch_for(Case(mask="left"), original.config)
+    with torch.no_grad(), torch.autocast("cpu", torch.float16, enabled=autocast), Ops() as ops:
+        got = ours(**inputs).last_hidden_state
+    with torch.no_grad(), torch.autocast("cpu", torch.float16, enabled=autocast):
+        want = original(**inputs).last_hidden_state
+    assert any("float16 on a CPU" in reason for reason in report.fallbacks())
+    ran = {name for name in ops.names if name.startswith("roberta_kernels") and "isa" not in name}
+    if autocast:
+        torch.testing.assert_close(got, want, rtol=5e-2, atol=5e-2)  # norms are fused, in float32
+        assert not any("attention" in name or "gelu" in name for name in ran)
+    else:
+        assert not ran
+        assert torch.equal(got, want)
 
 
 def test_layer_norms_kept_in_float32():

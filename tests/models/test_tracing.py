@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib.util
 import inspect
 
 import pytest
@@ -277,6 +278,80 @@ def test_a_traced_model_does_not_keep_the_padding_it_saw():
             got = traced(other["input_ids"], other["attention_mask"])[0]
             want = original(input_ids=other["input_ids"], attention_mask=other["attention_mask"])[0]
             torch.testing.assert_close(got[real], want[real], rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("mask", [True, False])
+@pytest.mark.parametrize("family", ["roberta", "bert"])
+def test_a_traced_model_takes_other_lengths(family, mask):
+    case = case_of("no_pooler", family=family)
+    original = build(case)
+    original.config.return_dict = False
+    ours = patched(original)
+    names = ("input_ids", "attention_mask") if mask else ("input_ids",)
+
+    def arguments(batch, length):
+        inputs = batch_for(case, original.config, batch=batch, length=length)
+        if not mask:
+            inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, 7)
+        return inputs, [inputs[name] for name in names]
+
+    with torch.no_grad():
+        traced = torch.jit.trace(ours, tuple(arguments(4, 9)[1]), strict=False, check_trace=False)
+        for batch, length in ((4, 40), (6, 5), (1, 17)):
+            inputs, given = arguments(batch, length)
+            real = inputs["attention_mask"].bool() if mask else torch.ones(batch, length).bool()
+            want = original(**dict(zip(names, given, strict=True)))[0]
+            torch.testing.assert_close(traced(*given)[0][real], want[real], rtol=2e-4, atol=2e-5)
+
+
+class Logits(torch.nn.Module):
+    """What torch.onnx.export takes: tensors in, a tensor out."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, attention_mask):
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, return_dict=False)[0]
+
+
+def onnx_inputs(case, config):
+    inputs = batch_for(case, config, length=9)
+    return inputs["input_ids"], inputs["attention_mask"]
+
+
+@pytest.mark.parametrize("family", ["roberta", "xmod"])
+def test_exported_to_onnx_by_tracing(family, tmp_path, monkeypatch):
+    """The original, as no ONNX runtime knows the fused ops: a file like that of the model before it was patched."""
+    if importlib.util.find_spec("onnx") is None:  # which adds functions that no such model has
+        utils = pytest.importorskip("torch.onnx._internal.torchscript_exporter.onnx_proto_utils")
+        monkeypatch.setattr(utils, "_add_onnxscript_fn", lambda content, opsets: content)
+    case = case_of("single_label", family=family)
+    original = build(case)
+    ours = copy.deepcopy(original)
+    report = rk.patch(ours)
+    for model, name in ((original, "original"), (ours, "ours")):
+        torch.onnx.export(Logits(model), onnx_inputs(case, original.config), tmp_path / name, dynamo=False)
+    assert (tmp_path / "ours").stat().st_size == (tmp_path / "original").stat().st_size
+    assert b"roberta_kernels" not in (tmp_path / "ours").read_bytes()
+    assert any("ONNX export" in reason for reason in report.fallbacks())
+    inputs = batch_for(case, original.config)
+    assert_promise(ours, original, inputs, head="single_label")
+
+
+def test_exported_to_onnx_by_torch_export(tmp_path):
+    case = case_of("single_label")
+    original = build(case)
+    ours = patched(original)
+    given = onnx_inputs(case, original.config)
+    flags = pytest.importorskip("torch.onnx._internal.exporter._flags")
+    export = flags.set_onnx_exporting_flag(torch.export.export)  # what torch.onnx.export(dynamo=True) starts with
+    graph = export(Logits(ours), given, strict=False).graph
+    targets = {str(node.target) for node in graph.nodes if node.op == "call_function"}
+    assert not any("roberta_kernels" in target for target in targets), targets
+    assert any("scaled_dot_product_attention" in target for target in targets)
+    pytest.importorskip("onnxscript")
+    torch.onnx.export(Logits(ours), given, tmp_path / "ours", dynamo=True)
 
 
 def test_compiling_does_not_disturb_what_is_not_compiled():
