@@ -310,7 +310,10 @@ def test_a_change_is_noticed(change, packed, offload):
     quantised = hidden(original, batches[0])
     after = hidden(ours, batches[0])
     assert (after - before).abs().max() > 1e-3, "the change changes nothing"
-    assert torch.equal(after, plain) or torch.equal(after, quantised)
+    if packed == "auto" or torch.equal(after, quantised):
+        assert torch.equal(after, plain) or torch.equal(after, quantised)
+    else:  # each layer by itself: those that did not change run from their copies
+        assert (after - plain).square().mean() < (after - before).square().mean() / 4
     assert torch.equal(hidden(ours, batches[0]), quantised)
     assert torch.equal(hidden(ours, batches[0]), quantised)
 
