@@ -100,8 +100,10 @@ def test_a_detour_is_found_and_batches_count_their_padding(model, tokenizer):
 
 def test_a_model_of_another_family_runs_as_it_is(tokenizer):
     torch.manual_seed(0)
-    config = transformers.DistilBertConfig(vocab_size=400, dim=16, hidden_dim=32, n_layers=1, n_heads=2)
-    model = transformers.DistilBertModel(config).eval()
+    config = transformers.AlbertConfig(
+        vocab_size=400, embedding_size=16, hidden_size=16, intermediate_size=32, num_attention_heads=2
+    )
+    model = transformers.AlbertModel(config).eval()
     report = rk.encode(model, tokenizer, TEXTS[:8])
     assert not report.packed
     assert report.detours

@@ -17,7 +17,7 @@ SMALL = {
     **{"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2},
     **{"intermediate_size": 40, "hidden_act": "gelu"},
 }
-FAMILIES = ["roberta", "bert", "ernie", "xmod"]
+FAMILIES = ["roberta", "distilbert", "ernie", "mpnet", "xmod"]
 
 
 def case_of(family="roberta", **kwargs):
