@@ -177,5 +177,7 @@ class FastPlainModel(HuggingFaceModule):
     """A model whose parts run fused by themselves, in the padded layout."""
 
     def _rk_forward(self, *args: Any, **kwargs: Any) -> Any:
-        with in_force(state_of(self)):
+        state = state_of(self)
+        state.stayed_padded("the attention of this family is not fused")
+        with in_force(state):
             return super().forward(*args, **kwargs)

@@ -137,7 +137,7 @@ def derivative(model, inputs, *, over):
             values = {
                 name: forward_ad.make_dual(p.detach(), p.detach().cos())
                 for name, p in named
-                if over == "parameters" or name.startswith("encoder.layer.1.")
+                if over == "parameters" or ".layer.1." in name
             }
         output = functional_call(model, values, (), inputs)
         return forward_ad.unpack_dual(output.last_hidden_state).tangent

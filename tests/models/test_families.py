@@ -206,6 +206,16 @@ def test_mpnet(head, mask):
     report = rk.patch(ours)
     assert_case(case, ours, original)
     assert report.fallbacks() == {}
+    assert set(report.padded()) == {"the attention of this family is not fused"}
+
+
+def test_mpnet_compiled():
+    case = Case(seed=7, family="mpnet", train=True, config=SMALL)
+    original = build(case)
+    ours = patched(original)
+    batches = batches_for(case, original.config, 8)
+    ours.compile(backend="eager")
+    assert_promise(ours, original, batches, backward=True)
 
 
 def test_what_of_mpnet_runs_fused():
