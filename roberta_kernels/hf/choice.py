@@ -118,7 +118,7 @@ def output_choice(output: OutputParts, dtype: torch.dtype, hidden: int) -> Outpu
         return OutputChoice("dropout is not a plain nn.Dropout with p < 1")
     reason = any_skipped(*modules, dense, layer_norm, dropout) or dtype_reason(dtype, layer_norm) or transform()
     plain = plain_linear(dense)
-    return OutputChoice(reason, plain, () if plain else (_OWN_PRODUCT,))
+    return OutputChoice(reason, plain, () if plain or dense is None else (_OWN_PRODUCT,))
 
 
 def self_attention_choice(core: CoreParts, dtype: torch.dtype) -> AttentionChoice:

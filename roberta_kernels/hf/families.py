@@ -58,7 +58,7 @@ def _embeddings_left(what: str) -> dict[str, str]:
 
 
 # By transformers package. The layers of the first nine families are the same code, those of DistilBERT the same
-# mathematics, those of the last three are not.
+# mathematics; of MPNet's all but the attention is, of the last three the attention alone.
 FAMILIES = {
     "transformers.models.roberta": Family("Roberta", _ROBERTA),
     "transformers.models.xlm_roberta": Family("XLMRoberta", _ROBERTA),
@@ -92,6 +92,15 @@ FAMILIES = {
         own=frozenset({"token_type_ids"}),  # which it has none of
         bare={"Embeddings": "typeless_absolute_embeddings", "TransformerBlock": "distilbert_layer"},
         encoder="transformer",
+    ),
+    "transformers.models.mpnet": Family(
+        "MPNet",
+        {
+            **{"Embeddings": "typeless_embeddings", "Attention": "attention_output", "Layer": "feed_forward_layer"},
+            "Model": "plain_model",
+            **{name: "head" for name in _HEADS if name != "ForCausalLM"},
+        },
+        left={"SelfAttention": "attention with a bias on its scores runs the original code, on the padded batch"},
     ),
     "transformers.models.roberta_prelayernorm": Family("RobertaPreLayerNorm", _ATTENTION_ONLY, left=_OWN_LAYER),
     "transformers.models.xlm_roberta_xl": Family("XLMRobertaXL", _ATTENTION_ONLY, left=_OWN_LAYER),

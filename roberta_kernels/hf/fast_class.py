@@ -21,8 +21,15 @@ from roberta_kernels.hf.arguments import parameters
 from roberta_kernels.hf.embeddings import FastAbsoluteEmbeddings, FastEmbeddings
 from roberta_kernels.hf.families import family_class, family_classes, family_of, role_of
 from roberta_kernels.hf.heads import FastHead, FastNextTokenHead, FastSpanHead, FastSummaryHead, FastTokenHead
-from roberta_kernels.hf.layer import FastDistilBertLayer, FastLayer, FastSelfAttention, FastSelfOutput
-from roberta_kernels.hf.model import FastAttentionModel, FastModel
+from roberta_kernels.hf.layer import (
+    FastAttentionOutput,
+    FastDistilBertLayer,
+    FastFeedForwardLayer,
+    FastLayer,
+    FastSelfAttention,
+    FastSelfOutput,
+)
+from roberta_kernels.hf.model import FastAttentionModel, FastModel, FastPlainModel
 from roberta_kernels.hf.names import ATTENTION
 from roberta_kernels.hf.state import PatchState, attach, detach, keep_implementation, kept_implementation
 from roberta_kernels.hf.structure import AROUND, structure_difference
@@ -30,6 +37,7 @@ from roberta_kernels.hf.structure import AROUND, structure_difference
 _MIXINS: dict[str, type] = {
     "embeddings": FastEmbeddings,
     "absolute_embeddings": FastAbsoluteEmbeddings,
+    "typeless_embeddings": FastEmbeddings,
     "typeless_absolute_embeddings": FastAbsoluteEmbeddings,
     "self_attention": FastSelfAttention,
     "attention_model": FastAttentionModel,
@@ -37,14 +45,26 @@ _MIXINS: dict[str, type] = {
     "self_output": FastSelfOutput,
     "layer": FastLayer,
     "distilbert_layer": FastDistilBertLayer,
+    "feed_forward_layer": FastFeedForwardLayer,
+    "attention_output": FastAttentionOutput,
     "model": FastModel,
+    "plain_model": FastPlainModel,
     "token_head": FastTokenHead,
     "next_token_head": FastNextTokenHead,
     "span_head": FastSpanHead,
     "head": FastHead,
 }
 # Roles of whole models: what a user constructs.
-MODEL_ROLES = ("model", "attention_model", "token_head", "next_token_head", "span_head", "summary_head", "head")
+MODEL_ROLES = (
+    "model",
+    "attention_model",
+    "plain_model",
+    "token_head",
+    "next_token_head",
+    "span_head",
+    "summary_head",
+    "head",
+)
 
 
 class FastType(type):

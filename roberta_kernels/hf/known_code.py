@@ -198,10 +198,32 @@ def _layer(role: str) -> Callable[[Any], tuple[LayerFacts, bool]]:
         first, second = attention_parts(module, role), feed_forward_parts(module, role)
         attended = _output(first.output, _attention(first.core, x, _MASK), x)
         want = _output(second.output, F.gelu(_dense(second.inner, attended)), attended)
-        around = tuple(tuple((path, type(module.get_submodule(path))) for path in half) for half in AROUND[role])
-        return LayerFacts(around), _same(module(x, _MASK), want)
+        return LayerFacts(_around(module, role)), _same(module(x, _MASK), want)
 
     return run
+
+
+def _feed_forward_layer(module: Any) -> tuple[LayerFacts, bool]:
+    """Whatever the attention computes."""
+    x, bias, role = _numbers((2, 5, 16), 100), _numbers((2, 2, 5, 5), 101), "feed_forward_layer"
+    second = feed_forward_parts(module, role)
+    attended = module.attention(x, _MASK, bias)[0]
+    want = _output(second.output, F.gelu(_dense(second.inner, attended)), attended)
+    got = module(x, _MASK, bias)
+    return LayerFacts(_around(module, role)), isinstance(got, tuple) and len(got) == 1 and _same(got[0], want)
+
+
+def _attention_output(module: Any) -> tuple[None, bool]:
+    """Whatever `attn` computes."""
+    x, bias, norm = _numbers((2, 5, 16), 100), _numbers((2, 2, 5, 5), 101), module.LayerNorm
+    want = module.attn(x, _MASK, bias)[0] + x
+    want = F.layer_norm(want, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    got = module(x, _MASK, bias)
+    return None, isinstance(got, tuple) and len(got) == 1 and _same(got[0], want)
+
+
+def _around(module: Any, role: str) -> tuple[tuple[tuple[str, type], ...], ...]:
+    return tuple(tuple((path, type(module.get_submodule(path))) for path in half) for half in AROUND[role])
 
 
 def _self_attention(module: Any) -> tuple[None, bool]:
@@ -384,10 +406,13 @@ def _masks_reach(module: Any, ids: Tensor, mask: Tensor, where: str) -> str | No
 _RUNS: dict[str, Callable[[Any], tuple[Facts, bool]]] = {
     "layer": _layer("layer"),
     "distilbert_layer": _layer("distilbert_layer"),
+    "feed_forward_layer": _feed_forward_layer,
+    "attention_output": _attention_output,
     "self_attention": _self_attention,
     "self_output": _self_output,
     "embeddings": _embeddings(lambda ids: padded_positions(ids, 1)),
     "absolute_embeddings": _embeddings(lambda ids: torch.arange(ids.shape[1])[None]),
+    "typeless_embeddings": _embeddings(lambda ids: padded_positions(ids, 1), typed=False),
     "typeless_absolute_embeddings": _embeddings(lambda ids: torch.arange(ids.shape[1])[None], typed=False),
     "model": _model,
     "attention_model": _attention_model,

@@ -152,11 +152,64 @@ class FastSelfOutput(HuggingFaceModule):
         return _project_add_norm(output, choice, hidden_states, input_tensor, seed)
 
 
-class FastLayer(HuggingFaceModule):
-    """Fused attention where the model hands it sequences, fused feed-forward always."""
+class FastFeedForward(HuggingFaceModule):
+    """The second half of a layer."""
 
     # By half: paths of the modules around the parts, and the classes that each may have.
     _rk_around: tuple[tuple[tuple[str, tuple[type, ...]], ...], ...]
+
+    def _rk_feed_forward(self, choice: FeedForwardChoice, attention_output: Tensor) -> Tensor:
+        _count(self, choice.said if choice.reason is None else (choice.reason,))
+        if choice.reason is not None:
+            return self._rk_own_feed_forward(attention_output)
+        parts = feed_forward_parts(self)
+        output = parts.output
+        seed = ops.draw_seeds(1, attention_output.device)[0] if output_dropout(output) > 0 else None
+        if choice.gelu is None:
+            # Another activation (which the report said), an adapter, a quantised weight: these modules run as they are.
+            inner = parts.activation(parts.inner(attention_output))
+            return _project_add_norm(output, choice.output, inner, attention_output, seed)
+        w_in, w_out = parts.inner, output.dense
+        x = attention_output.reshape(-1, attention_output.shape[-1])
+        tensors = [x, w_in.weight, w_in.bias, w_out.weight]
+        if choice.cast is not None:
+            tensors = [tensor.to(choice.cast) for tensor in tensors]
+        inner = ops.gelu_ffn(*tensors, approximate=choice.gelu)
+        return _add_norm(output, inner, w_out.bias, attention_output, seed)
+
+    def _rk_own_feed_forward(self, attention_output: Tensor) -> Tensor:
+        """The original code of the feed-forward half."""
+        return self.output(self.intermediate(attention_output), attention_output)
+
+
+class FastFeedForwardLayer(FastFeedForward):
+    """A layer whose attention is not RoBERTa's (MPNet's, with a bias on its scores): that runs the original code."""
+
+    def _rk_forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if (reason := replaced(self)) is not None:
+            _count(self, (reason,))
+            return super().forward(hidden_states, *args, **kwargs)
+        attended, *rest = self.attention(hidden_states, *args, **kwargs)
+        choice = feed_forward_choice(self, attended.dtype, attended.shape[-1], autocast_dtype(attended.device.type))
+        return (self._rk_feed_forward(choice, attended), *rest)
+
+
+class FastAttentionOutput(HuggingFaceModule):
+    """An attention block with dropout, residual and LayerNorm of its own, behind an attention that is not RoBERTa's."""
+
+    def _rk_forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        output = OutputParts((), None, self.dropout, self.LayerNorm)
+        choice = output_choice(output, hidden_states.dtype, hidden_states.shape[-1])
+        if (reason := replaced(self) or choice.reason) is not None:
+            _count(self, (reason,))
+            return super().forward(hidden_states, *args, **kwargs)
+        attended, *rest = self.attn(hidden_states, *args, **kwargs)
+        seed = ops.draw_seeds(1, hidden_states.device)[0] if output_dropout(output) > 0 else None
+        return (_add_norm(output, attended, None, hidden_states, seed), *rest)
+
+
+class FastLayer(FastFeedForward):
+    """Fused attention where the model hands it sequences, fused feed-forward always."""
 
     def train(self, mode: bool = True) -> Any:
         if mode:
@@ -225,32 +278,9 @@ class FastLayer(HuggingFaceModule):
         choice = feed_forward_choice(self, attention_output.dtype, hidden, autocast_dtype(device))
         return self._rk_feed_forward(choice, attention_output)
 
-    def _rk_feed_forward(self, choice: FeedForwardChoice, attention_output: Tensor) -> Tensor:
-        _count(self, choice.said if choice.reason is None else (choice.reason,))
-        if choice.reason is not None:
-            return self._rk_own_feed_forward(attention_output)
-        parts = feed_forward_parts(self)
-        output = parts.output
-        seed = ops.draw_seeds(1, attention_output.device)[0] if output_dropout(output) > 0 else None
-        if choice.gelu is None:
-            # Another activation (which the report said), an adapter, a quantised weight: these modules run as they are.
-            inner = parts.activation(parts.inner(attention_output))
-            return _project_add_norm(output, choice.output, inner, attention_output, seed)
-        w_in, w_out = parts.inner, output.dense
-        x = attention_output.reshape(-1, attention_output.shape[-1])
-        tensors = [x, w_in.weight, w_in.bias, w_out.weight]
-        if choice.cast is not None:
-            tensors = [tensor.to(choice.cast) for tensor in tensors]
-        inner = ops.gelu_ffn(*tensors, approximate=choice.gelu)
-        return _add_norm(output, inner, w_out.bias, attention_output, seed)
-
     def _rk_chunk(self, choice: FeedForwardChoice) -> int:
         """How many positions the feed-forward takes at a time; 0: all."""
         return self.chunk_size_feed_forward
-
-    def _rk_own_feed_forward(self, attention_output: Tensor) -> Tensor:
-        """The original code of the feed-forward half."""
-        return self.output(self.intermediate(attention_output), attention_output)
 
 
 class FastDistilBertLayer(FastLayer):

@@ -16,7 +16,7 @@ from roberta_kernels.hf.embeddings import HuggingFaceModule
 from roberta_kernels.hf.fusable import own_forward
 from roberta_kernels.hf.layer import FastLayer, FastSelfAttention
 from roberta_kernels.hf.masks import BESIDE, AllRows, Handover, LayerMask, find, put
-from roberta_kernels.hf.state import Options, drop_quantized, state_of
+from roberta_kernels.hf.state import Options, drop_quantized, in_force, state_of
 from roberta_kernels.hf.structure import core_parts
 from roberta_kernels.unpadding import Unpadding
 
@@ -171,3 +171,13 @@ class FastAttentionModel(FastModel):
     def _rk_choices(self, survey: route.Survey, call: route.Call, options: Options) -> dict[int, AttentionChoice]:
         cores = [layer.attention.self for layer in survey.layers]
         return {id(core): self_attention_choice(core_parts(core), survey.like.dtype) for core in cores}
+
+
+class FastPlainModel(HuggingFaceModule):
+    """A model whose parts run fused by themselves, in the padded layout."""
+
+    def _rk_forward(self, *args: Any, **kwargs: Any) -> Any:
+        state = state_of(self)
+        state.stayed_padded("the attention of this family is not fused")
+        with in_force(state):
+            return super().forward(*args, **kwargs)

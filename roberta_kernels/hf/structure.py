@@ -35,10 +35,16 @@ _STRUCTURES: dict[str, dict[str, tuple[set[str], set[str]]]] = {
         ),
         "ffn": ({"lin1", "lin2", "dropout"}, {"activation", "chunk_size_feed_forward"}),
     },
+    "feed_forward_layer": {
+        "": ({"attention", "intermediate", "output"}, set()),
+        **{name: _LAYER_STRUCTURE[name] for name in ("intermediate", "output")},
+    },
+    "attention_output": {"": ({"attn", "LayerNorm", "dropout"}, set())},
     "self_attention": {"": _LAYER_STRUCTURE["attention.self"]},
     "self_output": {"": (_OUTPUT_PARTS, set())},
     "embeddings": {"": (_TABLES | {"LayerNorm", "dropout"}, {"padding_idx"})},
     "absolute_embeddings": {"": (_TABLES | {"LayerNorm", "dropout"}, {"position_ids"})},
+    "typeless_embeddings": {"": (_TABLES - {"token_type_embeddings"} | {"LayerNorm", "dropout"}, {"padding_idx"})},
     "typeless_absolute_embeddings": {
         "": (_TABLES - {"token_type_embeddings"} | {"LayerNorm", "dropout"}, {"position_ids"})
     },
@@ -83,7 +89,8 @@ class CoreParts(NamedTuple):
 
 
 class OutputParts(NamedTuple):
-    """dense, dropout (None: there is none), residual and LayerNorm. modules: whose own call the fused code skips."""
+    """dense, dropout (None: there is none), residual and LayerNorm. modules: whose own call the fused code skips. dense
+    is None where the product is part of something else."""
 
     modules: tuple[Any, ...]
     dense: Any
@@ -132,8 +139,8 @@ def _roberta_attention(layer: Any) -> AttentionParts:
 
 def _roberta_feed_forward(layer: Any) -> FeedForwardParts:
     inner, output = layer._modules["intermediate"], output_parts(layer._modules["output"])
-    activation, chunk = inner.intermediate_act_fn, layer.chunk_size_feed_forward
-    return FeedForwardParts(inner, inner._modules["dense"], activation, output, chunk)
+    chunk = getattr(layer, "chunk_size_feed_forward", 0)  # which MPNet's layer does not have
+    return FeedForwardParts(inner, inner._modules["dense"], inner.intermediate_act_fn, output, chunk)
 
 
 def _distilbert_attention(layer: Any) -> AttentionParts:
@@ -155,11 +162,14 @@ def _distilbert_feed_forward(layer: Any) -> FeedForwardParts:
 _HALVES: dict[str, tuple[Callable[[Any], AttentionParts], Callable[[Any], FeedForwardParts]]] = {
     "layer": (_roberta_attention, _roberta_feed_forward),
     "distilbert_layer": (_distilbert_attention, _distilbert_feed_forward),
+    "feed_forward_layer": (_roberta_attention, _roberta_feed_forward),  # the second half alone
 }
 AROUND: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "layer": (("attention", "attention.self", "attention.output"), ("intermediate", "output")),
     "distilbert_layer": (("attention",), ("ffn",)),
+    "feed_forward_layer": ((), ("intermediate", "output")),
 }
+LAYER_ROLES = ("layer", "distilbert_layer")  # of whole layers
 
 
 def attention_parts(layer: Any, role: str | None = None) -> AttentionParts:

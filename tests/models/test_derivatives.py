@@ -17,7 +17,7 @@ SMALL = {
     **{"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2},
     **{"intermediate_size": 40, "hidden_act": "gelu"},
 }
-FAMILIES = ["roberta", "bert", "ernie", "xmod"]
+FAMILIES = ["roberta", "distilbert", "ernie", "mpnet", "xmod"]
 
 
 def case_of(family="roberta", **kwargs):
@@ -137,7 +137,7 @@ def derivative(model, inputs, *, over):
             values = {
                 name: forward_ad.make_dual(p.detach(), p.detach().cos())
                 for name, p in named
-                if over == "parameters" or name.startswith("encoder.layer.1.")
+                if over == "parameters" or ".layer.1." in name
             }
         output = functional_call(model, values, (), inputs)
         return forward_ad.unpack_dual(output.last_hidden_state).tangent
