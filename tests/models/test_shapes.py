@@ -135,7 +135,9 @@ def test_shrunk_after_patching(shrunk):
 
 @needs_cpu_kernels
 @pytest.mark.parametrize(
-    ("shrunk", "count"), [(heads_pruned, 1), (narrow_feed_forwards, 1), (one_layer_pruned, 3)], ids=str
+    ("shrunk", "count"),
+    [(heads_pruned, 1), (narrow_feed_forwards, 1), (one_layer_pruned, 3)],
+    ids=lambda value: getattr(value, "__name__", value),
 )
 def test_how_many_calls_shrunk_layers_take(shrunk, count):
     """One for all where they agree in their heads, else one each."""
