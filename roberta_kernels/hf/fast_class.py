@@ -20,7 +20,14 @@ from roberta_kernels.hf import attention_interface, known_code
 from roberta_kernels.hf.arguments import parameters
 from roberta_kernels.hf.embeddings import FastAbsoluteEmbeddings, FastEmbeddings
 from roberta_kernels.hf.families import family_class, family_classes, family_of, role_of
-from roberta_kernels.hf.heads import FastHead, FastNextTokenHead, FastSpanHead, FastSummaryHead, FastTokenHead
+from roberta_kernels.hf.heads import (
+    FastDiscriminatorHead,
+    FastHead,
+    FastNextTokenHead,
+    FastSpanHead,
+    FastSummaryHead,
+    FastTokenHead,
+)
 from roberta_kernels.hf.layer import FastLayer, FastSelfAttention, FastSelfOutput
 from roberta_kernels.hf.model import FastAttentionModel, FastModel
 from roberta_kernels.hf.names import ATTENTION
@@ -38,11 +45,15 @@ _MIXINS: dict[str, type] = {
     "model": FastModel,
     "token_head": FastTokenHead,
     "next_token_head": FastNextTokenHead,
+    "discriminator_head": FastDiscriminatorHead,
     "span_head": FastSpanHead,
     "head": FastHead,
 }
 # Roles of whole models: what a user constructs.
-MODEL_ROLES = ("model", "attention_model", "token_head", "next_token_head", "span_head", "summary_head", "head")
+MODEL_ROLES = (
+    *("model", "attention_model", "head", "token_head", "next_token_head", "discriminator_head", "span_head"),
+    "summary_head",
+)
 
 
 class FastType(type):
@@ -126,6 +137,7 @@ def _of_role(original: Any, role: str, defaults: dict[str, Any]) -> dict[str, An
         return {
             "_rk_base_arguments": frozenset(_base_arguments(original)),
             "_rk_always_reads": head is not None and head.reads_padding,
+            "_rk_parts": known_code.head_parts(original),
         }
     return {}
 

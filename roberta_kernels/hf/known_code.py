@@ -117,6 +117,17 @@ def head_facts(cls: type, role: str) -> HeadFacts | None:
     return facts
 
 
+def head_parts(cls: Any) -> dict[str, type] | None:
+    """The classes of what a model with a head has beside its base model, by name; None where it cannot be made."""
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.device("cpu"), unset_fake_temporarily():
+            module = _tiny(cls)
+    except Exception:
+        return None
+    base = f"{module.base_model_prefix}."
+    return {name: type(part) for name, part in module.named_modules() if not f"{name}.".startswith(base)}
+
+
 def model_facts(cls: type, role: str) -> ModelFacts:
     """Of a class whose `difference` as a model is None."""
     facts = _known[cls, role].facts
