@@ -93,7 +93,9 @@ def runners(device: str, *, smoke: bool = False) -> dict[str, Runner]:
             lambda model, name=name: patched(model, backend=name), f"patched, backend {name}", ours=True, backend=name
         )
     found["ours, zeros"] = Runner(
-        lambda model: patched(model, padded_rows="zeros"), "patched, padded rows left out, the backend of choice", ours=True
+        lambda model: patched(model, padded_rows="zeros"),
+        "patched, padded rows left out, the backend of choice",
+        ours=True,
     )
     if not smoke:
         found["ours, compile"] = Runner(

@@ -52,7 +52,7 @@ class PatchReport:
         return dict(self.state.padded)
 
     def cost_of_padding(self) -> str | None:
-        """What exact answers at padded positions cost since patching, in one line; None: nothing, or hardly anything."""
+        """What exact answers at padded positions cost since patching, in one line; None: hardly anything."""
         rows, padding = self.state.cost["rows"], self.state.cost["padding"]
         if not padding:
             return None

@@ -53,8 +53,8 @@ _FUSED = {
     "head": "does without padded rows",
 }
 
-# Package and class of models around those of the families that leave their encoder's padded rows alone, if made of these
-# parts only; None: of whatever parts.
+# Package and class of models around those of the families that leave their encoder's padded rows alone, if made of
+# these parts only; None: of whatever parts.
 _LEAVE_PADDING: dict[tuple[str, str], set[str] | None] = {
     ("sentence_transformers", "SentenceTransformer"): {
         *("Transformer", "Pooling", "Normalize", "Dense", "Dropout", "LayerNorm")

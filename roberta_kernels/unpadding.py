@@ -4,8 +4,9 @@ A padded batch `[B, S]` has two layouts here. *Unpadded*: only the rows that are
 another; what it costs follows the data, so that it needs to read the mask on the host. *Padded*: all `B * S` rows; its
 shapes do not depend on the data, which tracing needs. In both a key mask says which rows may be seen.
 
-Which padded rows are computed in the unpadded layout: none but position 0, which poolers and classifiers read; or, where
-all padded rows of a sequence are the same row, the first of them, which then stands for all. Neither is ever a key.
+Which padded rows are computed in the unpadded layout: none but position 0, which poolers and classifiers read; or,
+where all padded rows of a sequence are the same row, the first of them, which then stands for all. Neither is ever a
+key.
 """
 
 from __future__ import annotations

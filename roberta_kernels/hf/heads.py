@@ -53,15 +53,17 @@ class FastHead(HuggingFaceModule):
         if known is None or replaced(self) is not None:
             return False
         based = False
-        for name, part in self._modules.items():
+        parts: dict[str, Any] = self._modules
+        for name, part in parts.items():
             if isinstance(part, FastModel):
                 based = True
                 pooler = part._modules.get("pooler")
                 if foreign_readers(part) or (pooler is not None and foreign_readers(pooler)):
                     return False
             elif part is not None and not type(part).__module__.startswith("peft."):  # an adapter of a known part
-                for inner, module in part.named_modules(prefix=name):
-                    if known.get(inner) is not type(module) or replaced(module) or foreign_readers(module):
+                inside: dict[str, Any] = dict(part.named_modules(prefix=name))
+                for inner, own in inside.items():
+                    if replaced(own) or foreign_readers(own) or known.get(inner) is not type(own):
                         return False
         return based
 

@@ -15,14 +15,16 @@ _UNIFORM = "a row that sees no key, of which eager attention takes the mean over
 _NOT_FINITE = "inputs_embeds are not finite at padding, from where the original lets it pass on"
 
 
-def layout(model: Any, chosen: route.Unpadded, kwargs: dict[str, Any]) -> Unpadding | route.Route:
+def layout(
+    model: Any, chosen: route.Unpadded, kwargs: dict[str, Any]
+) -> Unpadding | route.Padded | route.ThroughInterface | route.Original:
     """The unpadded layout of a call, or the route to take in its place."""
     embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
     given: Tensor = kwargs["input_ids"] if embeds is None else embeds
     causal = bool(model.config.is_decoder)
     padding = None if mask is None else look(mask)
     if padding is None:
-        return all_rows(*given.shape[:2], given.device, causal)
+        return all_rows(given.shape[0], given.shape[1], given.device, causal)
     # A head that leaves padded rows alone still reads position 0 of a sequence that has no real token.
     reason = _original(model, padding, embeds, causal and chosen.reads == "all")
     if reason is not None:

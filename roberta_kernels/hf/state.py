@@ -158,7 +158,9 @@ class PatchState:
         """Of a call on all rows, `padding` of them padded, because padded rows differ and may be read."""
         self.cost += Counter(rows=rows, padding=padding)
         share = f"padding, {padding} of {rows} rows, is computed too"
-        self._say(f"{type(module).__name__}: {reason}", f'{share}; if nobody reads it, padded_rows="zeros" leaves it out')
+        self._say(
+            f"{type(module).__name__}: {reason}", f'{share}; if nobody reads it, padded_rows="zeros" leaves it out'
+        )
 
     def reasons(self) -> dict[str, int]:
         """ "class: reason" -> calls of all modules of that class."""

@@ -203,12 +203,16 @@ def _runs(model: nn.Module, call: _Call, notes: list[str], **options: Any) -> _R
     return _Runs(original, ours, exact, rounded, report)
 
 
-def _run_quantised(model: nn.Module, call: _Call, notes: list[str], *, padded_rows: str, backend: str, **rest: Any) -> Found:
+def _run_quantised(
+    model: nn.Module, call: _Call, notes: list[str], *, padded_rows: str, backend: str, **rest: Any
+) -> Found:
     """run with quantised weights; what did not use them goes to the notes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            report = patch(model, padded_rows=padded_rows, backend=backend, quantization=call.quantization, offload=False)
+            report = patch(
+                model, padded_rows=padded_rows, backend=backend, quantization=call.quantization, offload=False
+            )
         except ValueError as error:
             raise VerificationError(str(error)) from None
         ours = dataclasses.replace(call, scale=None).run(model)

@@ -24,7 +24,7 @@ from encoder_cases import (
     pair,
     resident_growth,
 )
-from model_cases import PREFIX, Ops, assert_promise, batch_for, batches_for, build, patched, stay_padded
+from model_cases import PREFIX, Ops, assert_promise, batches_for, build, patched, stay_padded
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
