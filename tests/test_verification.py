@@ -172,7 +172,6 @@ def test_a_drop_in_model_is_compared_with_its_namesake(monkeypatch):
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_only_real_positions_are_compared(side):
-    """Patched models return zeros at padded positions, originals do not."""
     ids, mask = torch.full((2, 6), 1), torch.zeros(2, 6, dtype=torch.long)
     ids[0], mask[0] = torch.tensor([0, 7, 8, 9, 10, 2]), 1
     short = slice(0, 3) if side == "right" else slice(3, 6)

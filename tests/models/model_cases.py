@@ -252,6 +252,8 @@ def batch_for(case: Case, config: Any, *, batch: int = 4, length: int | None = N
         inputs["attention_mask"] = mask
     if config.type_vocab_size == 2 and draw.random() < 0.7:
         inputs["token_type_ids"] = torch.randint(0, 2, ids.shape, generator=generator)
+        if mask is not None and case.mask != "real_ids":  # as tokenizers give them
+            inputs["token_type_ids"] *= mask
     real = torch.ones_like(ids).bool() if mask is None else mask.bool()
     if case.head == "choice":
         inputs = {name: tensor.view(batch, 2, length) for name, tensor in inputs.items()}
