@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from roberta_kernels.hf.arguments import by_name
 from roberta_kernels.hf.choice import replaced
@@ -23,6 +23,7 @@ _NO_LABELS = frozenset(
         *("cu_seq_lens_q", "cu_seq_lens_k"),
     }
 )
+_ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")
 
 
 class FastHead(HuggingFaceModule):
@@ -63,9 +64,17 @@ class FastHead(HuggingFaceModule):
             elif part is not None and not type(part).__module__.startswith("peft."):  # an adapter of a known part
                 inside: dict[str, Any] = dict(part.named_modules(prefix=name))
                 for inner, own in inside.items():
-                    if replaced(own) or foreign_readers(own) or known.get(inner) is not type(own):
+                    if replaced(own) or foreign_readers(own) or not _same_kind(known.get(inner), type(own)):
                         return False
         return based
+
+
+def _same_kind(known: type | None, cls: type) -> bool:
+    """Whether a part is what its class has there, but for what a config chooses: its dropout, its activation."""
+    if known is None or known is cls:
+        return known is cls
+    drops = (nn.Dropout, nn.Identity)
+    return (known in drops and cls in drops) or (known.__module__ in _ACTIVATIONS and cls.__module__ in _ACTIVATIONS)
 
 
 class FastTokenHead(FastHead):

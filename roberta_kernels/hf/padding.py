@@ -69,13 +69,14 @@ def _differ(model: Any, padding: Padding, kwargs: dict[str, Any], causal: bool) 
     """Why the padded rows of a sequence are not one row, or None: of ids, on their way to fused embeddings."""
     input_ids, types = kwargs["input_ids"], kwargs.get("token_type_ids")
     positions = kwargs.get("position_ids")
+    positions_given = positions is not None
     if positions is None:
         positions = model.embeddings.positions(input_ids)
     per_row = [input_ids, positions.expand(input_ids.shape)]
     if types is not None:
         per_row.append(types.expand(input_ids.shape))
     *same, same_keys = padding.alike(per_row, causal)
-    if not same[0]:
+    if not same[0] or not (same[1] or positions_given):
         return "masked tokens that are not padding"
     if not same[1]:
         return "padded rows have several positions"

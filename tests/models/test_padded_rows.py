@@ -336,6 +336,7 @@ def test_a_sequence_of_padding_only(head, family, attention, asked):
 @pytest.mark.parametrize("mask", SIDES)
 def test_a_compiled_model_gives_the_same_rows(mask, padded_rows):
     original, ours, _, batches = pair(mask=mask, options={"padded_rows": padded_rows})
+    torch.compiler.reset()
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     for inputs in batches[:2]:
         got = output(compiled, inputs)
