@@ -35,15 +35,21 @@ from roberta_kernels.hf.state import (
     logger,
     takes_options,
 )
+from roberta_kernels.hf.structure import AROUND, LAYER_ROLES, feed_forward_parts
 from roberta_kernels.patch_report import Left, PatchReport, Replaced
 
 _FUSED = {
     "embeddings": "embeddings + LayerNorm + dropout",
     "absolute_embeddings": "embeddings + LayerNorm + dropout",
+    "typeless_embeddings": "embeddings + LayerNorm + dropout",
+    "typeless_absolute_embeddings": "embeddings + LayerNorm + dropout",
     "self_attention": "attention",
     "self_output": "bias + dropout + residual + LayerNorm",
-    "layer": "attention, GELU feed-forward, bias + dropout + residual + LayerNorm",
+    **dict.fromkeys(LAYER_ROLES, "attention, GELU feed-forward, bias + dropout + residual + LayerNorm"),
+    "feed_forward_layer": "GELU feed-forward, bias + dropout + residual + LayerNorm",
+    "attention_output": "dropout + residual + LayerNorm",
     "model": "padding-free pass",
+    "plain_model": "unchanged (its layers' feed-forward and norms are fused, on all rows of the padded batch)",
     "attention_model": "hands its attention the lengths of the sequences",
     "token_head": "does without padded rows where its loss does",
     "next_token_head": "does without padded rows where its loss does",
@@ -149,8 +155,9 @@ def _patch_module(name: str, module: nn.Module, report: PatchReport, before: lis
     before.append((module, cls, attached(module)))
     make_fast(module, report.state)
     fused = _FUSED[role]
-    if role == "layer":
-        fused = _layer_fused(module)
+    if role in AROUND:
+        fused = _layer_fused(module, fused)
+    if role in LAYER_ROLES:
         if report.quantization is not None:
             _check_float32(name, module, report.quantization)
     elif role in ("model", "attention_model"):
@@ -200,16 +207,16 @@ def _why_left(cls: type) -> str | None:
     return None
 
 
-def _layer_fused(layer: Any) -> str:
-    intermediate = layer.intermediate
-    if gelu_kind(intermediate.intermediate_act_fn) is None:
-        activation = type(intermediate.intermediate_act_fn).__name__
-        return f"attention, bias + dropout + residual + LayerNorm (feed-forward left: {activation})"
-    if not plain_linear(intermediate.dense) or not plain_linear(layer.output.dense):
-        return (
-            "attention, bias + dropout + residual + LayerNorm (feed-forward left: its products are not plain nn.Linear)"
-        )
-    return _FUSED["layer"]
+def _layer_fused(layer: Any, fused: str) -> str:
+    """What of `fused` runs fused in this layer."""
+    parts = feed_forward_parts(layer)
+    without = fused.replace("GELU feed-forward, ", "")
+    if gelu_kind(parts.activation) is None:
+        activation = type(parts.activation).__name__
+        return f"{without} (feed-forward left: {activation})"
+    if not plain_linear(parts.inner) or not plain_linear(parts.output.dense):
+        return f"{without} (feed-forward left: its products are not plain nn.Linear)"
+    return fused
 
 
 def unpatch(model: nn.Module) -> None:

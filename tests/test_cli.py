@@ -165,8 +165,10 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
 
 
 def test_a_model_with_nothing_to_patch_is_refused(tmp_path):
-    config = transformers.DistilBertConfig(vocab_size=50, dim=16, hidden_dim=32, n_layers=1, n_heads=2)
-    transformers.DistilBertModel(config).save_pretrained(tmp_path)
+    config = transformers.AlbertConfig(
+        vocab_size=50, embedding_size=16, hidden_size=16, intermediate_size=32, num_attention_heads=2
+    )
+    transformers.AlbertModel(config).save_pretrained(tmp_path)
     assert "nothing to replace" in one_line_error(invoke("verify", tmp_path))
 
 

@@ -351,8 +351,10 @@ def test_the_report_says_what_serves_and_what_was_left():
     [
         (nn.Linear(3, 3), "not a transformers model"),
         (
-            transformers.DistilBertModel(
-                transformers.DistilBertConfig(vocab_size=50, dim=16, hidden_dim=32, n_layers=1, n_heads=2)
+            transformers.AlbertModel(
+                transformers.AlbertConfig(
+                    vocab_size=50, embedding_size=16, hidden_size=16, intermediate_size=32, num_attention_heads=2
+                )
             ),
             "nothing to replace",
         ),

@@ -6,7 +6,7 @@
 //
 //   tile_dot_bf16    A [16][32] bfloat16, B [16 pairs along K][16][2] bfloat16, C float32: 16 x 16 x 32 multiply-adds
 //                    in 16 cycles, eight times what two 512-bit FMA units do
-//   tile_dot_s8      A [16][64] int8, B [16 fours along K][16][4] int8, C int32, which wraps around
+//   tile_dot_u8s8    A [16][64] uint8, B [16 fours along K][16][4] int8, C int32, which wraps around
 //
 // The arithmetic of tile_dot_bf16 (Intel's SDM, TDPBF16PS; measured, and the twin compared bit for bit): for each element
 // of C two sums from zero, over the even and over the odd k, in the order of k, by fused multiply-adds; then
@@ -86,8 +86,8 @@ RK_INLINE void tile_dot_bf16() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kC), "i"(kA), "i"(kB));
 }
 template <int kC, int kA, int kB>
-RK_INLINE void tile_dot_s8() {
-    asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kC), "i"(kA), "i"(kB));
+RK_INLINE void tile_dot_u8s8() {
+    asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kC), "i"(kA), "i"(kB));
 }
 
 #else
@@ -177,8 +177,9 @@ inline void tile_dot_bf16() {
     for (int m = 0; m < kTileSide; ++m) twin_dot_bf16_row(a + m * kTileSide, b, c + m * kTileSide);
 }
 template <int kC, int kA, int kB>
-inline void tile_dot_s8() {
-    const int8_t *a = twin_tile<int8_t>(kA), *b = twin_tile<int8_t>(kB);
+inline void tile_dot_u8s8() {
+    const uint8_t* a = twin_tile<uint8_t>(kA);
+    const int8_t* b = twin_tile<int8_t>(kB);
     uint32_t* const c = twin_tile<uint32_t>(kC);
     for (int m = 0; m < kTileSide; ++m)
         for (int k = 0; k < kTileSide; ++k)

@@ -7,6 +7,11 @@
 namespace rk::cpu::RK_CPU_ISA {
 namespace {
 
+static_assert(kRows <= kLanes, "the activation's block below");
+#if defined(RK_CPU_ISA_AMX)
+static_assert(kTileSide <= kLanes, "the activation's block below");
+#endif
+
 constexpr int64_t kStepRows = kRows * (1024 / kRows);  // rows of one product
 
 // f(first, count) for steps of rows, as equal as can be.
@@ -67,7 +72,7 @@ struct PackedProducts {
                                      height);
                 });
             const LeftOperand activated = rounds ? pack_left(l.out.kind, activations, count, inner, inner)
-                                                 : LeftOperand{panels, activations, nullptr, nullptr};
+                                                 : LeftOperand{panels, activations, nullptr, nullptr, count};
             multiply_weight(l.out, activated, StoreTile<float>{out + first * hidden, hidden, nullptr});
         });
     }

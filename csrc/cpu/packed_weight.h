@@ -15,16 +15,25 @@
 //
 // After the panels stand, for int8, scale [panels][groups][kColumns]; for int8_dynamic scale [N] and sum q
 // [N] (int32), both padded to whole panels.
+//
+// Where there are tiles, int8_dynamic has the layout of whole_tiles.h in place of panels, and its product is there.
 #pragma once
 #include "csrc/cpu/int8.h"
 #include "csrc/cpu/weight_kinds.h"
+#if defined(RK_CPU_ISA_AMX)
+#    include "csrc/cpu/whole_tiles.h"
+#endif
 
 namespace rk::cpu::RK_CPU_ISA {
 
 // ---- layout ----
 
 RK_INLINE int64_t padded_columns(int64_t n) {
+#if defined(RK_CPU_ISA_AMX)
+    return whole_padded(ceil_div(n, kColumns) * kColumns);
+#else
     return ceil_div(n, kColumns) * kColumns;
+#endif
 }
 RK_INLINE int64_t words_along_k(WeightKind kind, int64_t k) {
     return kind == WeightKind::int8_dynamic ? ceil_div(k, kWholePerWord) : k;
@@ -42,6 +51,9 @@ RK_INLINE int64_t bytes_of_word(WeightKind kind) {
     }
 }
 RK_INLINE int64_t bytes_of_panels(WeightKind kind, int64_t n, int64_t k) {
+#if defined(RK_CPU_ISA_AMX)
+    if (kind == WeightKind::int8_dynamic) return bytes_of_whole_tiles(n, k);
+#endif
     return ceil_div(padded_columns(n) * words_along_k(kind, k) * bytes_of_word(kind), 64) * 64;
 }
 constexpr int64_t kGroup = 32;
@@ -99,23 +111,28 @@ inline void pack_int8_row(const PackWeightArgs& a, int64_t row) {
         }
         return;
     }
-    const int64_t words = words_along_k(a.kind, a.columns);
+#if defined(RK_CPU_ISA_AMX)
+    const int64_t steps = whole_steps(a.columns), padded = steps * kWholeStep;
+    const auto place = [&](int64_t k) { return numbers + place_in_strips(row, k, steps); };
+#else
+    const int64_t words = words_along_k(a.kind, a.columns), padded = words * kWholePerWord;
     numbers += (panel * words * kColumns + column) * kWholePerWord;
     const auto place = [&](int64_t k) {
         return numbers + k / kWholePerWord * kColumns * kWholePerWord + k % kWholePerWord;
     };
+#endif
     scales[row] = round_to_int8(in, a.columns, place);
     int32_t* sum = sums_of(a.panels, a.rows, a.columns) + row;
     *sum = 0;
     for (int64_t k = 0; k < a.columns; ++k) *sum += *place(k);
-    for (int64_t k = a.columns; k < words * kWholePerWord; ++k) *place(k) = 0;
+    for (int64_t k = a.columns; k < padded; ++k) *place(k) = 0;
 }
 
 inline void pack_panels(const PackWeightArgs& a) {
     const int64_t words = words_along_k(a.kind, a.columns);
     char* const panels = a.panels;
     // Columns beyond the last row are zero, and so are their scales.
-    if (is_int8(a.kind) && a.rows % kColumns != 0)
+    if (is_int8(a.kind) && a.rows != padded_columns(a.rows))
         __builtin_memset(panels, 0, size_t(bytes_of_weight(a.kind, a.rows, a.columns)));
     parallel_for(0, ceil_div(a.rows, kColumns), 1, [&](int64_t begin, int64_t end) {
         for (int64_t panel = begin; panel < end; ++panel) {
@@ -196,9 +213,10 @@ struct Widened {
 // Rows of a left operand, packed for a weight of some kind.
 struct LeftOperand {
     RowPanels panels;
-    const float* words;
+    const float* words;   // where there are tiles and numbers are whole: those of WholeRows
     const float* scale;   // [rows]; for int8_dynamic, as is
     const int32_t* zero;  // [rows]
+    int64_t rows;
 };
 
 // Rounds one row to whole numbers: x ~ scale (u - zero), u from 0 to 255. Zero is a whole number of it, so
@@ -249,6 +267,32 @@ inline void pack_whole_row(const int32_t* numbers, int64_t words, uint32_t* out,
     }
 }
 
+#if defined(RK_CPU_ISA_AMX)
+// The rows of pack_left as tiles.
+inline LeftOperand pack_whole_left(const RowPanels& panels, const float* x, int64_t count, int64_t k_size,
+                                   int64_t stride) {
+    const int64_t steps = whole_steps(k_size), groups = ceil_div(count, 2 * kTileSide) * 2;
+    const int64_t bytes = groups * steps * kTileBytes;
+    float* const packed = thread_scratch(Use::left_operand).words(bytes / 4 + 2 * count);
+    float* const scale = packed + bytes / 4;
+    int32_t* const zero_at = reinterpret_cast<int32_t*>(scale + count);
+    parallel_for(0, groups, 1 + 8192 / (kTileSide * k_size + 1), [&](int64_t begin, int64_t end) {
+        float* const numbers = thread_scratch(Use::column_block).words(k_size + kLanes);
+        for (int64_t group = begin; group < end; ++group) {
+            uint8_t* const tiles = reinterpret_cast<uint8_t*>(packed) + group * steps * kTileBytes;
+            const int64_t first = group * kTileSide, here = max64(0, min64(kTileSide, count - first));
+            if (here < kTileSide || k_size % kWholeStep != 0)
+                __builtin_memset(tiles, 0, size_t(steps * kTileBytes));
+            for (int64_t r = 0; r < here; ++r) {
+                round_row(x + (first + r) * stride, k_size, scale + first + r, zero_at + first + r, numbers);
+                put_whole_row(reinterpret_cast<const int32_t*>(numbers), k_size, tiles + r * kTileRowBytes);
+            }
+        }
+    });
+    return {panels, packed, scale, zero_at, count};
+}
+#endif
+
 // Packs rows [count, K] at x (rows `stride` apart) for a weight of this kind, into the calling thread's
 // memory, where they stay until the next call.
 inline LeftOperand pack_left(WeightKind kind, const float* x, int64_t count, int64_t k_size, int64_t stride) {
@@ -256,8 +300,11 @@ inline LeftOperand pack_left(WeightKind kind, const float* x, int64_t count, int
     if (kind != WeightKind::int8_dynamic) {
         float* packed = thread_scratch(Use::left_operand).words(count * panels.k_words);
         pack_a(Matrix<float>{x, count, k_size, stride, 1}, panels, packed);
-        return {panels, packed, nullptr, nullptr};
+        return {panels, packed, nullptr, nullptr, count};
     }
+#if defined(RK_CPU_ISA_AMX)
+    return pack_whole_left(panels, x, count, k_size, stride);
+#else
     float* packed = thread_scratch(Use::left_operand).words(count * (panels.k_words + 2));
     float* scale = packed + count * panels.k_words;
     int32_t* zero_at = reinterpret_cast<int32_t*>(scale + count);
@@ -271,7 +318,8 @@ inline LeftOperand pack_left(WeightKind kind, const float* x, int64_t count, int
                                reinterpret_cast<uint32_t*>(packed + panels.offset(i)) + r, panels.height(i));
             }
     });
-    return {panels, packed, scale, zero_at};
+    return {panels, packed, scale, zero_at, count};
+#endif
 }
 
 // ---- products ----
@@ -311,6 +359,11 @@ inline void multiply_weight(const PackedWeight& w, const LeftOperand& left, cons
     }
     const float* scales = scales_of(const_cast<char*>(w.panels), w.kind, w.rows, w.columns);
     const int32_t* sums = sums_of(const_cast<char*>(w.panels), w.rows, w.columns);
+#if defined(RK_CPU_ISA_AMX)
+    multiply_whole_tiles(
+        WholeWeight{w.panels, scales, sums, w.rows, w.columns},
+        WholeRows{reinterpret_cast<const uint8_t*>(left.words), left.scale, left.zero, left.rows}, epilogue);
+#else
     multiply_panels<Whole>(
         left.panels, left.words, in_place<WholeWord>(w, left),
         [&](int64_t row, int64_t column, int rows, int width, const float* tile) {
@@ -326,6 +379,7 @@ inline void multiply_weight(const PackedWeight& w, const LeftOperand& left, cons
             }
             epilogue(row, column, rows, width, static_cast<const float*>(scaled));
         });
+#endif
 }
 
 }  // namespace rk::cpu::RK_CPU_ISA

@@ -6,7 +6,8 @@
 namespace rk::cpu::RK_CPU_ISA {
 
 constexpr int64_t kChunkSteps = 12;  // steps along K that w0 x0 is summed over in tiles
-constexpr int64_t kPieceSteps = 4;   // that few tokens are multiplied with at a time
+template <int kParts>
+constexpr int64_t kPieceSteps = kParts == 1 ? 4 : 2;  // that few tokens are multiplied with at a time
 constexpr int kBlockFloats = 4 * kTileFloats;
 
 // A block's sums: [2 tiles of weight rows][2 tiles of tokens][16 rows][16 tokens].
@@ -77,13 +78,13 @@ RK_INLINE void multiply_loaded() {
     if constexpr (kHalves == 2) tile_dot_bf16<3, 5, 7>();
 }
 
-// block (+)= w0 x0 over some steps, the sums in tiles all the way.
-template <int kHalves>
-inline void multiply_once(const char* w, const char* x, int64_t steps, float* block, bool first,
-                          WriteAhead ahead) {
+// block (+)= w0 x0 over some steps, the sums in tiles all the way. Each step asks for some lines of what is `ahead`.
+template <int kHalves, class Ahead>
+inline void multiply_once(const char* w, const char* x, int64_t steps, float* block, bool first, Ahead* ahead,
+                          int lines) {
     first ? zero_sums<kHalves>() : load_sums<kHalves>(block);
     for (int64_t i = 0; i < steps; ++i, w += kPairBytes, x += kPairBytes) {
-        ahead.step(3);
+        ahead->step(lines);
         tile_load_once<4>(w);
         tile_load<6>(x);
         tile_dot_bf16<0, 4, 6>();
@@ -105,11 +106,11 @@ struct StepsOf {
 };
 
 // Adds the products of the steps but the largest to the sums in tiles.
-template <int kParts, int kHalves>
-RK_INLINE void multiply_small(const StepsOf& of, WriteAhead ahead) {
+template <int kParts, int kHalves, class Ahead>
+RK_INLINE void multiply_small(const StepsOf& of, Ahead* ahead, int lines) {
     const char *w = of.w, *x = of.x;
     for (int64_t i = 0; i < of.steps; ++i, w += kPairBytes, x += kPairBytes) {
-        ahead.step(2);
+        ahead->step(lines);
         if constexpr (kParts == 3) {
             load_weights(w + 2 * of.w_part), load_tokens<kHalves>(x);
             multiply_loaded<kHalves>();
@@ -141,7 +142,7 @@ RK_INLINE void multiply_large(const char* w, const char* x, int64_t steps) {
 template <int kParts, int kHalves>
 inline void multiply_slab(const StepsOf& slab, float* block, bool first, WriteAhead ahead) {
     zero_sums<kHalves>();
-    multiply_small<kParts, kHalves>(slab, ahead);
+    multiply_small<kParts, kHalves>(slab, &ahead, 2);
     first ? store_sums<kHalves>(block) : add_sums<kHalves>(block);
     for (int64_t chunk = 0; chunk < slab.steps; chunk += kChunkSteps) {
         zero_sums<kHalves>();
@@ -157,18 +158,52 @@ struct PieceSums {
     static constexpr int kChunks = int(ceil_div(kSlabSteps<kParts>, kChunkSteps));
     alignas(64) float small[kBlockFloats], large[kChunks][kBlockFloats];
 };
-static_assert(kChunkSteps % kPieceSteps == 0, "a piece is of one chunk");
+static_assert(kChunkSteps % kPieceSteps<2> == 0 && kChunkSteps % kPieceSteps<3> == 0,
+              "a piece is of one chunk");
 
-// Adds a piece, whose first step is `step` of the slab, to the slab's sums.
-template <int kParts, int kHalves>
-inline void multiply_piece(const StepsOf& piece, int64_t step, PieceSums<kParts>* sums) {
-    step == 0 ? zero_sums<kHalves>() : load_sums<kHalves>(sums->small);
-    multiply_small<kParts, kHalves>(piece, WriteAhead{});
-    store_sums<kHalves>(sums->small);
+// Adds a piece, whose first step is `step` of the slab's, to the slab's sums; `left`: steps from there to its end. Each
+// step asks for `lines` lines of what is ahead.
+template <int kParts, int kHalves, class Ahead>
+inline void multiply_piece(const StepsOf& piece, int64_t step, int64_t left, PieceSums<kParts>* sums,
+                           Ahead* ahead, int lines) {
     float* const large = sums->large[step / kChunkSteps];
-    step % kChunkSteps == 0 ? zero_sums<kHalves>() : load_sums<kHalves>(large);
-    multiply_large<kHalves>(piece.w, piece.x, piece.steps);
-    store_sums<kHalves>(large);
+    const bool first = step % kChunkSteps == 0;
+    if constexpr (kHalves == 2) {
+        step == 0 ? zero_sums<2>() : load_sums<2>(sums->small);
+        multiply_small<kParts, 2>(piece, ahead, lines);
+        store_sums<2>(sums->small);
+        first ? zero_sums<2>() : load_sums<2>(large);
+        multiply_large<2>(piece.w, piece.x, piece.steps);
+        store_sums<2>(large);
+    } else {
+        // Half of the tiles are free: for the sums of the large products (1, 3), and a second part of the tokens (7).
+        // So the sums stay where they are from piece to piece.
+        if (step == 0) tile_zero<0>(), tile_zero<2>();
+        if (first) tile_zero<1>(), tile_zero<3>();
+        const char *w = piece.w, *x = piece.x;
+        for (int64_t i = 0; i < piece.steps; ++i, w += kPairBytes, x += kPairBytes) {
+            tile_load<6>(x), tile_load<7>(x + piece.x_part);
+            if constexpr (kParts == 3) {
+                load_weights(w + 2 * piece.w_part);
+                tile_dot_bf16<0, 4, 6>(), tile_dot_bf16<2, 5, 6>();
+                ahead->step(lines / 2);
+            }
+            load_weights(w + piece.w_part);
+            tile_dot_bf16<0, 4, 6>(), tile_dot_bf16<2, 5, 6>();
+            if constexpr (kParts == 3) tile_dot_bf16<0, 4, 7>(), tile_dot_bf16<2, 5, 7>();
+            ahead->step(kParts == 3 ? lines / 2 : lines);
+            load_weights(w);
+            tile_dot_bf16<0, 4, 7>(), tile_dot_bf16<2, 5, 7>();
+            if constexpr (kParts == 3) {
+                tile_load<7>(x + 2 * piece.x_part);
+                tile_dot_bf16<0, 4, 7>(), tile_dot_bf16<2, 5, 7>();
+            }
+            tile_dot_bf16<1, 4, 6>(), tile_dot_bf16<3, 5, 6>();
+        }
+        if ((step + piece.steps) % kChunkSteps == 0 || piece.steps == left)
+            tile_store<1>(large), tile_store<3>(large + 2 * kTileFloats);
+        if (piece.steps == left) tile_store<0>(sums->small), tile_store<2>(sums->small + 2 * kTileFloats);
+    }
 }
 
 // block (+)= sums, in the order of multiply_slab.

@@ -119,7 +119,8 @@ RK_INLINE vu32 split_step(const float* in, int64_t left, char* out, int64_t part
         largest = larger(largest, larger(size_bits(a), size_bits(b)));
 #pragma GCC unroll 3
         for (int part = 0; part < kParts; ++part) {
-            const vu32 pa = take_part(&a), pb = take_part(&b);
+            // What two parts leave has 8 bits: nothing of it rounds.
+            const vu32 pa = part < 2 ? take_part(&a) : bits(a), pb = part < 2 ? take_part(&b) : bits(b);
             store_upper_halves(out + part * part_bytes + 2 * i, pa, pb);
         }
     }
@@ -157,14 +158,51 @@ constexpr bool kMarksSpecial = kParts > 1;
 
 // ---- weight rows ----
 
+// Steps of a row that are split before the next row's.
+constexpr int kRowSteps = 2;
+
+// The weights that come next, asked for line by line, in the order in which pack_strip reads them: kRowSteps steps of 32
+// rows, the next kRowSteps of these rows, and so on; then those of the next strip.
+class ReadAhead {
+  public:
+    // Rows of row_bytes, stride bytes apart, of which the first `column` bytes have been asked for.
+    template <class T>
+    RK_INLINE ReadAhead(const T* strip, const T* next_strip, int64_t stride, int64_t row_bytes,
+                        int64_t column)
+        : strip_(reinterpret_cast<const char*>(strip)),
+          next_(reinterpret_cast<const char*>(next_strip)),
+          stride_(stride),
+          row_bytes_(row_bytes),
+          column_(column),
+          width_(kRowSteps * kStepElements * int(sizeof(T))) {
+        turn();
+    }
+    RK_INLINE void step(int lines) {
+        for (; lines > 0; --lines) {
+            __builtin_prefetch(at_ + line_, 0, 2);
+            if ((line_ += 64) < width_) continue;
+            line_ = 0, at_ += stride_;
+            if (--rows_ == 0) column_ += width_, turn();
+        }
+    }
+
+  private:
+    RK_INLINE void turn() {
+        if (column_ >= row_bytes_) strip_ = next_, column_ = 0;
+        at_ = strip_ + column_, rows_ = kGroup32;
+    }
+    const char *strip_, *next_, *at_;
+    int64_t stride_, row_bytes_, column_;
+    int width_, line_ = 0, rows_;
+};
+
 // Some steps of `rows` weight rows, from their element k on (at `in`), as a strip's tiles; rows that are not there are
 // zero. nonfinite[r]: row r has an infinity or NaN. kRowSteps steps of each row go before the next row, so that the tiles
 // are written line by line (a row at a time its lines, 2 KB apart, fight for two sets of the first-level cache: 1.4 times
-// as long); what lies `ahead` elements further on is asked for.
-constexpr int kRowSteps = 2;
+// as long). For each `lines` lines of what comes next are asked for.
 template <int kParts, class T>
 inline void pack_strip(const T* in, int rows, int64_t stride, int64_t elements, int64_t steps, char* tiles,
-                       uint8_t* nonfinite, int64_t ahead) {
+                       uint8_t* nonfinite, ReadAhead* next, int lines) {
     const int64_t part_bytes = steps * kPairBytes;
     if (rows < kGroup32) __builtin_memset(tiles, 0, size_t(kParts * part_bytes));
     for (int64_t step = 0; step < steps; step += kRowSteps) {
@@ -172,10 +210,7 @@ inline void pack_strip(const T* in, int rows, int64_t stride, int64_t elements, 
         const T* from = in + step * kStepElements;
         char* to = tiles + step * kPairBytes;
         for (int r = 0; r < rows; ++r, from += stride, to += kTileRowBytes) {
-            constexpr int kBytes = kRowSteps * kStepElements * int(sizeof(T));
-#pragma GCC unroll 4
-            for (int line = 0; line < kBytes; line += 64)
-                __builtin_prefetch(reinterpret_cast<const char*>(from + ahead) + line, 0, 2);
+            next->step(lines);
             vu32 largest{};
             for (int64_t i = 0; i < here; ++i)
                 largest = larger(largest, split_step<kParts>(from + i * kStepElements,

@@ -101,6 +101,11 @@ class TileProduct {
 
   private:
     static constexpr bool kMarks = kMarksSpecial<kParts>;
+    static constexpr int kLinesOfRow = kRowSteps * kStepElements * int(sizeof(T)) / 64;
+    // Of what comes after a piece half the lines are asked for while it is packed, the others while it is multiplied, so
+    // that the memory has always something to do.
+    static constexpr int kLinesPacking = kLinesOfRow / 2;
+    static constexpr int kLinesMultiplying = kLinesOfRow / 2 * kGroup32 / kRowSteps;
 
     struct Place {
         int part;
@@ -126,9 +131,12 @@ class TileProduct {
         __builtin_memset(nonfinite, 0, size_t(count * kGroup32));
         const TileUse use;
         for (int64_t slab = 0; slab < slabs; ++slab) {
-            for (int64_t i = 0; i < count; ++i)
-                pack(place(first + i), slab * kSlabSteps<kParts>, layout.steps_of(slab),
-                     tiles + i * strip_bytes, nonfinite + i * kGroup32);
+            for (int64_t i = 0; i < count; ++i) {
+                const int64_t step = slab * kSlabSteps<kParts>;
+                ReadAhead next = after(first + i, (step + 2 * kRowSteps) * kStepElements);
+                pack(place(first + i), step, layout.steps_of(slab), tiles + i * strip_bytes,
+                     nonfinite + i * kGroup32, &next, kLinesOfRow);
+            }
             for (int64_t panel = left; panel < right; ++panel) {
                 float* const sums = blocks + (slabs == 1 ? 0 : (panel - left) * count * kBlockFloats);
                 if (x_.real(panel) > kTileSide)
@@ -140,18 +148,29 @@ class TileProduct {
         }
     }
 
+    const T* row(const Place& at) const {
+        const W& w = weights_[at.part];
+        return static_cast<const T*>(w.data) + at.row * w.row_stride;
+    }
+    // What is read after the first `column` elements of a strip's rows.
+    ReadAhead after(int64_t strip, int64_t column) const {
+        const Place at = place(strip);
+        const int64_t next = strip + 1 < strips_.total() ? strip + 1 : strip;
+        const W& w = weights_[at.part];
+        return {row(at), row(place(next)), w.row_stride * int64_t(sizeof(T)), w.columns * int64_t(sizeof(T)),
+                column * int64_t(sizeof(T))};
+    }
+
     // Steps of a strip from one on (of all of K) as tiles.
-    void pack(const Place& at, int64_t step, int64_t steps, char* tiles, uint8_t* nonfinite) const {
+    void pack(const Place& at, int64_t step, int64_t steps, char* tiles, uint8_t* nonfinite, ReadAhead* next,
+              int lines) const {
         const W& w = weights_[at.part];
         const int64_t k = step * kStepElements;
-        const T* const in = static_cast<const T*>(w.data) + at.row * w.row_stride + k * column_stride_of(w);
+        const T* const in = row(at) + k * column_stride_of(w);
         if (column_stride_of(w) != 1)
             return pack_strip_across<kParts>(in, at.rows, column_stride_of(w), w.columns - k, steps, tiles,
                                              nonfinite);
-        // What comes two pieces later may be of the strip that comes next.
-        const int64_t later = k + 2 * kRowSteps * kStepElements;
-        const int64_t ahead = later < w.columns ? later - k : later - w.columns + kGroup32 * w.row_stride - k;
-        pack_strip<kParts>(in, at.rows, w.row_stride, w.columns - k, steps, tiles, nonfinite, ahead);
+        pack_strip<kParts>(in, at.rows, w.row_stride, w.columns - k, steps, tiles, nonfinite, next, lines);
     }
 
     // Tasks of neighbouring strips, so that one can ask for what the next needs.
@@ -167,23 +186,26 @@ class TileProduct {
     // All of a strip for the only panel.
     template <int kHalves>
     void multiply_few(int64_t strip) const {
-        alignas(64) char tiles[kPieceSteps * kParts * kPairBytes];
+        alignas(64) char tiles[kPieceSteps<kParts> * kParts * kPairBytes];
         alignas(64) float block[kBlockFloats];
         PieceSums<kParts> sums;
         uint8_t nonfinite[kGroup32] = {};
         const Place at = place(strip);
+        ReadAhead next = after(strip, kPieceSteps<kParts> * kStepElements);
         const TileLayout<kParts>& layout = x_.layout;
         for (int64_t slab = 0; slab < layout.slabs(); ++slab) {
             const int64_t slab_steps = layout.steps_of(slab);
-            for (int64_t step = 0; step < slab_steps; step += kPieceSteps) {
-                const int64_t steps = min64(kPieceSteps, slab_steps - step);
+            for (int64_t step = 0; step < slab_steps; step += kPieceSteps<kParts>) {
+                const int64_t steps = min64(kPieceSteps<kParts>, slab_steps - step);
                 const char* const x = x_.slab(0, slab) + step * kPairBytes;
-                pack(at, slab * kSlabSteps<kParts> + step, steps, tiles, nonfinite);
+                pack(at, slab * kSlabSteps<kParts> + step, steps, tiles, nonfinite, &next, kLinesPacking);
                 if constexpr (kParts == 1)
-                    multiply_once<kHalves>(tiles, x, steps, block, slab == 0 && step == 0, WriteAhead{});
+                    multiply_once<kHalves>(tiles, x, steps, block, slab == 0 && step == 0, &next,
+                                           kLinesMultiplying);
                 else
                     multiply_piece<kParts, kHalves>(
-                        {tiles, x, steps * kPairBytes, layout.part_bytes(slab), steps}, step, &sums);
+                        {tiles, x, steps * kPairBytes, layout.part_bytes(slab), steps}, step,
+                        slab_steps - step, &sums, &next, kLinesMultiplying);
             }
             if constexpr (kParts > 1) add_pieces<kParts, kHalves>(sums, slab_steps, block, slab == 0);
         }
@@ -198,11 +220,13 @@ class TileProduct {
         const char* const x = x_.slab(panel, slab);
         if constexpr (kParts == 1) {
             for (int64_t step = 0; step < steps; step += kChunkSteps)
-                for (int64_t i = 0; i < count; ++i)
-                    multiply_once<kHalves>(
-                        tiles + i * strip_bytes + step * kPairBytes, x + step * kPairBytes,
-                        min64(kChunkSteps, steps - step), sums + i * kBlockFloats, slab == 0 && step == 0,
-                        last && step + kChunkSteps >= steps ? ahead(first + i, panel) : WriteAhead{});
+                for (int64_t i = 0; i < count; ++i) {
+                    WriteAhead written =
+                        last && step + kChunkSteps >= steps ? ahead(first + i, panel) : WriteAhead{};
+                    multiply_once<kHalves>(tiles + i * strip_bytes + step * kPairBytes, x + step * kPairBytes,
+                                           min64(kChunkSteps, steps - step), sums + i * kBlockFloats,
+                                           slab == 0 && step == 0, &written, 3);
+                }
         } else {
             for (int64_t i = 0; i < count; ++i)
                 multiply_slab<kParts, kHalves>(

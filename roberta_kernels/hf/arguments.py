@@ -22,6 +22,11 @@ def by_name(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
     return named | kwargs
 
 
+def is_causal(model: Any) -> bool:
+    """Whether a token of this model sees itself and those before it only."""
+    return bool(getattr(model.config, "is_decoder", False))  # of which an encoder's config need not know
+
+
 def parameters(original: Any) -> dict[str, Any]:
     """What `by_name`, and whoever asks what is given, must know of a class: its forward's parameters."""
     found = list(inspect.signature(original.forward).parameters.values())[1:]

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from roberta_kernels import ops
-from roberta_kernels.hf.choice import TORCH_FUNC
-from roberta_kernels.hf.fusable import FUSABLE_DTYPES, functorch_active
+from roberta_kernels.hf.fusable import FUSABLE_DTYPES, transform
 from roberta_kernels.hf.names import ATTENTION
 from roberta_kernels.hf.state import PatchState, logger
 from roberta_kernels.ops.attention import supported_head_dim
@@ -168,9 +167,7 @@ def _unserved(
         return "an empty batch"
     if dropout >= 1.0:
         return "attention dropout is 1"
-    if functorch_active():
-        return TORCH_FUNC
-    return None
+    return transform()
 
 
 def _wants_weights(module: Any, kwargs: dict[str, Any]) -> Any:

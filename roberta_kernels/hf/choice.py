@@ -10,14 +10,20 @@ from torch import nn
 from roberta_kernels.hf.fusable import (
     FUSABLE_DTYPES,
     foreign_hooks,
-    functorch_active,
     gelu_kind,
     plain_dropout,
     plain_layer_norm,
     plain_linear,
     tracing,
+    transform,
 )
-from roberta_kernels.hf.structure import replaced_code
+from roberta_kernels.hf.structure import (
+    CoreParts,
+    OutputParts,
+    attention_parts,
+    feed_forward_parts,
+    replaced_code,
+)
 from roberta_kernels.ops.attention import serving_head_dim
 
 _OWN_CODE = "a part of the layer has code of its own"
@@ -25,7 +31,6 @@ _OWN_CODE = "a part of the layer has code of its own"
 _OWN_PROJECTION = "query, key or value is not a plain nn.Linear (an adapter, a quantised weight), and runs its own code"
 _OWN_PRODUCT = "an output product is not a plain nn.Linear (an adapter, a quantised weight), and runs its own code"
 _OWN_FEED_FORWARD = "a product of the feed-forward is not a plain nn.Linear (an adapter, a quantised weight)"
-TORCH_FUNC = "inside a torch.func transform"
 
 
 class OutputChoice(NamedTuple):
@@ -105,33 +110,27 @@ def dtype_reason(dtype: torch.dtype, layer_norm: Any) -> str | None:
     return None
 
 
-def output_choice(output: Any, dtype: torch.dtype, hidden: int) -> OutputChoice:
-    """Of a SelfOutput or Output module, for hidden states `[..., hidden]` of this dtype."""
-    parts = output._modules
-    dense, layer_norm, dropout = parts["dense"], parts["LayerNorm"], parts["dropout"]
+def output_choice(output: OutputParts, dtype: torch.dtype, hidden: int) -> OutputChoice:
+    """For hidden states `[..., hidden]` of this dtype."""
+    modules, dense, dropout, layer_norm = output
     if not plain_layer_norm(layer_norm, hidden):
         return OutputChoice("LayerNorm is not a plain nn.LayerNorm")
-    if not plain_dropout(dropout):
+    if dropout is not None and not plain_dropout(dropout):
         return OutputChoice("dropout is not a plain nn.Dropout with p < 1")
-    reason = any_skipped(output, dense, layer_norm, dropout) or dtype_reason(dtype, layer_norm)
-    if reason is None and functorch_active():
-        reason = TORCH_FUNC
+    reason = any_skipped(*modules, dense, layer_norm, dropout) or dtype_reason(dtype, layer_norm) or transform()
     plain = plain_linear(dense)
-    return OutputChoice(reason, plain, () if plain else (_OWN_PRODUCT,))
+    return OutputChoice(reason, plain, () if plain or dense is None else (_OWN_PRODUCT,))
 
 
-def self_attention_choice(core: Any, dtype: torch.dtype) -> AttentionChoice:
-    """Of a SelfAttention module by itself."""
-    head_dim = serving_head_dim(core.attention_head_size)
+def self_attention_choice(core: CoreParts, dtype: torch.dtype) -> AttentionChoice:
+    """Of the attention by itself."""
+    head_dim = serving_head_dim(core.head_dim)
     if head_dim is None:
-        return AttentionChoice(f"head_dim {core.attention_head_size} is not served")
-    parts = core._modules
-    if parts["dropout"].p >= 1.0:
+        return AttentionChoice(f"head_dim {core.head_dim} is not served")
+    if core.dropout.p >= 1.0:
         return AttentionChoice("attention dropout is 1")
-    query, key, value = parts["query"], parts["key"], parts["value"]
-    reason = any_skipped(core, query, key, value, parts["dropout"])
-    if reason is None and functorch_active():
-        reason = TORCH_FUNC
+    query, key, value = core.query, core.key, core.value
+    reason = any_skipped(core.module, query, key, value, core.dropout) or transform()
     if reason is None and dtype not in FUSABLE_DTYPES:
         reason = f"no kernels for {dtype}"
     projections = plain_linear(query), plain_linear(key), plain_linear(value)
@@ -139,28 +138,34 @@ def self_attention_choice(core: Any, dtype: torch.dtype) -> AttentionChoice:
     return AttentionChoice(reason, projections, head_dim, said=said)
 
 
+def _own_code(layer: Any, half: int) -> bool:
+    """Whether a module around the parts of one half of a layer is of another class than is known."""
+    for path, classes in layer._rk_around[half]:
+        module = layer
+        for step in path.split("."):
+            module = module._modules[step]
+        if type(module) not in classes:
+            return True
+    return False
+
+
 def attention_choice(layer: Any, dtype: torch.dtype, hidden: int) -> AttentionChoice:
-    facts = layer._rk_facts
-    attention = layer._modules["attention"]
-    if type(attention) is not facts.attention:
+    if _own_code(layer, 0):
         return AttentionChoice(_OWN_CODE)
-    core, output = attention._modules["self"], attention._modules["output"]
-    if type(core) is not facts.self_attention or type(output) not in layer._rk_self_outputs:
-        return AttentionChoice(_OWN_CODE)
-    own = self_attention_choice(core, dtype)
-    end = output_choice(output, dtype, hidden)
-    reason = replaced(layer) or skipped(attention) or own.reason or end.reason
+    parts = attention_parts(layer)
+    own = self_attention_choice(parts.core, dtype)
+    end = output_choice(parts.output, dtype, hidden)
+    reason = replaced(layer) or skipped(parts.module) or own.reason or end.reason
     return AttentionChoice(reason, own.projections, own.head_dim, end, own.said + end.said)
 
 
 def feed_forward_choice(layer: Any, dtype: torch.dtype, hidden: int, autocast: torch.dtype | None) -> FeedForwardChoice:
-    facts = layer._rk_facts
-    intermediate, output = layer._modules["intermediate"], layer._modules["output"]
-    if type(intermediate) is not facts.intermediate or type(output) is not facts.output:
+    if _own_code(layer, 1):
         return FeedForwardChoice(_OWN_CODE)
-    w_in, activation, w_out = intermediate._modules["dense"], intermediate.intermediate_act_fn, output._modules["dense"]
-    end = output_choice(output, dtype, hidden)
-    reason = any_skipped(intermediate, w_in, activation) or end.reason
+    parts = feed_forward_parts(layer)
+    w_in, activation, w_out = parts.inner, parts.activation, parts.output.dense
+    end = output_choice(parts.output, dtype, hidden)
+    reason = any_skipped(parts.module, w_in, activation) or end.reason
     plain = plain_linear(w_in) and plain_linear(w_out)
     said = end.said if plain else (_OWN_FEED_FORWARD, *end.said)
     gelu = gelu_kind(activation)

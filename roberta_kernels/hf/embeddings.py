@@ -9,16 +9,16 @@ from torch import Tensor
 
 from roberta_kernels import ops
 from roberta_kernels.hf.arguments import by_name
-from roberta_kernels.hf.choice import TORCH_FUNC, any_skipped, dtype_reason, replaced
+from roberta_kernels.hf.choice import any_skipped, dtype_reason, replaced
 from roberta_kernels.hf.fusable import (
     dropout_of,
     fake,
-    functorch_active,
     input_grads_hook,
     plain_dropout,
     plain_embedding,
     plain_layer_norm,
     tracing,
+    transform,
 )
 from roberta_kernels.hf.known_code import padded_positions
 from roberta_kernels.hf.state import state_of
@@ -41,7 +41,9 @@ class FastEmbeddings(HuggingFaceModule):
     def fused_reason(self) -> str | None:
         """Why the embeddings cannot be fused, or None."""
         modules = self._modules
-        tables = [modules[name] for name in ("word_embeddings", "position_embeddings", "token_type_embeddings")]
+        tables = [modules["word_embeddings"], modules["position_embeddings"]]
+        if "token_type_embeddings" in modules:
+            tables.append(modules["token_type_embeddings"])
         layer_norm, dropout = modules["LayerNorm"], modules["dropout"]
         if not all(plain_embedding(table) for table in tables):
             return "an embedding table is not a plain nn.Embedding"
@@ -49,9 +51,7 @@ class FastEmbeddings(HuggingFaceModule):
             return "LayerNorm is not a plain nn.LayerNorm"
         if not plain_dropout(dropout):
             return "dropout is not a plain nn.Dropout with p < 1"
-        if functorch_active():
-            return TORCH_FUNC
-        reason = replaced(self) or any_skipped(*tables, layer_norm, dropout)
+        reason = transform() or replaced(self) or any_skipped(*tables, layer_norm, dropout)
         if reason is None and len({module.weight.dtype for module in (*tables, layer_norm)}) != 1:
             reason = "the tables and LayerNorm have different dtypes"
         return reason or dtype_reason(tables[0].weight.dtype, layer_norm)
@@ -125,13 +125,15 @@ class FastEmbeddings(HuggingFaceModule):
         """`[T]` ids -> `[T, H]`."""
         word, position = self.word_embeddings, self.position_embeddings
         layer_norm, dropout_p = self.LayerNorm, dropout_of(self.dropout)
+        types = self._modules.get("token_type_embeddings")
         hidden_states = ops.embedding_layer_norm(
             input_ids,
             position_ids,
-            token_type_ids,
+            None if types is None else token_type_ids,
             word.weight,
             position.weight,
-            self.token_type_embeddings.weight,
+            # A family without token types adds nothing.
+            word.weight.new_zeros(1, word.weight.shape[1]) if types is None else types.weight,
             layer_norm.weight,
             layer_norm.bias,
             eps=layer_norm.eps,

@@ -12,6 +12,7 @@ from roberta_kernels import backends
 from roberta_kernels.encoder_call import EncoderCall, LayerSettings, LayerTensors, unavailable
 from roberta_kernels.hf.choice import LayerChoice
 from roberta_kernels.hf.state import Options, memory_of
+from roberta_kernels.hf.structure import attention_parts, feed_forward_parts
 from roberta_kernels.ops.attention import supported_head_dim
 from roberta_kernels.quantized import LayerCopies, QuantizedCall
 
@@ -40,7 +41,6 @@ def _bfloat16_call(dtype: torch.dtype) -> bool:
 
 def no_layer_call(layer: Any, choice: LayerChoice) -> str | None:
     """Why a layer cannot, whatever the call, or None."""
-    dtype = layer.output.LayerNorm.weight.dtype
     if any(module.training for module in layer.modules()):
         return _TRAINING
     attention, feed_forward = choice.attention, choice.feed_forward
@@ -48,24 +48,28 @@ def no_layer_call(layer: Any, choice: LayerChoice) -> str | None:
         return choice.fused
     if attention.said or feed_forward.said:
         return "a product is not a plain nn.Linear (an adapter, a quantised weight)"
+    first, second = attention_parts(layer), feed_forward_parts(layer)
+    dtype = second.output.norm.weight.dtype
     tensors = tensors_of(layer)
     if any(tensor is None for tensor in tensors):
         return "a product has no bias"
     if not all(_plain(tensor, dtype) for tensor in tensors):
         return "not all of its parameters are plain, contiguous tensors of one dtype on the CPU"
-    core = layer.attention.self
-    if not supported_head_dim(core.attention_head_size):
-        return f"head_dim {core.attention_head_size}"
+    if not supported_head_dim(first.core.head_dim):
+        return f"head_dim {first.core.head_dim}"
     if feed_forward.gelu is None:
-        return f"activation {type(layer.intermediate.intermediate_act_fn).__name__}"
-    if layer.attention.output.LayerNorm.eps != layer.output.LayerNorm.eps:
+        return f"activation {type(second.activation).__name__}"
+    if first.output.norm.eps != second.output.norm.eps:
         return "its LayerNorms differ in eps"
-    return "a feed-forward in chunks" if layer.chunk_size_feed_forward != 0 else None
+    return "a feed-forward in chunks" if second.chunk != 0 else None
 
 
 def tensors_of(layer: Any) -> LayerTensors:
-    core, first, inner, last = layer.attention.self, layer.attention.output, layer.intermediate.dense, layer.output
-    modules = (core.query, core.key, core.value, first.dense, first.LayerNorm, inner, last.dense, last.LayerNorm)
+    first, second = attention_parts(layer), feed_forward_parts(layer)
+    modules = (
+        *(first.core.query, first.core.key, first.core.value, first.output.dense, first.output.norm),
+        *(second.inner, second.output.dense, second.output.norm),
+    )
     return LayerTensors(*(tensor for module in modules for tensor in (module.weight, module.bias)))
 
 
@@ -80,11 +84,11 @@ def _plain(tensor: Any, dtype: torch.dtype) -> bool:
 
 
 def _settings(layer: Any, choice: LayerChoice) -> LayerSettings:
-    core = layer.attention.self
+    core = attention_parts(layer).core
     return LayerSettings(
-        heads=core.num_attention_heads,
-        scale=float(core.scaling),
-        eps=layer.output.LayerNorm.eps,
+        heads=core.heads,
+        scale=float(core.scale),
+        eps=feed_forward_parts(layer).output.norm.eps,
         tanh=choice.feed_forward.gelu == "tanh",
     )
 

@@ -35,7 +35,8 @@ class Family:
 
     model: name without the prefix of the class that transformers gives by its public name and whose module has the
     others. left: class name without the prefix -> why `patch` leaves it, which its report says. own: arguments of the
-    model that change nothing in what runs fused.
+    model that change nothing in what runs fused. bare: names without any prefix -> roles. encoder: where a model has
+    its layers.
     """
 
     prefix: str
@@ -43,13 +44,21 @@ class Family:
     model: str = "Model"
     left: Mapping[str, str] = field(default_factory=dict)
     own: frozenset[str] = frozenset()
+    bare: Mapping[str, str] = field(default_factory=dict)
+    encoder: str = "encoder"
+
+    def role(self, name: str) -> str | None:
+        return self.bare.get(name) or (
+            self.roles.get(name[len(self.prefix) :]) if name.startswith(self.prefix) else None
+        )
 
 
 def _embeddings_left(what: str) -> dict[str, str]:
     return {"Embeddings": f"embeddings {what} run the original code (the layers are fused)"}
 
 
-# By transformers package. The layers of the first nine families are the same code, those of the last three are not.
+# By transformers package. The layers of the first nine families are the same code, those of DistilBERT the same
+# mathematics; of MPNet's all but the attention is, of the last three the attention alone.
 FAMILIES = {
     "transformers.models.roberta": Family("Roberta", _ROBERTA),
     "transformers.models.xlm_roberta": Family("XLMRoberta", _ROBERTA),
@@ -80,6 +89,22 @@ FAMILIES = {
         _BERT | {"ForPreTraining": "span_head"},
         left=_embeddings_left("of shapes and pronunciations"),
     ),
+    "transformers.models.distilbert": Family(
+        "DistilBert",
+        {"Model": "model"} | {name: role for name, role in _HEADS.items() if name != "ForCausalLM"},
+        own=frozenset({"token_type_ids"}),  # which it has none of
+        bare={"Embeddings": "typeless_absolute_embeddings", "TransformerBlock": "distilbert_layer"},
+        encoder="transformer",
+    ),
+    "transformers.models.mpnet": Family(
+        "MPNet",
+        {
+            **{"Embeddings": "typeless_embeddings", "Attention": "attention_output", "Layer": "feed_forward_layer"},
+            "Model": "plain_model",
+            **{name: "head" for name in _HEADS if name != "ForCausalLM"},
+        },
+        left={"SelfAttention": "attention with a bias on its scores runs the original code, on the padded batch"},
+    ),
     "transformers.models.roberta_prelayernorm": Family("RobertaPreLayerNorm", _ATTENTION_ONLY, left=_OWN_LAYER),
     "transformers.models.xlm_roberta_xl": Family("XLMRobertaXL", _ATTENTION_ONLY, left=_OWN_LAYER),
     "transformers.models.xmod": Family("Xmod", _ATTENTION_ONLY, left=_OWN_LAYER, own=frozenset({"lang_ids"})),
@@ -94,14 +119,15 @@ def _package(cls: type) -> str:
 def family_of(cls: type) -> Family | None:
     """The family that a class belongs to by package and name, or None."""
     family = FAMILIES.get(_package(cls))
-    return family if family is not None and cls.__name__.startswith(family.prefix) else None
+    known = family is not None and (cls.__name__.startswith(family.prefix) or cls.__name__ in family.bare)
+    return family if known else None
 
 
 @functools.cache
 def role_of(cls: type) -> str | None:
     """What a Hugging Face class is to the fused code, or None for a class that is none of the families'."""
     family = family_of(cls)
-    return None if family is None else family.roles.get(cls.__name__[len(family.prefix) :])
+    return None if family is None else family.role(cls.__name__)
 
 
 def why_left(cls: type) -> str | None:
@@ -135,9 +161,9 @@ def family_class(name: str) -> Any:
 def family_classes(*roles: str) -> list[Any]:
     """Every known Hugging Face class of these roles that this release of transformers has."""
     found = (
-        getattr(_module(package, family), family.prefix + part, None)
+        getattr(_module(package, family), name, None)
         for package, family in FAMILIES.items()
-        for part, role in family.roles.items()
+        for name, role in [*((family.prefix + part, role) for part, role in family.roles.items()), *family.bare.items()]
         if role in roles
     )
     return [cls for cls in found if cls is not None]

@@ -28,21 +28,34 @@ from roberta_kernels.hf.heads import (
     FastSummaryHead,
     FastTokenHead,
 )
-from roberta_kernels.hf.layer import FastLayer, FastSelfAttention, FastSelfOutput
-from roberta_kernels.hf.model import FastAttentionModel, FastModel
+from roberta_kernels.hf.layer import (
+    FastAttentionOutput,
+    FastDistilBertLayer,
+    FastFeedForwardLayer,
+    FastLayer,
+    FastSelfAttention,
+    FastSelfOutput,
+)
+from roberta_kernels.hf.model import FastAttentionModel, FastModel, FastPlainModel
 from roberta_kernels.hf.names import ATTENTION
 from roberta_kernels.hf.state import PatchState, attach, detach, keep_implementation, kept_implementation
-from roberta_kernels.hf.structure import structure_difference
+from roberta_kernels.hf.structure import AROUND, structure_difference
 
 _MIXINS: dict[str, type] = {
     "embeddings": FastEmbeddings,
     "absolute_embeddings": FastAbsoluteEmbeddings,
+    "typeless_embeddings": FastEmbeddings,
+    "typeless_absolute_embeddings": FastAbsoluteEmbeddings,
     "self_attention": FastSelfAttention,
     "attention_model": FastAttentionModel,
     "summary_head": FastSummaryHead,
     "self_output": FastSelfOutput,
     "layer": FastLayer,
+    "distilbert_layer": FastDistilBertLayer,
+    "feed_forward_layer": FastFeedForwardLayer,
+    "attention_output": FastAttentionOutput,
     "model": FastModel,
+    "plain_model": FastPlainModel,
     "token_head": FastTokenHead,
     "next_token_head": FastNextTokenHead,
     "discriminator_head": FastDiscriminatorHead,
@@ -51,8 +64,8 @@ _MIXINS: dict[str, type] = {
 }
 # Roles of whole models: what a user constructs.
 MODEL_ROLES = (
-    *("model", "attention_model", "head", "token_head", "next_token_head", "discriminator_head", "span_head"),
-    "summary_head",
+    *("model", "attention_model", "plain_model", "head", "token_head", "next_token_head", "discriminator_head"),
+    *("span_head", "summary_head"),
 )
 
 
@@ -123,15 +136,9 @@ def _of_role(original: Any, role: str, defaults: dict[str, Any]) -> dict[str, An
         if facts.masks is not None:
             ours["_create_attention_masks"] = getattr(original, "_create_attention_masks", None)
         return ours
-    if role == "layer":
-        layer_facts = known_code.layer_facts(original)
-        self_output = layer_facts.self_output
-        known = role_of(self_output)
-        fused = known is not None and known_code.difference(self_output, known) is None
-        return {
-            "_rk_facts": layer_facts,
-            "_rk_self_outputs": (self_output, *((fast_class(self_output),) if fused else ())),
-        }
+    if role in AROUND:
+        around = known_code.layer_facts(original, role).around
+        return {"_rk_around": tuple(tuple((path, _same_code(cls)) for path, cls in half) for half in around)}
     if role.endswith("head"):
         head = known_code.head_facts(original, role)
         return {
@@ -140,6 +147,12 @@ def _of_role(original: Any, role: str, defaults: dict[str, Any]) -> dict[str, An
             "_rk_parts": known_code.head_parts(original),
         }
     return {}
+
+
+def _same_code(cls: type) -> tuple[type, ...]:
+    """A class, and the fast class of it, if it has one."""
+    role = role_of(cls)
+    return (cls,) if role is None or known_code.difference(cls, role) is not None else (cls, fast_class(cls))
 
 
 def _base_arguments(head: Any) -> set[str]:

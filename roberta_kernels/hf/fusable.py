@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -33,8 +34,16 @@ def data_hidden(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-def functorch_active() -> bool:
-    return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
+def transform() -> str | None:
+    """Which transform of torch the call is in that only plain torch can follow, or None.
+
+    Forward-mode differentiation counts from dual_level() on, whatever has a tangent: an op without a formula for it
+    would lose the tangent of a parameter as well as of an input, with gradients and without, and say nothing. Dynamo
+    guards a graph by this level; of torch.func's other transforms it cannot be asked.
+    """
+    if not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None:
+        return "inside a torch.func transform"
+    return None if forward_ad._current_level < 0 else "forward-mode differentiation"
 
 
 # --- hooks ----------------------------------------------------------------------------------------------------------

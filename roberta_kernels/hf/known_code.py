@@ -19,19 +19,25 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn import functional as F
 
-from roberta_kernels.hf.families import part_class
-from roberta_kernels.hf.structure import replaced_code
+from roberta_kernels.hf.families import family_of, part_class, role_of
+from roberta_kernels.hf.masks import BESIDE
+from roberta_kernels.hf.structure import (
+    AROUND,
+    CoreParts,
+    OutputParts,
+    attention_parts,
+    core_parts,
+    feed_forward_parts,
+    output_parts,
+    replaced_code,
+)
 
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """Classes of the parts of a layer that a fused one steps over."""
+    """around: by half of a layer, the modules around its parts, which a fused one steps over: path and class."""
 
-    attention: type
-    self_attention: type
-    self_output: type
-    intermediate: type
-    output: type
+    around: tuple[tuple[tuple[str, type], ...], ...]
 
 
 @dataclass(frozen=True)
@@ -40,17 +46,20 @@ class ModelFacts:
 
     output: what makes its output of last_hidden_state (and pooler_output, where `pooled`). unpadded: why its forward
     is not embeddings, layers and pooler, one after the other, or None. masks: why its layers cannot be handed
-    something in place of the mask, or None.
+    something in place of the mask, or None. encoder_name: under which it has its layers. beside: whether what they are
+    handed comes as an argument more, beside the mask.
     """
 
     embeddings: type
     encoder: type
+    encoder_name: str
     layer: type
     attention: type
     output: type
     pooled: bool
     unpadded: str | None
     masks: str | None
+    beside: bool
 
 
 @dataclass(frozen=True)
@@ -102,9 +111,9 @@ def lasting(cls: type, role: str) -> bool:
     return role not in _RUNS or ((cls, role) in _known and _known[cls, role].lasting)
 
 
-def layer_facts(cls: type) -> LayerFacts:
+def layer_facts(cls: type, role: str) -> LayerFacts:
     """Of a class whose `difference` as a layer is None."""
-    facts = _known[cls, "layer"].facts
+    facts = _known[cls, role].facts
     assert isinstance(facts, LayerFacts)
     return facts
 
@@ -158,6 +167,9 @@ def _config(cls: type) -> Any:
         hidden_act="gelu",
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
+        hidden_dim=12,
+        dropout=0.0,
+        attention_dropout=0.0,
         pronunciation_vocab_size=20,
         pronunciation_embed_dim=12,
         shape_vocab_size=20,
@@ -191,42 +203,64 @@ _MASK = torch.tensor([[0.0] * 5, [0.0] * 3 + [-1e9] * 2], dtype=torch.float64)[:
 _IDS = [[5, 6, 7, 8, 9], [9, 6, 7, 1, 1]]  # 1: padding
 
 
-def _layer(module: Any) -> tuple[LayerFacts, bool]:
-    x = _numbers((2, 5, 16), 100)
-    attended = _attention(module.attention.self, x, _MASK)
-    attended = _output(module.attention.output, attended, x)
-    want = _output(module.output, F.gelu(_dense(module.intermediate, attended)), attended)
-    attention = module.attention
-    facts = LayerFacts(
-        *(type(attention), type(attention.self), type(attention.output)),
-        *(type(module.intermediate), type(module.output)),
-    )
-    return facts, _same(module(x, _MASK), want)
+def _layer(role: str) -> Callable[[Any], tuple[LayerFacts, bool]]:
+    def run(module: Any) -> tuple[LayerFacts, bool]:
+        x = _numbers((2, 5, 16), 100)
+        first, second = attention_parts(module, role), feed_forward_parts(module, role)
+        attended = _output(first.output, _attention(first.core, x, _MASK), x)
+        want = _output(second.output, F.gelu(_dense(second.inner, attended)), attended)
+        return LayerFacts(_around(module, role)), _same(module(x, _MASK), want)
+
+    return run
+
+
+def _feed_forward_layer(module: Any) -> tuple[LayerFacts, bool]:
+    """Whatever the attention computes."""
+    x, bias, role = _numbers((2, 5, 16), 100), _numbers((2, 2, 5, 5), 101), "feed_forward_layer"
+    second = feed_forward_parts(module, role)
+    attended = module.attention(x, _MASK, bias)[0]
+    want = _output(second.output, F.gelu(_dense(second.inner, attended)), attended)
+    got = module(x, _MASK, bias)
+    return LayerFacts(_around(module, role)), isinstance(got, tuple) and len(got) == 1 and _same(got[0], want)
+
+
+def _attention_output(module: Any) -> tuple[None, bool]:
+    """Whatever `attn` computes."""
+    x, bias, norm = _numbers((2, 5, 16), 100), _numbers((2, 2, 5, 5), 101), module.LayerNorm
+    want = module.attn(x, _MASK, bias)[0] + x
+    want = F.layer_norm(want, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    got = module(x, _MASK, bias)
+    return None, isinstance(got, tuple) and len(got) == 1 and _same(got[0], want)
+
+
+def _around(module: Any, role: str) -> tuple[tuple[tuple[str, type], ...], ...]:
+    return tuple(tuple((path, type(module.get_submodule(path))) for path in half) for half in AROUND[role])
 
 
 def _self_attention(module: Any) -> tuple[None, bool]:
     x = _numbers((2, 5, 16), 100)
-    return None, _same(module(x, _MASK)[0], _attention(module, x, _MASK))
+    return None, _same(module(x, _MASK)[0], _attention(core_parts(module), x, _MASK))
 
 
 def _self_output(module: Any) -> tuple[None, bool]:
     x, residual = _numbers((2, 5, 16), 100), _numbers((2, 5, 16), 101)
-    return None, _same(module(x, residual), _output(module, x, residual))
+    return None, _same(module(x, residual), _output(output_parts(module), x, residual))
 
 
-def _embeddings(positions: Callable[[Tensor], Tensor]) -> Callable[[Any], tuple[None, bool]]:
+def _embeddings(positions: Callable[[Tensor], Tensor], typed: bool = True) -> Callable[[Any], tuple[None, bool]]:
     def run(module: Any) -> tuple[None, bool]:
         ids = torch.tensor(_IDS)
         types, own = (ids > 6).long(), torch.tensor([[3, 1, 2, 4, 7]])
         norm = module.LayerNorm
 
         def want(types: Tensor, positions: Tensor) -> Tensor:
-            x = module.word_embeddings.weight[ids] + module.token_type_embeddings.weight[types]
+            x = module.word_embeddings.weight[ids]
+            x = x + module.token_type_embeddings.weight[types] if typed else x
             x = x + module.position_embeddings.weight[positions]
             return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
         plain = _same(module(input_ids=ids), want(torch.zeros_like(ids), positions(ids)))
-        given = module(input_ids=ids, token_type_ids=types, position_ids=own)
+        given = module(input_ids=ids, position_ids=own, **({"token_type_ids": types} if typed else {}))
         return None, plain and _same(given, want(types, own))
 
     return run
@@ -248,7 +282,7 @@ def _model(module: Any) -> tuple[ModelFacts, bool]:
         x = module.embeddings(input_ids=ids)
         project = module._modules.get("embeddings_project")
         x = x if project is None else project(x)
-        for layer in module.encoder.layer:
+        for layer in _encoder(module).layer:
             x = layer(x, _MASK)
         real = mask.bool()
         same = _same(out.last_hidden_state[real], x[real])
@@ -262,6 +296,12 @@ def _model(module: Any) -> tuple[ModelFacts, bool]:
     except Exception as error:
         unpadded = f"the parts of {type(module).__name__} cannot be run as known: {type(error).__name__}: {error}"
     return _model_facts(module, out, pooled, unpadded, _masks_reach(module, ids, mask, "")), True
+
+
+def _encoder(module: Any) -> Any:
+    family = family_of(type(module))
+    assert family is not None
+    return getattr(module, family.encoder)
 
 
 def _without_padding(x: Tensor, real: Tensor) -> Tensor:
@@ -313,25 +353,35 @@ def _attention_model(module: Any) -> tuple[ModelFacts, bool]:
 
 
 def _model_facts(module: Any, out: Any, pooled: bool, unpadded: str | None, masks: str | None) -> ModelFacts:
-    layer = module.encoder.layer[0]
+    encoder = _encoder(module)
+    layer = encoder.layer[0]
     return ModelFacts(
         embeddings=type(module.embeddings),
-        encoder=type(module.encoder),
+        encoder=type(encoder),
+        encoder_name=next(name for name, part in module.named_children() if part is encoder),
         layer=type(layer),
         attention=type(layer.attention),
         output=type(out),
         pooled=pooled,
         unpadded=unpadded,
         masks=masks,
+        beside=_beside(layer),
     )
+
+
+def _beside(layer: Any) -> bool:
+    cls: Any = type(layer)
+    return role_of(cls) == "distilbert_layer"
 
 
 def _masks_reach(module: Any, ids: Tensor, mask: Tensor, where: str) -> str | None:
     """Why what a model's `_create_attention_masks` gives does not come to its layers (to their part `where`) as it is,
-    or None: this is how the fused code hands them sequences in place of a mask."""
-    original = getattr(module, "_create_attention_masks", None)
-    name = type(module).__name__
-    if original is None:
+    or None: this is how the fused code hands them sequences in place of a mask. Or why what a model is given beside
+    does not."""
+    original: Any = getattr(module, "_create_attention_masks", None)
+    name, layers = type(module).__name__, _encoder(module).layer
+    beside = _beside(layers[0])
+    if original is None and not beside:
         return f"{name} has no _create_attention_masks"
     given: list[bool] = []
     received: list[bool] = []
@@ -343,28 +393,38 @@ def _masks_reach(module: Any, ids: Tensor, mask: Tensor, where: str) -> str | No
     def look(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         received.append(any(value is _MASK for value in (*args, *kwargs.values())))
 
-    parts = [layer.get_submodule(where) for layer in module.encoder.layer]
+    parts = [layer.get_submodule(where) for layer in layers]
     handles = [part.register_forward_pre_hook(look, with_kwargs=True) for part in parts]
-    module.__dict__["_create_attention_masks"] = hand_over
     try:
-        module(input_ids=ids, attention_mask=mask)
+        if beside:
+            module(input_ids=ids, attention_mask=mask, **{BESIDE: _MASK})
+        else:
+            module.__dict__["_create_attention_masks"] = hand_over
+            module(input_ids=ids, attention_mask=mask)
     except Exception as error:
         return f"{name}._create_attention_masks is not as known: {type(error).__name__}: {error}"
     finally:
-        del module.__dict__["_create_attention_masks"]
+        module.__dict__.pop("_create_attention_masks", None)
         for handle in handles:
             handle.remove()
+    if beside:
+        return None if received == [True] * len(parts) else f"{name} does not hand its layers what it is given"
     if given != [True] or received != [True] * len(parts):
         return f"{name}._create_attention_masks does not make the layers' mask"
     return None
 
 
 _RUNS: dict[str, Callable[[Any], tuple[Facts, bool]]] = {
-    "layer": _layer,
+    "layer": _layer("layer"),
+    "distilbert_layer": _layer("distilbert_layer"),
+    "feed_forward_layer": _feed_forward_layer,
+    "attention_output": _attention_output,
     "self_attention": _self_attention,
     "self_output": _self_output,
     "embeddings": _embeddings(lambda ids: padded_positions(ids, 1)),
     "absolute_embeddings": _embeddings(lambda ids: torch.arange(ids.shape[1])[None]),
+    "typeless_embeddings": _embeddings(lambda ids: padded_positions(ids, 1), typed=False),
+    "typeless_absolute_embeddings": _embeddings(lambda ids: torch.arange(ids.shape[1])[None], typed=False),
     "model": _model,
     "attention_model": _attention_model,
     "head": _head,
@@ -381,16 +441,16 @@ def _numbers(shape: Any, start: int) -> Tensor:
     return torch.sin(torch.arange(count, dtype=torch.float64) * 1.7 + start).view(shape)
 
 
-def _dense(module: Any, x: Tensor) -> Tensor:
-    return F.linear(x, module.dense.weight, module.dense.bias)
+def _dense(linear: nn.Linear, x: Tensor) -> Tensor:
+    return F.linear(x, linear.weight, linear.bias)
 
 
-def _output(module: Any, x: Tensor, residual: Tensor) -> Tensor:
-    norm: nn.LayerNorm = module.LayerNorm
-    return F.layer_norm(_dense(module, x) + residual, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+def _output(output: OutputParts, x: Tensor, residual: Tensor) -> Tensor:
+    norm: nn.LayerNorm = output.norm
+    return F.layer_norm(_dense(output.dense, x) + residual, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
-def _attention(core: Any, x: Tensor, mask: Tensor) -> Tensor:
+def _attention(core: CoreParts, x: Tensor, mask: Tensor) -> Tensor:
     heads = []
     for linear in (core.query, core.key, core.value):
         heads.append(F.linear(x, linear.weight, linear.bias).unflatten(-1, (2, 8)).transpose(1, 2))

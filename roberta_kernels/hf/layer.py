@@ -7,6 +7,7 @@ mask that they are handed, or by the module itself where transformers' code call
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -28,8 +29,16 @@ from roberta_kernels.hf.choice import (
 )
 from roberta_kernels.hf.embeddings import HuggingFaceModule
 from roberta_kernels.hf.fusable import dropout_of
-from roberta_kernels.hf.masks import LayerMask, find, put
+from roberta_kernels.hf.masks import BESIDE, LayerMask, find, put
 from roberta_kernels.hf.state import drop_quantized, in_force, state_of
+from roberta_kernels.hf.structure import (
+    CoreParts,
+    OutputParts,
+    attention_parts,
+    core_parts,
+    feed_forward_parts,
+    output_parts,
+)
 from roberta_kernels.unpadding import Sequences
 
 _QUANTISED = "the quantised weights are not used"
@@ -44,10 +53,10 @@ def _count(module: Any, reasons: tuple[str, ...]) -> None:
 
 
 def _attend(
-    core: Any, choice: AttentionChoice, hidden_states: Tensor, sequences: Sequences, seed: Tensor | None
+    core: CoreParts, choice: AttentionChoice, hidden_states: Tensor, sequences: Sequences, seed: Tensor | None
 ) -> Tensor:
-    """Projections and attention of a SelfAttention module. hidden_states `[..., H]` -> `[..., heads * head_dim]`."""
-    heads, head_dim = core.num_attention_heads, core.attention_head_size
+    """Projections and attention. hidden_states `[..., H]` -> `[..., heads * head_dim]`."""
+    heads, head_dim = core.heads, core.head_dim
     query, key, value = (
         (F.linear(hidden_states, m.weight, m.bias) if plain else m(hidden_states)).reshape(-1, heads, head_dim)
         for m, plain in zip((core.query, core.key, core.value), choice.projections, strict=True)
@@ -61,7 +70,7 @@ def _attend(
         value,
         sequences.cu_seqlens,
         max_seqlen_q=sequences.max_seqlen,
-        scale=core.scaling,
+        scale=core.scale,
         causal=sequences.causal,
         key_mask=sequences.key_mask,
         dropout_p=dropout_p,
@@ -70,22 +79,28 @@ def _attend(
     return context[..., :head_dim].reshape(*hidden_states.shape[:-1], heads * head_dim)
 
 
-def attention_dropout(core: Any) -> float:
-    """Of a SelfAttention module, whose own mode decides, as in the original."""
-    return core.dropout.p if core.training else 0.0
+def attention_dropout(core: CoreParts) -> float:
+    """The mode of the module itself decides, as in the original."""
+    return core.dropout.p if core.module.training else 0.0
 
 
-def _project_add_norm(output: Any, choice: OutputChoice, x: Tensor, residual: Tensor, seed: Tensor | None) -> Tensor:
-    """output is a SelfOutput or Output module; x `[..., K]`, residual `[..., H]`."""
+def output_dropout(output: OutputParts) -> float:
+    return 0.0 if output.dropout is None else dropout_of(output.dropout)
+
+
+def _project_add_norm(
+    output: OutputParts, choice: OutputChoice, x: Tensor, residual: Tensor, seed: Tensor | None
+) -> Tensor:
+    """x `[..., K]`, residual `[..., H]`."""
     dense = output.dense
     if choice.plain:
         return _add_norm(output, F.linear(x, dense.weight), dense.bias, residual, seed)
     return _add_norm(output, dense(x), None, residual, seed)
 
 
-def _add_norm(output: Any, x: Tensor, x_bias: Tensor | None, residual: Tensor, seed: Tensor | None) -> Tensor:
-    layer_norm, hidden = output.LayerNorm, residual.shape[-1]
-    dropout_p = dropout_of(output.dropout)
+def _add_norm(output: OutputParts, x: Tensor, x_bias: Tensor | None, residual: Tensor, seed: Tensor | None) -> Tensor:
+    layer_norm, hidden = output.norm, residual.shape[-1]
+    dropout_p = output_dropout(output)
     normalised = ops.add_layer_norm(
         x.reshape(-1, hidden).to(residual.dtype),  # autocast gives the product in its own dtype
         residual.reshape(-1, hidden),
@@ -110,36 +125,90 @@ class FastSelfAttention(HuggingFaceModule):
         if mask is None:
             return super().forward(hidden_states, *args, **kwargs)
         with in_force(state_of(self)):
-            choice = None if mask.choices is None else mask.choices[id(self)]
+            choice, core = None if mask.choices is None else mask.choices[id(self)], core_parts(self)
             if choice is None:
-                choice = self_attention_choice(self, hidden_states.dtype)
+                choice = self_attention_choice(core, hidden_states.dtype)
             reason = choice.reason or mask.unknown(args, kwargs)
             _count(self, choice.said if reason is None else (reason,))
             if reason is not None:
                 args, kwargs = put(mask.original(), mask, args, kwargs)
                 return super().forward(hidden_states, *args, **kwargs)
-            seed = ops.draw_seeds(1, hidden_states.device)[0] if attention_dropout(self) > 0 else None
-            return _attend(self, choice, hidden_states, mask.sequences, seed), None
+            seed = ops.draw_seeds(1, hidden_states.device)[0] if attention_dropout(core) > 0 else None
+            return _attend(core, choice, hidden_states, mask.sequences, seed), None
 
 
 class FastSelfOutput(HuggingFaceModule):
     """dense, dropout, residual and LayerNorm of an attention block, where the block itself runs the original code."""
 
     def _rk_forward(self, hidden_states: Tensor, input_tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        choice = output_choice(self, input_tensor.dtype, input_tensor.shape[-1])
+        output = output_parts(self)
+        choice = output_choice(output, input_tensor.dtype, input_tensor.shape[-1])
         reason = choice.reason or ("arguments that are not known" if args or kwargs else None)
         _count(self, choice.said if reason is None else (reason,))
         if reason is not None:
             return super().forward(hidden_states, input_tensor, *args, **kwargs)
-        seed = ops.draw_seeds(1, input_tensor.device)[0] if dropout_of(self.dropout) > 0 else None
-        return _project_add_norm(self, choice, hidden_states, input_tensor, seed)
+        seed = ops.draw_seeds(1, input_tensor.device)[0] if output_dropout(output) > 0 else None
+        return _project_add_norm(output, choice, hidden_states, input_tensor, seed)
 
 
-class FastLayer(HuggingFaceModule):
+class FastFeedForward(HuggingFaceModule):
+    """The second half of a layer."""
+
+    # By half: paths of the modules around the parts, and the classes that each may have.
+    _rk_around: tuple[tuple[tuple[str, tuple[type, ...]], ...], ...]
+
+    def _rk_feed_forward(self, choice: FeedForwardChoice, attention_output: Tensor) -> Tensor:
+        _count(self, choice.said if choice.reason is None else (choice.reason,))
+        if choice.reason is not None:
+            return self._rk_own_feed_forward(attention_output)
+        parts = feed_forward_parts(self)
+        output = parts.output
+        seed = ops.draw_seeds(1, attention_output.device)[0] if output_dropout(output) > 0 else None
+        if choice.gelu is None:
+            # Another activation (which the report said), an adapter, a quantised weight: these modules run as they are.
+            inner = parts.activation(parts.inner(attention_output))
+            return _project_add_norm(output, choice.output, inner, attention_output, seed)
+        w_in, w_out = parts.inner, output.dense
+        x = attention_output.reshape(-1, attention_output.shape[-1])
+        tensors = [x, w_in.weight, w_in.bias, w_out.weight]
+        if choice.cast is not None:
+            tensors = [tensor.to(choice.cast) for tensor in tensors]
+        inner = ops.gelu_ffn(*tensors, approximate=choice.gelu)
+        return _add_norm(output, inner, w_out.bias, attention_output, seed)
+
+    def _rk_own_feed_forward(self, attention_output: Tensor) -> Tensor:
+        """The original code of the feed-forward half."""
+        return self.output(self.intermediate(attention_output), attention_output)
+
+
+class FastFeedForwardLayer(FastFeedForward):
+    """A layer whose attention is not RoBERTa's (MPNet's, with a bias on its scores): that runs the original code."""
+
+    def _rk_forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if (reason := replaced(self)) is not None:
+            _count(self, (reason,))
+            return super().forward(hidden_states, *args, **kwargs)
+        attended, *rest = self.attention(hidden_states, *args, **kwargs)
+        choice = feed_forward_choice(self, attended.dtype, attended.shape[-1], autocast_dtype(attended.device.type))
+        return (self._rk_feed_forward(choice, attended), *rest)
+
+
+class FastAttentionOutput(HuggingFaceModule):
+    """An attention block with dropout, residual and LayerNorm of its own, behind an attention that is not RoBERTa's."""
+
+    def _rk_forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        output = OutputParts((), None, self.dropout, self.LayerNorm)
+        choice = output_choice(output, hidden_states.dtype, hidden_states.shape[-1])
+        if (reason := replaced(self) or choice.reason) is not None:
+            _count(self, (reason,))
+            return super().forward(hidden_states, *args, **kwargs)
+        attended, *rest = self.attn(hidden_states, *args, **kwargs)
+        seed = ops.draw_seeds(1, hidden_states.device)[0] if output_dropout(output) > 0 else None
+        return (_add_norm(output, attended, None, hidden_states, seed), *rest)
+
+
+class FastLayer(FastFeedForward):
     """Fused attention where the model hands it sequences, fused feed-forward always."""
-
-    _rk_facts: Any  # known_code.LayerFacts of the Hugging Face class
-    _rk_self_outputs: tuple[type, ...]  # the classes that attention.output may have
 
     def train(self, mode: bool = True) -> Any:
         if mode:
@@ -171,9 +240,9 @@ class FastLayer(HuggingFaceModule):
             args, kwargs = put(mask.original(), mask, args, kwargs)
             return super().forward(hidden_states, *args, **kwargs)
         hidden_states = self._rk_attention(choice.attention, hidden_states, mask.sequences)
-        if self.chunk_size_feed_forward == 0:
+        rows = self._rk_chunk(choice.feed_forward)
+        if rows == 0:
             return self._rk_feed_forward(choice.feed_forward, hidden_states)
-        rows = self.chunk_size_feed_forward
         dim = 1
         if hidden_states.dim() == 2:  # unpadded: as many rows at a time as chunks of the padded batch have
             rows, dim = rows * (mask.sequences.cu_seqlens.shape[0] - 1), 0
@@ -193,11 +262,11 @@ class FastLayer(HuggingFaceModule):
     def _rk_attention(self, choice: AttentionChoice, hidden_states: Tensor, sequences: Sequences) -> Tensor:
         """Projections, attention, output projection, dropout, residual, LayerNorm. hidden_states `[..., H]`."""
         _count(self, choice.said)
-        attention = self.attention
+        attention = attention_parts(self)
         seeds: tuple[Tensor | None, ...] = (None, None)
-        if attention_dropout(attention.self) > 0 or dropout_of(attention.output.dropout) > 0:
+        if attention_dropout(attention.core) > 0 or output_dropout(attention.output) > 0:
             seeds = ops.draw_seeds(2, hidden_states.device)
-        context = _attend(attention.self, choice, hidden_states, sequences, seeds[0])
+        context = _attend(attention.core, choice, hidden_states, sequences, seeds[0])
         return _project_add_norm(attention.output, choice.output, context, hidden_states, seeds[1])
 
     def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
@@ -208,20 +277,24 @@ class FastLayer(HuggingFaceModule):
         choice = feed_forward_choice(self, attention_output.dtype, hidden, autocast_dtype(device))
         return self._rk_feed_forward(choice, attention_output)
 
-    def _rk_feed_forward(self, choice: FeedForwardChoice, attention_output: Tensor) -> Tensor:
-        intermediate, output = self.intermediate, self.output
-        _count(self, choice.said if choice.reason is None else (choice.reason,))
-        if choice.reason is not None:
-            return output(intermediate(attention_output), attention_output)
-        seed = ops.draw_seeds(1, attention_output.device)[0] if dropout_of(output.dropout) > 0 else None
-        if choice.gelu is None:
-            # Another activation (which the report said), an adapter, a quantised weight: these modules run as they are.
-            inner = intermediate(attention_output)
-            return _project_add_norm(output, choice.output, inner, attention_output, seed)
-        w_in, w_out = intermediate.dense, output.dense
-        x = attention_output.reshape(-1, attention_output.shape[-1])
-        tensors = [x, w_in.weight, w_in.bias, w_out.weight]
-        if choice.cast is not None:
-            tensors = [tensor.to(choice.cast) for tensor in tensors]
-        inner = ops.gelu_ffn(*tensors, approximate=choice.gelu)
-        return _add_norm(output, inner, w_out.bias, attention_output, seed)
+    def _rk_chunk(self, choice: FeedForwardChoice) -> int:
+        """How many positions the feed-forward takes at a time; 0: all."""
+        return self.chunk_size_feed_forward
+
+
+class FastDistilBertLayer(FastLayer):
+    """The same mathematics in other modules. Its model makes the mask where nobody can replace it, and hands the layers
+    what it was given beside: so the sequences come beside the mask."""
+
+    def _rk_forward(self, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any) -> Any:
+        beside = kwargs.pop(BESIDE, None)
+        if beside is not None:
+            original = attention_mask
+            attention_mask = dataclasses.replace(beside, make_original=lambda: original)
+        return super()._rk_forward(hidden_states, attention_mask, **kwargs)
+
+    def _rk_chunk(self, choice: FeedForwardChoice) -> int:
+        return 0 if choice.reason is not None else feed_forward_parts(self).chunk
+
+    def _rk_own_feed_forward(self, attention_output: Tensor) -> Tensor:
+        return self.output_layer_norm(self.ffn(attention_output) + attention_output)

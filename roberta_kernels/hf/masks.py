@@ -38,6 +38,9 @@ class RealRows:
     __hash__ = object.__hash__
 
 
+BESIDE = "roberta_kernels_sequences"  # the keyword under which a LayerMask comes to layers whose mask stays theirs
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerMask:
     """What a layer gets of a model that runs fused.

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from roberta_kernels import backends, quantized, unpadding
 from roberta_kernels.hf import padding, route
-from roberta_kernels.hf.arguments import by_name
+from roberta_kernels.hf.arguments import by_name, is_causal
 from roberta_kernels.hf.choice import AttentionChoice, self_attention_choice
 from roberta_kernels.hf.embeddings import HuggingFaceModule
 from roberta_kernels.hf.fusable import own_forward
 from roberta_kernels.hf.layer import FastLayer, FastSelfAttention
-from roberta_kernels.hf.masks import Handover, LayerMask, RealRows, find, put
-from roberta_kernels.hf.state import Options, drop_quantized, state_of
+from roberta_kernels.hf.masks import BESIDE, Handover, LayerMask, RealRows, find, put
+from roberta_kernels.hf.state import Options, drop_quantized, in_force, state_of
+from roberta_kernels.hf.structure import core_parts
 from roberta_kernels.unpadding import Unpadding
 
 
@@ -67,7 +68,7 @@ class FastModel(HuggingFaceModule):
             hidden_states = chosen.call.run(hidden_states, batch_layout.sequences)
         else:
             layer_mask = LayerMask(batch_layout.sequences, chosen.choices)
-            for layer in self.encoder.layer:
+            for layer in route.encoder_of(self).layer:
                 hidden_states = layer(hidden_states, layer_mask)
         return self._rk_output(batch_layout.pad(hidden_states), kwargs.get("return_dict"))
 
@@ -116,13 +117,14 @@ class FastModel(HuggingFaceModule):
         mask, embeds = kwargs.get("attention_mask"), kwargs.get("inputs_embeds")
         given = kwargs["input_ids"] if embeds is None else embeds
         batch, length = given.shape[:2]
-        sequences = unpadding.padded_sequences(batch, length, mask, given.device, bool(self.config.is_decoder))
+        sequences = unpadding.padded_sequences(batch, length, mask, given.device, is_causal(self))
         vetted = tuple([value for value in kwargs.values() if value is not None])
 
         def layer_mask(make_original: Any) -> LayerMask:
             return LayerMask(sequences, chosen.choices, vetted, make_original)
 
-        output = super().forward(**kwargs | {"attention_mask": Handover(mask, layer_mask)})
+        handed = {BESIDE: layer_mask(None)} if self._rk_facts.beside else {"attention_mask": Handover(mask, layer_mask)}
+        output = super().forward(**kwargs | handed)
         return _zero_padding(output, mask) if chosen.zeros else output
 
     def _create_attention_masks(self, *args: Any, **kwargs: Any) -> Any:
@@ -170,4 +172,14 @@ class FastAttentionModel(FastModel):
 
     def _rk_choices(self, survey: route.Survey, call: route.Call, options: Options) -> dict[int, AttentionChoice]:
         cores = [layer.attention.self for layer in survey.layers]
-        return {id(core): self_attention_choice(core, survey.like.dtype) for core in cores}
+        return {id(core): self_attention_choice(core_parts(core), survey.like.dtype) for core in cores}
+
+
+class FastPlainModel(HuggingFaceModule):
+    """A model whose parts run fused by themselves, in the padded layout."""
+
+    def _rk_forward(self, *args: Any, **kwargs: Any) -> Any:
+        state = state_of(self)
+        state.stayed_padded("the attention of this family is not fused")
+        with in_force(state):
+            return super().forward(*args, **kwargs)

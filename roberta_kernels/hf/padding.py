@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from roberta_kernels.hf import route
+from roberta_kernels.hf.arguments import is_causal
 from roberta_kernels.hf.fusable import data_hidden
 from roberta_kernels.hf.state import state_of
 from roberta_kernels.unpadding import Padding, Unpadding, all_rows, look
@@ -21,7 +22,7 @@ def layout(
     """The unpadded layout of a call, or the route to take in its place."""
     embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
     given: Tensor = kwargs["input_ids"] if embeds is None else embeds
-    causal = bool(model.config.is_decoder)
+    causal = is_causal(model)
     padding = None if mask is None else look(mask)
     if padding is None:
         return all_rows(given.shape[0], given.shape[1], given.device, causal)
@@ -47,7 +48,7 @@ def original(model: Any, kwargs: dict[str, Any]) -> str | None:
     if mask is None or not (_uniform(model) or embeds is not None) or data_hidden(mask):
         return None
     padding = look(mask)
-    return None if padding is None else _original(model, padding, embeds, bool(model.config.is_decoder))
+    return None if padding is None else _original(model, padding, embeds, is_causal(model))
 
 
 def _uniform(model: Any) -> bool:

@@ -21,17 +21,18 @@ from torch import Tensor, nn
 
 from roberta_kernels.encoder_call import EncoderCall
 from roberta_kernels.hf import encoder_layers, known_code
-from roberta_kernels.hf.choice import TORCH_FUNC, LayerChoice, autocast_dtype, layer_choice, replaced, skipped
+from roberta_kernels.hf.arguments import is_causal
+from roberta_kernels.hf.choice import LayerChoice, autocast_dtype, layer_choice, replaced, skipped
 from roberta_kernels.hf.embeddings import FastEmbeddings
 from roberta_kernels.hf.fusable import (
     compiled,
     data_hidden,
     fake,
-    functorch_active,
     input_grads_hook,
     own_forward,
     plain_linear,
     tracing,
+    transform,
 )
 from roberta_kernels.hf.masks import RealRows
 from roberta_kernels.hf.names import ATTENTION
@@ -156,7 +157,7 @@ def _reads(model: Any, mask: Any) -> str:
     if type(mask) is RealRows:
         return "returned" if mask.returned else "real"
     # Only encoders: a loss over a decoder's rows is taken by labels.
-    return "returned" if state.known_reader and not model.config.is_decoder else "all"
+    return "returned" if state.known_reader and not is_causal(model) else "all"
 
 
 def wants(model: Any, output: str, kwargs: dict[str, Any]) -> Any:
@@ -169,12 +170,12 @@ def _original_reason(model: Any, kwargs: dict[str, Any], mask: Any) -> str | Non
     if wants(model, "output_attentions", kwargs):
         return "attention weights were asked for"  # which the fused kernel never makes
     causal = kwargs.get("is_causal", getattr(config, "is_causal", None))
-    if causal is not None and bool(causal) != bool(config.is_decoder):
+    if causal is not None and bool(causal) != is_causal(model):
         return f"is_causal={causal}"
     reason = _unknown_argument(model, kwargs)
     if reason is not None:
         return reason
-    if config.is_decoder and (
+    if is_causal(model) and (
         kwargs.get("encoder_hidden_states") is not None
         or (config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"])
     ):
@@ -262,7 +263,7 @@ def survey_of(model: Any) -> Survey:
 def _survey(model: Any, watch: Watch | None) -> Survey:
     facts: Any = model._rk_facts if watch is None else known_code.current_facts(model)
     modules = model._modules
-    embeddings, encoder, project = modules["embeddings"], modules["encoder"], modules.get("embeddings_project")
+    embeddings, encoder, project = modules["embeddings"], encoder_of(model), modules.get("embeddings_project")
     layers = tuple(encoder._modules["layer"]) if type(encoder) is facts.encoder else ()
     like = _like(embeddings) if project is None else project.weight.t()
     return Survey(
@@ -278,6 +279,11 @@ def _survey(model: Any, watch: Watch | None) -> Survey:
         embeddings_grad=_wants_grad(embeddings) or (project is not None and _wants_grad(project)),
         dropout=any(isinstance(part, nn.Dropout) and part.training and part.p > 0 for part in model.modules()),
     )
+
+
+def encoder_of(model: Any) -> Any:
+    """The module that has the layers."""
+    return model._modules[model._rk_facts.encoder_name]
 
 
 def _like(embeddings: Any) -> Tensor:
@@ -296,7 +302,7 @@ def _wants_grad(module: Any) -> bool:
 
 def _unknown_layers(model: Any, facts: Any, layers: tuple[Any, ...]) -> str | None:
     """Whether the encoder and all its layers are what the fused code stands in for."""
-    known = type(model._modules["encoder"]) is facts.encoder
+    known = type(encoder_of(model)) is facts.encoder
     if known and not any(own_forward(layer) for layer in layers) and model._rk_known_layers(layers):
         return None
     return "an encoder or layer with code of its own"
@@ -331,8 +337,9 @@ def _own_embeddings(facts: Any, embeddings: Any) -> str | None:
 
 def decide(model: Any, kwargs: dict[str, Any]) -> Route:
     """The route of a call of a model with a fast class. kwargs: all arguments of its forward, by name."""
-    if functorch_active():
-        return Original(TORCH_FUNC)
+    reason = transform()
+    if reason is not None:
+        return Original(reason)
     given = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
     if tracing() or fake(given):
         survey = _survey(model, None)

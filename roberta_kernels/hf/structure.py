@@ -1,8 +1,13 @@
-"""The parts that a module of a known class must have, and whether its class is still its own."""
+"""The parts that a module of a known class must have, what they are to the fused code, and whether a class is still its
+own.
+
+DistilBERT's layer is RoBERTa's under other names: this is the one place that knows both.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 # --- parts ------------------------------------------------------------------------------------------------------------
 
@@ -22,13 +27,30 @@ _LAYER_STRUCTURE: dict[str, tuple[set[str], set[str]]] = {
 _TABLES = {"word_embeddings", "position_embeddings", "token_type_embeddings"}
 _STRUCTURES: dict[str, dict[str, tuple[set[str], set[str]]]] = {
     "layer": _LAYER_STRUCTURE,
+    "distilbert_layer": {
+        "": ({"attention", "sa_layer_norm", "ffn", "output_layer_norm"}, set()),
+        "attention": (
+            {"q_lin", "k_lin", "v_lin", "out_lin", "dropout"},
+            {"n_heads", "attention_head_size", "scaling"},
+        ),
+        "ffn": ({"lin1", "lin2", "dropout"}, {"activation", "chunk_size_feed_forward"}),
+    },
+    "feed_forward_layer": {
+        "": ({"attention", "intermediate", "output"}, set()),
+        **{name: _LAYER_STRUCTURE[name] for name in ("intermediate", "output")},
+    },
+    "attention_output": {"": ({"attn", "LayerNorm", "dropout"}, set())},
     "self_attention": {"": _LAYER_STRUCTURE["attention.self"]},
     "self_output": {"": (_OUTPUT_PARTS, set())},
     "embeddings": {"": (_TABLES | {"LayerNorm", "dropout"}, {"padding_idx"})},
     "absolute_embeddings": {"": (_TABLES | {"LayerNorm", "dropout"}, {"position_ids"})},
+    "typeless_embeddings": {"": (_TABLES - {"token_type_embeddings"} | {"LayerNorm", "dropout"}, {"padding_idx"})},
+    "typeless_absolute_embeddings": {
+        "": (_TABLES - {"token_type_embeddings"} | {"LayerNorm", "dropout"}, {"position_ids"})
+    },
 }
 # An activation may be a function; a decoder's layers may have a second attention, which never runs fused.
-_OPTIONAL_PARTS = {"intermediate_act_fn", "crossattention"}
+_OPTIONAL_PARTS = {"intermediate_act_fn", "activation", "crossattention"}
 # Attributes of the modules inside that the fused code reads beside their parameters.
 ATTRIBUTES = frozenset(
     {name for _, names in (part for parts in _STRUCTURES.values() for part in parts.values()) for name in names}
@@ -51,9 +73,119 @@ def structure_difference(module: Any, role: str) -> str | None:
     return None
 
 
+# --- what the parts are to the fused code -----------------------------------------------------------------------------
+
+
+class CoreParts(NamedTuple):
+    """Projections and attention. module: whose own call the fused code skips."""
+
+    module: Any
+    query: Any
+    key: Any
+    value: Any
+    dropout: Any
+    heads: int
+    head_dim: int
+    scale: float
+
+
+class OutputParts(NamedTuple):
+    """dense, dropout (None: there is none), residual and LayerNorm. modules: whose own call the fused code skips. dense
+    is None where the product is part of something else."""
+
+    modules: tuple[Any, ...]
+    dense: Any
+    dropout: Any
+    norm: Any
+
+
+class AttentionParts(NamedTuple):
+    """The first half of a layer. module: around it, whose own call the fused code skips."""
+
+    module: Any
+    core: CoreParts
+    output: OutputParts
+
+
+class FeedForwardParts(NamedTuple):
+    """The second half. module: around inner and activation. chunk: positions that it takes at a time; 0: all."""
+
+    module: Any
+    inner: Any
+    activation: Any
+    output: OutputParts
+    chunk: int
+
+
+def core_parts(module: Any) -> CoreParts:
+    """Of a SelfAttention module."""
+    parts = module._modules
+    return CoreParts(
+        *(module, parts["query"], parts["key"], parts["value"], parts["dropout"]),
+        *(module.num_attention_heads, module.attention_head_size, module.scaling),
+    )
+
+
+def output_parts(module: Any) -> OutputParts:
+    """Of a SelfOutput or Output module."""
+    parts = module._modules
+    return OutputParts((module,), parts["dense"], parts["dropout"], parts["LayerNorm"])
+
+
+def _roberta_attention(layer: Any) -> AttentionParts:
+    attention = layer._modules["attention"]
+    parts = attention._modules
+    return AttentionParts(attention, core_parts(parts["self"]), output_parts(parts["output"]))
+
+
+def _roberta_feed_forward(layer: Any) -> FeedForwardParts:
+    inner, output = layer._modules["intermediate"], output_parts(layer._modules["output"])
+    chunk = getattr(layer, "chunk_size_feed_forward", 0)  # which MPNet's layer does not have
+    return FeedForwardParts(inner, inner._modules["dense"], inner.intermediate_act_fn, output, chunk)
+
+
+def _distilbert_attention(layer: Any) -> AttentionParts:
+    core, norm = layer._modules["attention"], layer._modules["sa_layer_norm"]
+    parts = core._modules
+    projections = parts["q_lin"], parts["k_lin"], parts["v_lin"], parts["dropout"]
+    own = CoreParts(core, *projections, core.n_heads, core.attention_head_size, core.scaling)
+    return AttentionParts(core, own, OutputParts((), parts["out_lin"], None, norm))
+
+
+def _distilbert_feed_forward(layer: Any) -> FeedForwardParts:
+    ffn, norm = layer._modules["ffn"], layer._modules["output_layer_norm"]
+    parts = ffn._modules
+    output = OutputParts((), parts["lin2"], parts["dropout"], norm)
+    return FeedForwardParts(ffn, parts["lin1"], ffn.activation, output, ffn.chunk_size_feed_forward)
+
+
+# By the role of a layer, for each half: its parts, and the modules around them, each after the one that it is in.
+_HALVES: dict[str, tuple[Callable[[Any], AttentionParts], Callable[[Any], FeedForwardParts]]] = {
+    "layer": (_roberta_attention, _roberta_feed_forward),
+    "distilbert_layer": (_distilbert_attention, _distilbert_feed_forward),
+    "feed_forward_layer": (_roberta_attention, _roberta_feed_forward),  # the second half alone
+}
+AROUND: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "layer": (("attention", "attention.self", "attention.output"), ("intermediate", "output")),
+    "distilbert_layer": (("attention",), ("ffn",)),
+    "feed_forward_layer": ((), ("intermediate", "output")),
+}
+LAYER_ROLES = ("layer", "distilbert_layer")  # of whole layers
+
+
+def attention_parts(layer: Any, role: str | None = None) -> AttentionParts:
+    """Of a layer whose modules around them are as known. role: of one without a fast class."""
+    return _HALVES[role or layer._rk_role][0](layer)
+
+
+def feed_forward_parts(layer: Any, role: str | None = None) -> FeedForwardParts:
+    """As attention_parts."""
+    return _HALVES[role or layer._rk_role][1](layer)
+
+
 # --- code of somebody else's in a class ------------------------------------------------------------------------------
 
-METHODS = ("forward", "feed_forward_chunk", "create_position_ids_from_input_ids", "_create_attention_masks")
+METHODS = ("forward", "feed_forward_chunk", "ff_chunk", "create_position_ids_from_input_ids", "_create_attention_masks")
 
 
 def replaced_code(cls: type) -> str | None:

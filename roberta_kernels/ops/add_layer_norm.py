@@ -83,15 +83,22 @@ def _fake_backward(grad_out, x, residual, weight, x_bias, mean, rstd, dropout_p,
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, residual, weight, _, _, x_bias, dropout_p, seed = inputs
+    x, residual, weight, _, eps, x_bias, dropout_p, seed = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.save_for_backward(x, residual, weight, x_bias, mean, rstd, seed)
-    ctx.dropout_p = dropout_p
+    ctx.eps, ctx.dropout_p = eps, dropout_p
 
 
-def _backward(kernels: backends.Kernels, ctx: Any, grad_out: Tensor, *_: Any) -> tuple[Any, ...]:
-    x, residual, weight, x_bias, mean, rstd, seed = ctx.saved_tensors
+def _again(kernels: Any, ctx: Any, saved: tuple[Any, ...]) -> tuple[Any, ...]:
+    x, residual, weight, x_bias, _, _, seed = saved
+    bias = torch.zeros_like(weight)  # no gradient depends on it
+    _, mean, rstd = kernels.add_layer_norm_forward(x, residual, weight, bias, ctx.eps, x_bias, ctx.dropout_p, seed)
+    return x, residual, weight, x_bias, mean, rstd, seed
+
+
+def _backward(kernels: backends.Kernels, ctx: Any, saved: tuple[Any, ...], grad_out: Tensor, *_: Any) -> Any:
+    x, residual, weight, x_bias, mean, rstd, seed = saved
     grad_x, grad_residual, grad_weight, grad_bias, grad_x_bias = kernels.add_layer_norm_backward(
         grad_out.contiguous(), x, residual, weight, x_bias, mean, rstd, ctx.dropout_p, seed
     )
@@ -113,4 +120,5 @@ contract.register(
     fake_backward=_fake_backward,
     setup_context=_setup_context,
     backward=_backward,
+    again=_again,
 )

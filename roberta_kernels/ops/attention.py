@@ -155,8 +155,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.rest = (max_seqlen_q, max_seqlen_k, scale, causal, dropout_p)
 
 
-def _backward(kernels: backends.Kernels, ctx: Any, grad_out: Tensor, _grad_lse: Tensor | None) -> tuple[Any, ...]:
-    q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, key_mask, seed = ctx.saved_tensors
+def _again(kernels: Any, ctx: Any, saved: tuple[Any, ...]) -> tuple[Any, ...]:
+    q, k, v, _, _, cu_seqlens_q, cu_seqlens_k, key_mask, seed = saved
+    max_seqlen_q, max_seqlen_k, scale, causal, dropout_p = ctx.rest
+    out, lse = kernels.attention_forward(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, key_mask, dropout_p, seed
+    )
+    return q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, key_mask, seed
+
+
+def _backward(kernels: backends.Kernels, ctx: Any, saved: tuple[Any, ...], grad_out: Tensor, *_: Any) -> Any:
+    q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, key_mask, seed = saved
     max_seqlen_q, max_seqlen_k, scale, causal, dropout_p = ctx.rest
     grads = kernels.attention_backward(
         grad_out, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, key_mask,
@@ -171,4 +180,5 @@ contract.register(
     fake_backward=_fake_backward,
     setup_context=_setup_context,
     backward=_backward,
+    again=_again,
 )

@@ -7,13 +7,14 @@ checked where the data is on the host, by the op or the kernel.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from roberta_kernels import backends
+from roberta_kernels import backends, reference
 
 
 def check(condition: bool, message: str) -> None:
@@ -60,25 +61,29 @@ def check_dropout(dropout_p: float, seed: Tensor | None, like: Tensor) -> None:
         check_device("seed", seed, like)
 
 
+_PLAIN: Any = SimpleNamespace(**reference.KERNELS)  # in the place of a namespace: functions, where there ops are
 _functions: dict[Any, type[torch.autograd.Function]] = {}  # *_forward op -> the same as an autograd function
 
 
 def call(op: Callable[..., Any], *args: Any) -> Any:
     """Runs a `*_forward` op by the cheapest way that is right for the call.
 
-    Traced, or inside a torch.func transform: the plain op, with the formula that torch.library has of it. Else,
-    where a gradient is needed, as an autograd function (some 30 us cheaper than torch.library's way to the same
-    formula); where none is, without autograd.
+    Traced: the plain op, with the formula that torch.library has of it. Inside a torch.func transform (grad, jvp,
+    vmap, ...) or under forward-mode differentiation, for which the op has no formula: the reference, as plain torch
+    that these follow. Else, where a gradient is needed, as an autograd function (some 30 us cheaper than
+    torch.library's way to the same formula); where none is, without autograd.
     """
-    if torch.compiler.is_compiling():
-        return op(*args)
     # torch would take the derivative of an op without a forward-mode formula for zero, and say nothing.
-    if forward_ad._current_level >= 0 and any(
-        isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None for arg in args
-    ):
-        raise NotImplementedError(f"{op} has no forward-mode derivative (jvp)")
-    if torch._C._functorch.maybe_current_level() is not None:
+    if torch.compiler.is_compiling():
+        if forward_ad._current_level >= 0:
+            raise NotImplementedError("a traced graph has no forward-mode derivative of this op")
         return op(*args)
+    if torch._C._functorch.maybe_current_level() is not None or (
+        forward_ad._current_level >= 0
+        and any(isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None for arg in args)
+    ):
+        with torch._C._DisableAutocast():
+            return getattr(_PLAIN, op.__name__.partition(".")[0])(*args)
     if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
         return _functions[op].apply(*args)
     with torch._C._AutoDispatchBelowAutograd():
@@ -92,19 +97,27 @@ def register(
     fake_backward: Callable[..., Any],
     setup_context: Callable[[Any, tuple[Any, ...], Any], None],
     backward: Callable[..., Any],
+    again: Callable[..., tuple[Any, ...]],
 ) -> None:
     """Registers an op's fake functions and its autograd formula in every namespace.
 
-    backward(kernels, ctx, *grads) is the formula; kernels is the namespace that ran forward.
+    backward(kernels, ctx, saved, *grads) is the formula; kernels is the namespace that ran forward, saved is what
+    setup_context saved. again(kernels, ctx, saved) gives the same with what forward computed of it computed anew.
+
+    A gradient that shall be differentiated in its turn (backward with create_graph=True) is computed by the reference,
+    as plain torch that autograd follows, to any order: from what is saved of forward's inputs, and what else is saved
+    computed of them again, since a saved result would count as a constant.
     """
     for kernels in backends.namespaces().values():
         torch.library.register_fake(f"{kernels.namespace}::{op}_forward", fake_forward)
         torch.library.register_fake(f"{kernels.namespace}::{op}_backward", fake_backward)
 
         def formula(ctx: Any, *grads: Any, _kernels: backends.Kernels = kernels) -> Any:
-            if torch.is_grad_enabled():  # create_graph=True: what is returned here would count as a constant
-                raise NotImplementedError(f"{op} cannot be differentiated twice (backward with create_graph=True)")
-            return backward(_kernels, ctx, *grads)
+            saved = ctx.saved_tensors
+            if not torch.is_grad_enabled():
+                return backward(_kernels, ctx, saved, *grads)
+            with torch._C._DisableAutocast():
+                return backward(_PLAIN, ctx, again(_PLAIN, ctx, saved), *grads)
 
         torch.library.register_autograd(f"{kernels.namespace}::{op}_forward", formula, setup_context=setup_context)
         overload = getattr(kernels, f"{op}_forward")

@@ -148,15 +148,22 @@ def _fake_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, _, _, word_padding_idx, position_padding_idx, dropout_p, seed = inputs
+    *tensors, _, eps, word_padding_idx, position_padding_idx, dropout_p, seed = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.save_for_backward(*tensors, mean, rstd, seed)  # ids, tables and weight; bias and eps play no part in backward
-    ctx.rest = (word_padding_idx, position_padding_idx, dropout_p)
+    ctx.eps, ctx.rest = eps, (word_padding_idx, position_padding_idx, dropout_p)
 
 
-def _backward(kernels: backends.Kernels, ctx: Any, grad_out: Tensor, *_: Any) -> tuple[Any, ...]:
-    *tensors, seed = ctx.saved_tensors
+def _again(kernels: Any, ctx: Any, saved: tuple[Any, ...]) -> tuple[Any, ...]:
+    *tensors, _, _, seed = saved
+    bias = torch.zeros_like(tensors[-1])  # no gradient depends on it
+    _, mean, rstd = kernels.embedding_layer_norm_forward(*tensors, bias, ctx.eps, *ctx.rest, seed)
+    return *tensors, mean, rstd, seed
+
+
+def _backward(kernels: backends.Kernels, ctx: Any, saved: tuple[Any, ...], grad_out: Tensor, *_: Any) -> Any:
+    *tensors, seed = saved
     grads = kernels.embedding_layer_norm_backward(grad_out.contiguous(), *tensors, *ctx.rest, seed)
     return (None, None, None, *grads, None, None, None, None, None)
 
@@ -167,4 +174,5 @@ contract.register(
     fake_backward=_fake_backward,
     setup_context=_setup_context,
     backward=_backward,
+    again=_again,
 )

@@ -83,17 +83,23 @@ def _fake_backward(grad_out, x, w_in, w_out, preactivation, tanh):
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, w_in, _, w_out, b_out, tanh, save_preactivation = inputs
+    x, w_in, b_in, w_out, b_out, tanh, save_preactivation = inputs
     _, preactivation = output
     ctx.mark_non_differentiable(preactivation)
     ctx.tanh, ctx.has_b_out, ctx.saved_preactivation = tanh, b_out is not None, save_preactivation
-    ctx.save_for_backward(x, w_in, w_out, preactivation)
+    ctx.save_for_backward(x, w_in, b_in, w_out, preactivation)  # b_in for `again` alone
 
 
-def _backward(kernels: backends.Kernels, ctx: Any, grad_out: Tensor, *_: Any) -> tuple[Any, ...]:
+def _again(kernels: Any, ctx: Any, saved: tuple[Any, ...]) -> tuple[Any, ...]:
+    x, w_in, b_in, w_out, _ = saved
+    _, preactivation = kernels.gelu_ffn_forward(x, w_in, b_in, w_out, None, ctx.tanh, True)
+    return x, w_in, b_in, w_out, preactivation
+
+
+def _backward(kernels: backends.Kernels, ctx: Any, saved: tuple[Any, ...], grad_out: Tensor, *_: Any) -> Any:
     if not ctx.saved_preactivation:
         raise RuntimeError("gelu_ffn_forward ran with save_preactivation=False, and cannot run backward")
-    x, w_in, w_out, preactivation = ctx.saved_tensors
+    x, w_in, _, w_out, preactivation = saved
     grad_x, grad_w_in, grad_b_in, grad_w_out, grad_b_out = kernels.gelu_ffn_backward(
         grad_out.contiguous(), x, w_in, w_out, preactivation, ctx.tanh
     )
@@ -106,4 +112,5 @@ contract.register(
     fake_backward=_fake_backward,
     setup_context=_setup_context,
     backward=_backward,
+    again=_again,
 )

@@ -59,11 +59,12 @@ def attention_forward(
     """(out `[Tq, heads, head_dim]`, log-sum-exp `[heads, Tq]`)."""
     acc = accumulator_dtype(q.dtype)
     heads = q.shape[1]
-    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.full((heads, q.shape[0]), -math.inf, dtype=acc, device=q.device)
+    outs, lses = [q.new_zeros(0, *q.shape[1:])], [q.new_zeros((heads, 0), dtype=acc)]  # pieces, in order
     for rows_q, rows_k in _sequences(cu_seqlens_q, cu_seqlens_k):
         len_k = rows_k.stop - rows_k.start
         if rows_q.start == rows_q.stop or len_k == 0:
+            outs.append(torch.zeros_like(q[rows_q]))
+            lses.append(lses[0].new_full((heads, rows_q.stop - rows_q.start), -math.inf))
             continue
         qs, ks, vs = (t.transpose(0, 1).to(acc) for t in (q[rows_q], k[rows_k], v[rows_k]))
         scores = scale * (qs @ ks.transpose(1, 2))
@@ -77,9 +78,9 @@ def attention_forward(
         if dropout_p > 0:
             assert seed is not None
             probabilities = probabilities * _dropout(rows_q, len_k, heads, dropout_p, seed, acc)
-        out[rows_q] = (probabilities @ vs).transpose(0, 1).to(q.dtype)
-        lse[:, rows_q] = row_lse
-    return out, lse
+        outs.append((probabilities @ vs).transpose(0, 1).to(q.dtype))
+        lses.append(row_lse)
+    return torch.cat(outs), torch.cat(lses, dim=1)
 
 
 def attention_backward(
@@ -101,10 +102,13 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, each contiguous."""
     acc = accumulator_dtype(q.dtype)
-    grads = [torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v)]
+    # Pieces, in order, and not places in one tensor: so torch.func.vmap can map over this.
+    grads = [[t.new_zeros(0, *t.shape[1:])] for t in (q, k, v)]
     for rows_q, rows_k in _sequences(cu_seqlens_q, cu_seqlens_k):
         len_k = rows_k.stop - rows_k.start
         if rows_q.start == rows_q.stop or len_k == 0:
+            for pieces, t in zip(grads, (q[rows_q], k[rows_k], v[rows_k]), strict=True):
+                pieces.append(torch.zeros_like(t))
             continue
         qs, ks, vs, gs, os = (
             t.transpose(0, 1).to(acc) for t in (q[rows_q], k[rows_k], v[rows_k], grad_out[rows_q], out[rows_q])
@@ -124,10 +128,7 @@ def attention_backward(
             grad_probabilities = grad_probabilities * multiplier
         delta = (gs * os).sum(-1, keepdim=True)
         grad_scores = probabilities * (grad_probabilities - delta)
-        for grad, rows, value in (
-            (grads[0], rows_q, scale * (grad_scores @ ks)),
-            (grads[1], rows_k, scale * (grad_scores.transpose(1, 2) @ qs)),
-            (grads[2], rows_k, dropped.transpose(1, 2) @ gs),
-        ):
-            grad[rows] = value.transpose(0, 1).to(grad.dtype)
-    return grads[0], grads[1], grads[2]
+        values = scale * (grad_scores @ ks), scale * (grad_scores.transpose(1, 2) @ qs), dropped.transpose(1, 2) @ gs
+        for pieces, value in zip(grads, values, strict=True):
+            pieces.append(value.transpose(0, 1).to(q.dtype))
+    return torch.cat(grads[0]), torch.cat(grads[1]), torch.cat(grads[2])

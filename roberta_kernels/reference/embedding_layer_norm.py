@@ -20,13 +20,28 @@ def _check_ids(name: str, ids: Tensor, table: Tensor) -> None:
 
 
 def _gather(
-    input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor, word: Tensor, position: Tensor, token_type: Tensor
+    input_ids: Tensor,
+    position_ids: Tensor,
+    token_type_ids: Tensor,
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor,
+    word_padding_idx: int,
+    position_padding_idx: int,
 ) -> Tensor:
+    """The sum `[T, H]`. Where autograd follows, padding rows get no gradient of it."""
     _check_ids("input_ids", input_ids, word)
     _check_ids("position_ids", position_ids, position)
     _check_ids("token_type_ids", token_type_ids, token_type)
     acc = accumulator_dtype(word.dtype)
-    return word[input_ids].to(acc) + token_type[token_type_ids].to(acc) + position[position_ids].to(acc)
+    words, positions = (
+        torch.embedding(table, ids, padding_idx).to(acc)
+        for table, ids, padding_idx in (
+            (word, input_ids, word_padding_idx),
+            (position, position_ids, position_padding_idx),
+        )
+    )
+    return words + torch.embedding(token_type, token_type_ids).to(acc) + positions
 
 
 def embedding_layer_norm_forward(
@@ -45,7 +60,8 @@ def embedding_layer_norm_forward(
     seed: Tensor | None,  # [1] int64
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out `[T, H]`, mean `[T]`, rstd `[T]`)."""
-    z = _gather(input_ids, position_ids, token_type_ids, word_embeddings, position_embeddings, token_type_embeddings)
+    tables = word_embeddings, position_embeddings, token_type_embeddings
+    z = _gather(input_ids, position_ids, token_type_ids, *tables, word_padding_idx, position_padding_idx)
     normalised, mean, rstd = normalise(z, eps)
     out = normalised * weight.to(z.dtype) + bias.to(z.dtype)
     if dropout_p > 0:
@@ -73,7 +89,8 @@ def embedding_layer_norm_backward(
     """Gradients of the word, position and token-type tables, weight and bias. Padding rows get none (index -1: no
     such row).
     """
-    z = _gather(input_ids, position_ids, token_type_ids, word_embeddings, position_embeddings, token_type_embeddings)
+    tables = word_embeddings, position_embeddings, token_type_embeddings
+    z = _gather(input_ids, position_ids, token_type_ids, *tables, word_padding_idx, position_padding_idx)
     acc = z.dtype
     grad = grad_out.to(acc)
     if dropout_p > 0:
@@ -82,7 +99,7 @@ def embedding_layer_norm_backward(
     grad_z, grad_weight, grad_bias = layer_norm_gradients(grad, z, mean, rstd, weight.to(acc))
 
     def scatter(ids: Tensor, table: Tensor, padding_idx: int) -> Tensor:
-        gradient = torch.zeros(table.shape, dtype=acc, device=table.device).index_add_(0, ids, grad_z)
+        gradient = torch.zeros(table.shape, dtype=acc, device=table.device).index_add(0, ids, grad_z)
         if padding_idx >= 0:
             gradient[padding_idx] = 0
         return gradient.to(table.dtype)

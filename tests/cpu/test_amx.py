@@ -122,19 +122,73 @@ def test_twin_rounds_to_24_bits_before_it_takes_for_zero(both):
         assert results[0][0, 0] == (0.0 if below <= 150 else TINY)
 
 
+def random_tiles(rows=1024, columns=None):
+    shape = (rows,) if columns is None else (rows, columns)
+    return torch.randint(0, 256, shape, dtype=torch.uint8), torch.randint(-128, 128, shape, dtype=torch.int8)
+
+
 def test_twin_of_int8_product(both):
     for _ in range(20):
-        a, b = (torch.randint(-128, 128, (1024,), dtype=torch.int8) for _ in range(2))
+        a, b = random_tiles()
         c = torch.randint(-(2**31), 2**31 - 1, (256,), dtype=torch.int32)
         twin, hardware = (tiles.dot(a, b, c) for tiles in both)
         assert torch.equal(twin, hardware)
 
 
 def test_int8_product(tiles):
-    a, b = (torch.randint(-128, 128, (16, 64), dtype=torch.int8) for _ in range(2))
+    a, b = random_tiles(16, 64)
     columns = b.view(16, 16, 4).permute(0, 2, 1).reshape(64, 16)
     c = torch.randint(-100, 100, (16, 16), dtype=torch.int32)
     assert torch.equal(tiles.dot(a, b, c), c + (a.long() @ columns.long()).int())
+
+
+# ---- products of whole numbers ----
+
+WHOLE_SIZES = pytest.mark.parametrize(
+    ("rows", "k", "n"),
+    [(1, 64, 32), (1, 1, 1), (15, 63, 31), (16, 65, 33), (17, 130, 70), (33, 768, 96), (70, 200, 300), (100, 3072, 40)],
+)
+
+
+@WHOLE_SIZES
+def test_whole_numbers_are_multiplied_exactly(tiles, rows, k, n):
+    """Rows from 0 to 255 and weights from -127 to 127 are what they are rounded to, where both ends occur."""
+    x, w = torch.randint(0, 256, (rows, k)).float(), torch.randint(-127, 128, (n, k)).float()
+    w[:, 0] = 127.0
+    x[:, 0] = 255.0
+    if k > 1:
+        x[:, -1] = 0.0
+    assert torch.equal(tiles.whole(x, w), (x.long() @ w.long().T).float())
+
+
+@WHOLE_SIZES
+def test_rounded_products(tiles, rows, k, n):
+    x, w = torch.randn(rows, k), torch.randn(n, k)
+    exact = x.double() @ w.double().T
+    steps = (x.amax(1).clamp(min=0) - x.amin(1).clamp(max=0)) / 255, w.abs().amax(1) / 127
+    # Each element is off by half a step at most, or, of x, by a whole one: zero is rounded to a whole number as well.
+    bound = steps[0][:, None] * w.abs().sum(1) + (x.abs().sum(1)[:, None] + k * steps[0][:, None]) * steps[1] / 2
+    assert bool(((tiles.whole(x, w).double() - exact).abs() <= 1.001 * bound + 1e-6).all())
+
+
+@WHOLE_SIZES
+def test_whole_rows_do_not_depend_on_their_batch(tiles, rows, k, n):
+    x, w = torch.randn(rows, k), torch.randn(n, k)
+    out = tiles.whole(x, w)
+    for row in {0, rows // 2, rows - 1}:
+        assert torch.equal(tiles.whole(x[row : row + 1].contiguous(), w)[0], out[row])
+    tiles.threads(1)
+    assert torch.equal(tiles.whole(x, w), out)
+
+
+def test_rows_with_a_nan_are_nan(tiles):
+    x, w = torch.randn(20, 80), torch.randn(40, 80)
+    x[3, 7], x[18, 0], w[5, 5] = torch.nan, torch.inf, -torch.inf
+    found = tiles.whole(x, w).isnan()
+    wanted = torch.zeros(20, 40, dtype=torch.bool)
+    wanted[3] = wanted[18] = True
+    wanted[:, 5] = True
+    assert torch.equal(found, wanted)
 
 
 # ---- products ----

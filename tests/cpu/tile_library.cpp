@@ -1,6 +1,7 @@
 // The products on tiles with C entry points, for test_amx.py: compiled with RK_AMX_TWIN for any x86-64 machine, and
 // without it for one that has AMX. Threads are the library's own.
 #include "csrc/cpu/gelu_ffn.cpp"
+#include "csrc/cpu/packed_weight.h"
 #include "csrc/cpu/tile_layers.h"
 
 using namespace rk::cpu::amx;
@@ -23,7 +24,7 @@ extern "C" {
 void tile_dot(bool whole_numbers, const void* a, const void* b, void* c) {
     const TileUse use;
     tile_load<0>(c), tile_load<1>(a), tile_load_once<2>(b);
-    whole_numbers ? tile_dot_s8<0, 1, 2>() : tile_dot_bf16<0, 1, 2>();
+    whole_numbers ? tile_dot_u8s8<0, 1, 2>() : tile_dot_bf16<0, 1, 2>();
     tile_store<0>(c);
 }
 
@@ -52,6 +53,20 @@ void tile_project(bool is_bf16, int parts, int count, const int64_t* sizes, int6
         }
         project_rows<kept()>(weights, bias, count, static_cast<const T*>(x), sizes[0], static_cast<T*>(out));
     });
+}
+
+// out = x w^T, of both rounded to whole numbers. sizes: rows, K, N
+void tile_whole(const int64_t* sizes, const float* x, const float* w, float* out) {
+    using namespace rk::cpu;
+    int64_t bytes = 0;
+    PackWeightArgs packing{w, sizes[2], sizes[1], WeightKind::int8_dynamic, nullptr, &bytes};
+    bytes = bytes_of_weight(packing.kind, packing.rows, packing.columns);
+    packing.panels = static_cast<char*>(aligned_alloc(64, size_t(ceil_div(bytes, 64) * 64)));
+    pack_panels(packing);
+    const LeftOperand left = pack_left(packing.kind, x, sizes[0], sizes[1], sizes[1]);
+    multiply_weight({packing.panels, packing.rows, packing.columns, packing.kind}, left,
+                    StoreTile<float>{out, sizes[2], nullptr});
+    free(packing.panels);
 }
 
 // sizes: tokens, H, F, O

@@ -60,9 +60,9 @@ class Tiles:
         self.library.set_threads(count)
 
     def dot(self, a, b, c):
-        """c + a b of three tiles of 1024 bytes; a and b int8 or bfloat16."""
+        """c + a b of three tiles of 1024 bytes; a uint8 and b int8, or both bfloat16."""
         result = c.clone()
-        self.library.tile_dot(a.dtype == torch.int8, address(a), address(b), address(result))
+        self.library.tile_dot(a.dtype == torch.uint8, address(a), address(b), address(result))
         return result
 
     def project(self, x, weights, biases=None, parts=3):
@@ -80,6 +80,13 @@ class Tiles:
             address(x),
             address(out),
         )
+        assert margin.isnan().all(), "written past the end"
+        return out
+
+    def whole(self, x, w):
+        """[rows, N]: x w^T, of both rounded to whole numbers."""
+        out, margin = poisoned(x.shape[0], w.shape[0], dtype=torch.float32)
+        self.library.tile_whole(numbers(*x.shape, w.shape[0]), address(x), address(w), address(out))
         assert margin.isnan().all(), "written past the end"
         return out
 

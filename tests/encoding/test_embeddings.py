@@ -100,12 +100,30 @@ def test_a_detour_is_found_and_batches_count_their_padding(model, tokenizer):
 
 def test_a_model_of_another_family_runs_as_it_is(tokenizer):
     torch.manual_seed(0)
-    config = transformers.DistilBertConfig(vocab_size=400, dim=16, hidden_dim=32, n_layers=1, n_heads=2)
-    model = transformers.DistilBertModel(config).eval()
+    config = transformers.AlbertConfig(
+        vocab_size=400, embedding_size=16, hidden_size=16, intermediate_size=32, num_attention_heads=2
+    )
+    model = transformers.AlbertModel(config).eval()
     report = rk.encode(model, tokenizer, TEXTS[:8])
     assert not report.packed
     assert report.detours
     expected = model(**tokenizer([TEXTS[4]], return_tensors="pt")).last_hidden_state[0].mean(0)
+    np.testing.assert_allclose(report.embeddings[4], expected.detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["DistilBert", "MPNet"])
+def test_families_with_parts_of_their_own(tokenizer, family):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    inner = {"hidden_dim": 32} if family == "DistilBert" else {"intermediate_size": 32}
+    config = getattr(transformers, f"{family}Config")(vocab_size=400, max_position_embeddings=40, **sizes, **inner)
+    model = getattr(transformers, f"{family}Model")(config).eval()
+    report = rk.encode(model, tokenizer, TEXTS[:8])
+    assert report.packed == (family == "DistilBert")
+    assert bool(report.detours) == (family == "MPNet")
+    given = tokenizer([TEXTS[4]], return_tensors="pt", truncation=True, max_length=encoding.longest_input(model))
+    given.pop("token_type_ids", None)
+    expected = model(**given).last_hidden_state[0].mean(0)
     np.testing.assert_allclose(report.embeddings[4], expected.detach().numpy(), rtol=1e-4, atol=1e-5)
 
 

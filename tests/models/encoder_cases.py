@@ -50,7 +50,8 @@ def calls(model, inputs):
 
 
 def layers_of(model):
-    return model.base_model.encoder.layer
+    base = model.base_model
+    return (base.transformer if hasattr(base, "transformer") else base.encoder).layer
 
 
 # --- what happens to weights and modules between two calls ------------------------------------------------------------

@@ -65,10 +65,13 @@ PREFIX = {
     "ernie": "Ernie",
     "bert_generation": "BertGeneration",
     "roc_bert": "RoCBert",
+    "distilbert": "DistilBert",
     "roberta_prelayernorm": "RobertaPreLayerNorm",
     "xlm_roberta_xl": "XLMRobertaXL",
     "xmod": "Xmod",
 }
+# Families that are handed no sequences: what runs fused of them does so by itself.
+BY_PARTS = {"mpnet": "MPNet"}
 # What these families' configs need beside what all take.
 FAMILY_CONFIG: dict[str, dict[str, Any]] = {
     "electra": {"embedding_size": 24, "summary_last_dropout": 0.0},
@@ -78,7 +81,16 @@ FAMILY_CONFIG: dict[str, dict[str, Any]] = {
         **{"pronunciation_embed_dim": 12, "pronunciation_vocab_size": 97},
         **{"shape_embed_dim": 20, "shape_vocab_size": 97},
     },
+    "distilbert": {"type_vocab_size": 1, "seq_classif_dropout": 0.0, "qa_dropout": 0.0},
+    "mpnet": {"type_vocab_size": 1, "attn_implementation": "eager"},  # it has no other
     "xmod": {"languages": ["en_XX", "de_DE"], "default_language": "de_DE"},
+}
+# Other names of what all have.
+RENAMED = {
+    "distilbert": {
+        **{"intermediate_size": "hidden_dim", "hidden_act": "activation"},
+        **{"hidden_dropout_prob": "dropout", "attention_probs_dropout_prob": "attention_dropout"},
+    },
 }
 OWN_NAMES = {
     ("bert", "causal_lm"): "BertLMHeadModel",
@@ -137,14 +149,17 @@ class Case:
 
 
 def hf_class(family: str, head: str) -> type:
-    return getattr(transformers, OWN_NAMES.get((family, head), PREFIX[family] + HEADS[head]))
+    return getattr(transformers, OWN_NAMES.get((family, head), (PREFIX | BY_PARTS)[family] + HEADS[head]))
 
 
 def heads_of(family: str) -> list[str]:
     """The heads that a family has. A pooler can be left out where there is one."""
     if family == "bert_generation":
         return ["pooler", "causal_lm"]
-    return [head for head in HEADS if (family, head) != ("electra", "no_pooler")]
+    missing = {"electra": ("no_pooler",), "distilbert": ("no_pooler", "causal_lm"), "mpnet": ("causal_lm",)}.get(
+        family, ()
+    )
+    return [head for head in HEADS if head not in missing]
 
 
 def fast_class(family: str, head: str) -> type:
@@ -183,7 +198,9 @@ def config_for(case: Case) -> Any:
     if case.head == "multi_label":
         values["problem_type"] = "multi_label_classification"
     own = FAMILY_CONFIG.get(case.family, {})
-    return hf_class(case.family, case.head).config_class(**(values | own | case.config))
+    names = RENAMED.get(case.family, {})
+    values = {names.get(name, name): value for name, value in (values | own | case.config).items()}
+    return hf_class(case.family, case.head).config_class(**values)
 
 
 def randomise(model: nn.Module, seed: int) -> None:
@@ -348,8 +365,9 @@ FLOOR_ULPS = {torch.bfloat16: 4.0, torch.float16: 8.0, torch.float32: 16.0, torc
 def measured_together(name: str, head: str) -> tuple[str, ...]:
     """What a gradient is measured with. Some are zero in exact arithmetic, because a softmax does not see a constant
     added to all it is given: all they hold is rounding, which means something beside their neighbours only."""
-    if name.endswith("key.bias"):
-        return tuple(name.replace("key.bias", f"{part}.bias") for part in ("query", "key", "value"))
+    for query, key, value in (("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("attn.q", "attn.k", "attn.v")):
+        if name.endswith(f".{key}.bias"):
+            return tuple(name.replace(f".{key}.", f".{part}.") for part in (query, key, value))
     constant = head == "span" or (head == "choice" and name == "grad of classifier.bias")
     if constant and name.endswith(".bias"):
         return (name, name.removesuffix("bias") + "weight")

@@ -11,6 +11,7 @@ import torch
 from model_cases import (
     PREFIX,
     Case,
+    Ops,
     assert_case,
     assert_promise,
     batch_for,
@@ -29,10 +30,12 @@ import roberta_kernels as rk
 from roberta_kernels.hf import known_code
 from roberta_kernels.hf.families import family_classes, part_class
 
-SAME_LAYERS = tuple(PREFIX)[:9]
-ATTENTION_ONLY = tuple(PREFIX)[9:]
+SAME_LAYERS = tuple(PREFIX)[:10]
+ATTENTION_ONLY = tuple(PREFIX)[10:]
 OTHERS = tuple(PREFIX)[2:]
 OWN_EMBEDDINGS = ("ernie", "bert_generation", "roc_bert")
+LAYERS = ("layer", "distilbert_layer", "feed_forward_layer")
+EMBEDDINGS = ("embeddings", "absolute_embeddings", "typeless_embeddings", "typeless_absolute_embeddings")
 SMALL = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "hidden_act": "gelu"}
 
 
@@ -56,6 +59,7 @@ def test_the_report_says_what_runs(family):
     model = build(Case(seed=2, family=family, config=SMALL))
     report = rk.patch(model)
     classes = {replaced.original.removeprefix(PREFIX[family]): replaced.fused for replaced in report.replaced}
+    classes |= {"Layer": classes["TransformerBlock"]} if family == "distilbert" else {}
     left = {left.original.removeprefix(PREFIX[family]): left.reason for left in report.left}
     if family in ATTENTION_ONLY:
         assert classes["SelfAttention"] == "attention"
@@ -69,7 +73,7 @@ def test_the_report_says_what_runs(family):
     assert all("_rk_state" not in module.__dict__ for module in model.modules())
 
 
-@pytest.mark.parametrize("family", ["ernie", "roc_bert", "xmod"])
+@pytest.mark.parametrize("family", ["ernie", "roc_bert", "distilbert", "xmod"])
 def test_arguments_of_their_own(family):
     case = Case(seed=3, family=family, config=SMALL, train=True)
     original = build(case)
@@ -80,6 +84,8 @@ def test_arguments_of_their_own(family):
             inputs["task_type_ids"] = torch.randint(0, 3, ids.shape)
         elif family == "roc_bert":
             inputs |= {"input_shape_ids": ids.flip(1), "input_pronunciation_ids": ids.flip(0)}
+        elif family == "distilbert":
+            inputs["token_type_ids"] = ids % 2  # as many a tokenizer gives, and it has no use for
         else:
             inputs["lang_ids"] = torch.arange(len(ids)) % 2
     ours = patched(original)
@@ -176,7 +182,7 @@ def test_gradient_checkpointing(family, use_reentrant, monkeypatch):
     assert report.fallbacks() == {}
 
 
-@pytest.mark.parametrize("family", ["bert", "electra", "ernie", "xmod"])
+@pytest.mark.parametrize("family", ["bert", "electra", "ernie", "distilbert", "xmod"])
 def test_every_model_from_now_on(family):
     case = Case(seed=15, family=family, head="single_label", config=SMALL)
     with rk.patch_transformers():
@@ -187,11 +193,106 @@ def test_every_model_from_now_on(family):
     assert_promise(ours, original, batches_for(case, original.config, 2), head="single_label")
 
 
+# --- a family whose attention is another one --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("head", "mask"), [(head, "right") for head in heads_of("mpnet")] + [("pooler", "left"), ("pooler", "none")]
+)
+def test_mpnet(head, mask):
+    case = Case(seed=7, family="mpnet", head=head, mask=mask, train=True, config=SMALL)
+    original = build(case)
+    ours = patched(original)
+    report = rk.patch(ours)
+    assert_case(case, ours, original)
+    assert report.fallbacks() == {}
+    assert set(report.padded()) == {"the attention of this family is not fused"}
+
+
+def test_mpnet_compiled():
+    case = Case(seed=7, family="mpnet", train=True, config=SMALL)
+    original = build(case)
+    ours = patched(original)
+    batches = batches_for(case, original.config, 8)
+    ours.compile(backend="eager")
+    assert_promise(ours, original, batches, backward=True)
+
+
+def test_what_of_mpnet_runs_fused():
+    case = Case(seed=7, family="mpnet", config=SMALL)
+    original = build(case)
+    ours = patched(original)
+    report = rk.patch(ours)
+    fused = {replaced.original: replaced.fused for replaced in report.replaced}
+    assert fused["MPNetLayer"] == "GELU feed-forward, bias + dropout + residual + LayerNorm"
+    assert fused["MPNetAttention"] == "dropout + residual + LayerNorm"
+    assert fused["MPNetEmbeddings"] == "embeddings + LayerNorm + dropout"
+    assert {left.original for left in report.left} == {"MPNetSelfAttention"}
+    assert "runs the original code" in report.left[0].reason
+    inputs = batch_for(case, ours.config)
+    with torch.no_grad(), Ops() as ops:
+        ours(**inputs)
+    ran = [name.split("::")[1] for name in ops.names if name.endswith("_forward") and "roberta_kernels" in name]
+    layer = ["add_layer_norm_forward", "gelu_ffn_forward", "add_layer_norm_forward"]
+    assert ran == ["embedding_layer_norm_forward", *layer * SMALL["num_hidden_layers"]]
+    with torch.no_grad():
+        weights = [model(**inputs, output_attentions=True).attentions for model in (ours, original)]
+        hidden = [model(**inputs, output_hidden_states=True).hidden_states for model in (ours, original)]
+    for got, want in zip((*weights[0], *hidden[0]), (*weights[1], *hidden[1]), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    rk.unpatch(ours)
+    assert not rk.is_patched(ours)
+    with torch.no_grad():
+        assert torch.equal(ours(**inputs)[0], original(**inputs)[0])
+
+
+@pytest.mark.parametrize("where", ["encoder.layer.0.output", "encoder.layer.0.attention.LayerNorm", "embeddings"])
+def test_a_hook_in_mpnet_runs_the_original(where):
+    case = Case(seed=7, family="mpnet", config=SMALL)
+    original = build(case)
+    ours = patched(original)
+    report = rk.patch(ours)
+    for model in (ours, original):
+        model.get_submodule(where).register_forward_hook(lambda module, args, out: out * 1.5)
+    assert_promise(ours, original, batches_for(case, original.config, 2))
+    assert bool(report.fallbacks()) == (where != "embeddings")  # a hook on the whole sees what the whole gives
+
+
+def test_other_ways_into_mpnet():
+    case = Case(seed=7, family="mpnet", head="single_label", config=SMALL)
+    with rk.patch_transformers():
+        ours = build(case)
+    assert rk.is_patched(ours)
+    original = build(case)
+    batches = batches_for(case, original.config, 2)
+    assert_promise(ours, original, batches, head="single_label")
+    reference = patched(original, backend="reference")
+    with torch.no_grad(), Ops() as ops:
+        reference(**batches[0])
+    ran = {name.split("::")[0] for name in ops.names if name.endswith("_forward") and "roberta_kernels" in name}
+    assert ran == {"roberta_kernels_reference"}
+    with logged("not quantised"):
+        assert any("not quantised" in left.reason for left in rk.patch(original, quantization="int8").left)
+
+
+def test_dropout_in_mpnet():
+    config = {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.0}
+    case = Case(seed=7, family="mpnet", train=True, config=SMALL | config)
+    ours = patched(build(case))
+    inputs = batch_for(case, ours.config)
+    draws = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        draws.append(ours(**inputs).last_hidden_state)
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+
+
 # --- sizes ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("hidden", "heads"), [(40, 5), (60, 3), (24, 1), (128, 1), (80, 2), (136, 1)])
-@pytest.mark.parametrize("family", ["roberta", "bert", "xmod"])
+@pytest.mark.parametrize("family", ["roberta", "bert", "distilbert", "xmod"])
 def test_head_dims(family, hidden, heads):
     # 8 and 20 run in kernels for 16 and 24; 136 is not served, and runs the original attention.
     config = {"hidden_size": hidden, "num_attention_heads": heads, "num_hidden_layers": 1, "hidden_act": "gelu"}
@@ -225,7 +326,7 @@ def test_8194_positions():
                 model(input_ids=torch.full((1, 8193), 7))
 
 
-@pytest.mark.parametrize("family", ["bert", "electra"])
+@pytest.mark.parametrize("family", ["bert", "electra", "distilbert"])
 def test_positions_outside_of_the_table(family):
     case = Case(seed=9, family=family, config=SMALL)
     original = build(case)
@@ -242,7 +343,7 @@ def test_positions_outside_of_the_table(family):
 # --- the code that is known -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("role", ["layer", "self_attention", "self_output", "embeddings", "absolute_embeddings"])
+@pytest.mark.parametrize("role", [*LAYERS, "self_attention", "self_output", "attention_output", *EMBEDDINGS])
 def test_the_classes_of_every_family_compute_what_is_known(role):
     classes = family_classes(role)
     assert classes

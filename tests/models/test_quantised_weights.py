@@ -97,7 +97,7 @@ def quantised_by_hand(model, quantization):
 
 
 @layouts
-@pytest.mark.parametrize("family", ["roberta", "bert", "electra"])
+@pytest.mark.parametrize("family", ["roberta", "bert", "electra", "distilbert"])
 @quantizations
 def test_the_error_is_what_rounding_the_weights_implies(quantization, family, layout):
     case = case_of(family=family)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import importlib
 
 import pytest
 import torch
@@ -151,6 +152,25 @@ def test_a_method_of_other_families(family, part, when):
     module = __import__(type(original).__module__, fromlist=["_"])
     prefix = type(original).__name__.removesuffix("Model")
     check(lambda: replaced(getattr(module, prefix + part), "forward"), when, family=family, head="pooler")
+
+
+@pytest.mark.parametrize("when", ["before patching", "after a call"])
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        *(("distilbert", name) for name in ("DistilBertSelfAttention.forward", "FFN.forward", "FFN.ff_chunk")),
+        *(("distilbert", name) for name in ("TransformerBlock.forward", "Transformer.forward", "Embeddings.forward")),
+        *(
+            ("mpnet", f"MPNet{name}.forward")
+            for name in ("SelfAttention", "Attention", "Layer", "Output", "Embeddings")
+        ),
+    ],
+    ids=lambda value: value,
+)
+def test_a_method_of_distilbert_and_mpnet(family, name, when):
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    cls, method = name.split(".")
+    check(lambda: replaced(getattr(module, cls), method), when, family=family, head="pooler")
 
 
 @pytest.mark.parametrize("when", ["before patching", "after a call", "in training"])

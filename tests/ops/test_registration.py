@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
@@ -264,46 +263,6 @@ def test_export(served: Served, draw: Draw) -> None:
     for count in (9, 16, 4):
         args = inputs(count)
         assert torch.equal(exported.module()(*args), module(*args))
-
-
-# ------------------------------------------------------------------------------------------------ what is refused
-
-
-@each_op
-@on_each_namespace
-def test_double_backward_is_refused(served: Served, op: str, draw: Draw) -> None:
-    """There is no formula for it; without an error torch would take the gradient for a constant."""
-    call = sample(op, draw, FLOAT32)
-    leaves = {name: leaf(t) for name, t in call.tensors.items()}
-    with pytest.raises(NotImplementedError, match="twice"):
-        torch.autograd.grad(call(**leaves).square().sum(), list(leaves.values()), create_graph=True)
-
-
-@each_op
-@on_each_namespace
-def test_forward_mode_is_refused(served: Served, op: str, draw: Draw) -> None:
-    """Without an error torch would take the derivative for zero."""
-    call = sample(op, draw, FLOAT32)
-    name, t = next(iter(call.tensors.items()))
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
-        call(**{name: forward_ad.make_dual(t, torch.ones_like(t))})
-    with pytest.raises(NotImplementedError, match="forward-mode"):
-        torch.func.jvp(lambda t: call(**{name: t}), (t,), (torch.ones_like(t),))
-    with forward_ad.dual_level():
-        assert torch.equal(call(), call.function(**call.tensors, **call.rest))  # nothing is differentiated: served
-
-
-@each_op
-@on_each_namespace
-def test_functorch_gradients_are_right_or_refused(served: Served, op: str, draw: Draw) -> None:
-    call = sample(op, draw, FLOAT32)
-    name, t = next(iter(call.tensors.items()))
-    expected = output_and_gradients(call, {name: t}, torch.ones_like(call()))[f"gradient of {name}"]
-    try:
-        got = torch.func.grad(lambda t: call(**{name: t}).sum())(t)
-    except RuntimeError:
-        return
-    assert torch.equal(got, expected)
 
 
 @each_op
