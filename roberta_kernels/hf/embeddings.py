@@ -113,8 +113,9 @@ class FastEmbeddings(HuggingFaceModule):
     def check_padding(self, input_ids: Tensor, token_type_ids: Tensor | None) -> None:
         """Raises IndexError where an id lies outside of its table, in a row too that no kernel will see. On a CPU; on a
         GPU, where the original ends in a device-side assertion, nothing is looked at."""
-        for ids, table in ((input_ids, self.word_embeddings), (token_type_ids, self.token_type_embeddings)):
-            if ids is not None and ids.is_cpu:
+        types = self._modules.get("token_type_embeddings")
+        for ids, table in ((input_ids, self.word_embeddings), (token_type_ids, types)):
+            if ids is not None and table is not None and ids.is_cpu:
                 lowest, highest = (int(value) for value in ids.aminmax())
                 rows = table.weight.shape[0]
                 if lowest < 0 or highest >= rows:
