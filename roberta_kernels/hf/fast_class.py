@@ -14,7 +14,9 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from roberta_kernels.hf import attention_interface, known_code
 from roberta_kernels.hf.arguments import parameters
@@ -144,7 +146,7 @@ def _of_role(original: Any, role: str, defaults: dict[str, Any]) -> dict[str, An
         return {
             "_rk_base_arguments": frozenset(_base_arguments(original)),
             "_rk_always_reads": head is not None and head.reads_padding,
-            "_rk_parts": known_code.head_parts(original),
+            "_rk_parts": _head_parts(original),
         }
     return {}
 
@@ -153,6 +155,17 @@ def _same_code(cls: type) -> tuple[type, ...]:
     """A class, and the fast class of it, if it has one."""
     role = role_of(cls)
     return (cls,) if role is None or known_code.difference(cls, role) is not None else (cls, fast_class(cls))
+
+
+def _head_parts(cls: Any) -> dict[str, type] | None:
+    """The classes of what a model with a head has beside its base model, by name; None where it cannot be made."""
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.device("cpu"), unset_fake_temporarily():
+            module = known_code.tiny(cls)
+    except Exception:
+        return None
+    base = f"{module.base_model_prefix}."
+    return {name: type(part) for name, part in module.named_modules() if not f"{name}.".startswith(base)}
 
 
 def _base_arguments(head: Any) -> set[str]:
