@@ -92,8 +92,10 @@ def runners(device: str, *, smoke: bool = False) -> dict[str, Runner]:
         found[f"ours, {name}"] = Runner(
             lambda model, name=name: patched(model, backend=name), f"patched, backend {name}", ours=True, backend=name
         )
-    found["ours, padded"] = Runner(
-        lambda model: patched(model, packed=False), "patched, padding computed, the backend of choice", ours=True
+    found["ours, zeros"] = Runner(
+        lambda model: patched(model, padded_rows="zeros"),
+        "patched, padded rows left out, the backend of choice",
+        ours=True,
     )
     if not smoke:
         found["ours, compile"] = Runner(

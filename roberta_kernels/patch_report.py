@@ -51,6 +51,16 @@ class PatchReport:
         """Reason -> how many calls since patching ran fused, but on every row of the padded batch, for it."""
         return dict(self.state.padded)
 
+    def cost_of_padding(self) -> str | None:
+        """What exact answers at padded positions cost since patching, in one line; None: hardly anything."""
+        rows, padding = self.state.cost["rows"], self.state.cost["padding"]
+        if not padding:
+            return None
+        return (
+            f"{padding / rows:.0%} of the rows of padded batches were padding, computed because somebody may read it; "
+            'if nobody does, patch(model, padded_rows="zeros") leaves it out'
+        )
+
     def __bool__(self) -> bool:
         """Whether anything was replaced."""
         return bool(self.replaced)
@@ -68,7 +78,7 @@ class PatchReport:
         )
         if self.quantization is not None:
             title += f"; inference on the CPU with {self.quantization} weights"
-        table = Table(title=title, title_justify="left")
+        table = Table(title=title, title_justify="left", caption=self.cost_of_padding(), caption_justify="left")
         for column in ("modules", "class", "what runs there now"):
             table.add_column(column, overflow="fold")
         grouped: dict[tuple[str, str, bool], list[str]] = {}

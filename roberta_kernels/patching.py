@@ -52,15 +52,22 @@ _FUSED = {
     "model": "padding-free pass",
     "plain_model": "unchanged (its layers' feed-forward and norms are fused, on all rows of the padded batch)",
     "attention_model": "hands its attention the lengths of the sequences",
-    "token_head": "asks for padded rows where its loss reads them",
-    "next_token_head": "asks for padded rows where its loss reads them",
-    "span_head": "asks for padded rows, which its softmax reads",
-    "summary_head": "asks for padded rows where its summary reads them",
-    "head": "unchanged (its base model is fused)",
+    "token_head": "does without padded rows where its loss does",
+    "next_token_head": "does without padded rows where its loss does",
+    "discriminator_head": "does without padded rows where its loss does",
+    "span_head": "unchanged (its base model is fused); its softmax reads padded rows",
+    "summary_head": "does without padded rows where its summary does",
+    "head": "does without padded rows",
 }
 
-# (package, class) of modules of other libraries that let padded token vectors into the answer.
-_READ_PADDING = {("sentence_transformers", "CNN")}
+# Package and class of models around those of the families that leave their encoder's padded rows alone, if made of
+# these parts only; None: of whatever parts.
+_LEAVE_PADDING: dict[tuple[str, str], set[str] | None] = {
+    ("sentence_transformers", "SentenceTransformer"): {
+        *("Transformer", "Pooling", "Normalize", "Dense", "Dropout", "LayerNorm")
+    },
+    ("transformers", "EncoderDecoderModel"): None,
+}
 
 _NO_LAYER = "it holds no layer that can run from quantised weights"
 _NOT_KNOWN = "not the code that is known"
@@ -72,8 +79,9 @@ def patch(model: nn.Module, *, options: Options) -> PatchReport:
 
     Args:
         model: any module that contains such encoders: a bare model, a task head, an encoder-decoder, a wrapper.
-        packed: "auto": padding is left out of the computation wherever the answer cannot depend on it. False: never.
-            True: also where a token or span head reads padded rows, which then come from zeros.
+        padded_rows: "exact": what a caller may read at padded positions is what the original gives there
+            (docs/compatibility.md says at what cost). "zeros": padding is left out of every computation that can do
+            without; zeros come back in its place, position 0 excepted.
         backend: "auto", or the backend that shall serve this model.
         quantization: None; or what a copy of the layers' weights is rounded to, for inference of a float32 model on a
             CPU: "bfloat16" (products accumulate in float32), "int8" (weights only), "int8-dynamic" (weights, and
@@ -88,7 +96,7 @@ def patch(model: nn.Module, *, options: Options) -> PatchReport:
         if an error occurs. What is left of a known family, and why, is also logged (logger "roberta_kernels").
 
     Parameters, buffers, state dict, forward's signature and what save_pretrained writes do not change. Patching twice
-    is harmless: the options of the last call hold. Rows at padded positions come back as zeros.
+    is harmless: the options of the last call hold.
 
     Raises:
         ValueError: an unknown value of an option, options that contradict each other, or `quantization` for a model
@@ -99,12 +107,7 @@ def patch(model: nn.Module, *, options: Options) -> PatchReport:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     modules = list(model.named_modules())
-    readers = [name for name, module in modules if _kind(module) in _READ_PADDING]
-    if readers and options.packed == "auto":
-        options = dataclasses.replace(options, packed=False)
-    report = PatchReport(backend=options.backend, state=PatchState(options))
-    reads = "reads padded token vectors, which are therefore computed"
-    report.left += [Left(name, type(model.get_submodule(name)).__name__, reads) for name in readers]
+    report = PatchReport(backend=options.backend, state=PatchState(options, _known_reader(model)))
     before: list[tuple[nn.Module, type, PatchState | None]] = []
     try:
         for name, module in modules:
@@ -122,6 +125,15 @@ def patch(model: nn.Module, *, options: Options) -> PatchReport:
         forget(module)  # what was derived under an earlier patch, with other options
     _say_left(model, report, any(isinstance(module, FastLayer) for module, *_ in before))
     return report
+
+
+def _known_reader(model: nn.Module) -> bool:
+    """Whether a model around those of the families is known to leave padded rows of its encoder alone."""
+    if _kind(model) not in _LEAVE_PADDING:
+        return False
+    parts = _LEAVE_PADDING[_kind(model)]
+    kinds = [_kind(part) for part in model.children()]
+    return parts is None or all(package == _kind(model)[0] and name in parts for package, name in kinds)
 
 
 def _kind(module: nn.Module) -> tuple[str, str]:

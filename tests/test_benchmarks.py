@@ -401,7 +401,7 @@ def test_what_cannot_be_had_is_named_and_never_stood_in_for(command_line, monkey
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert all("not installed" in engine.missing() for engine in ENGINES.values())
-    monkeypatch.setattr(cpu_suite, "patch", lambda model, *, packed="auto", backend="auto": None)
+    monkeypatch.setattr(cpu_suite, "patch", lambda model, *, padded_rows="exact", backend="auto": None)
     found = cpu_suite.contenders(None, 1, smoke=True)
     for name in cpu_suite.QUANTIZED:
         assert found[f"ours {name}"].missing == "patch() has no option quantization"

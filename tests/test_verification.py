@@ -172,7 +172,6 @@ def test_a_drop_in_model_is_compared_with_its_namesake(monkeypatch):
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_only_real_positions_are_compared(side):
-    """Patched models return zeros at padded positions, originals do not."""
     ids, mask = torch.full((2, 6), 1), torch.zeros(2, 6, dtype=torch.long)
     ids[0], mask[0] = torch.tensor([0, 7, 8, 9, 10, 2]), 1
     short = slice(0, 3) if side == "right" else slice(3, 6)
@@ -236,12 +235,12 @@ def test_a_module_around_a_model_is_called_itself(gradients):
 
 
 def test_a_module_that_reads_rows_at_padding_is_found_out():
-    """Zeros there (packed=True) are another mean, though the model inside keeps its promise."""
-    report = verify(MeanOfAllRows(), packed=True)
+    """Zeros there are another mean, though the model inside keeps its promise."""
+    report = verify(MeanOfAllRows(), padded_rows="zeros")
     assert {(entry.call, entry.name) for entry in report.broken} == {(ORDINARY, "output")}
-    assert verify(MeanOfAllRows(), packed=False).holds
+    assert verify(MeanOfAllRows()).holds
     unpadded = {"input_ids": torch.tensor([[0, 5, 9, 2]]), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
-    assert verify(MeanOfAllRows(), unpadded, packed=True).holds
+    assert verify(MeanOfAllRows(), unpadded, padded_rows="zeros").holds
 
 
 class Features(Around):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from roberta_kernels import backends
 from roberta_kernels.encoding.sources import EncodingError
+from roberta_kernels.hf.masks import RealRows
 from roberta_kernels.hf.state import PatchState, attached
 from roberta_kernels.patching import is_patched, patch, unpatch
 
@@ -78,8 +79,7 @@ def probe(base: Any, pad: int, original: list[str]) -> tuple[int, bool, list[str
     hidden, _ = _hidden(base, [np.array([token, token], np.int32), np.array([token], np.int32)], pad)
     if state is None:
         return hidden.shape[2], False, original
-    detours = ["packed=False"] if state.options.packed is False else []
-    detours += _detours(state) - before
+    detours = list(_detours(state) - before)
     return hidden.shape[2], not detours, detours
 
 
@@ -105,7 +105,8 @@ def _hidden(base: Any, rows: list[np.ndarray], pad: int) -> tuple[Tensor, Tensor
     ids[real] = np.concatenate(rows)
     device = next(base.parameters()).device
     mask = torch.from_numpy(real).to(device)
-    output = base(input_ids=torch.from_numpy(ids).to(device), attention_mask=mask.long())
+    given: Any = mask.long() if attached(base) is None else RealRows(mask.long())  # `pool` reads no other
+    output = base(input_ids=torch.from_numpy(ids).to(device), attention_mask=given)
     return output.last_hidden_state, mask
 
 

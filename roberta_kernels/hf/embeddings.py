@@ -101,6 +101,8 @@ class FastEmbeddings(HuggingFaceModule):
             return given
         return own.to(position_ids.device).expand(position_ids.shape[0], -1).gather(1, position_ids)
 
+    positions_stop = True  # at padding: all padded rows have one position
+
     def first_position(self) -> int:
         """What the position ids of a sequence count from."""
         return self.padding_idx + 1
@@ -120,6 +122,18 @@ class FastEmbeddings(HuggingFaceModule):
                 f"index out of range in self: position {highest}, and there are {rows} position embeddings "
                 "(a sequence has more tokens than the model has positions)"
             )
+
+    def check_padding(self, input_ids: Tensor, token_type_ids: Tensor | None) -> None:
+        """Raises IndexError where an id lies outside of its table, in a row too that no kernel will see. On a CPU; on a
+        GPU, where the original ends in a device-side assertion, nothing is looked at."""
+        types = self._modules.get("token_type_embeddings")
+        for ids, table in ((input_ids, self.word_embeddings), (token_type_ids, types)):
+            if ids is not None and table is not None and ids.is_cpu:
+                lowest, highest = (int(value) for value in ids.aminmax())
+                rows = table.weight.shape[0]
+                if lowest < 0 or highest >= rows:
+                    wrong = lowest if lowest < 0 else highest
+                    raise IndexError(f"index out of range in self: id {wrong} at padding, and there are {rows}")
 
     def embed(self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
         """`[T]` ids -> `[T, H]`."""
@@ -158,6 +172,8 @@ class FastAbsoluteEmbeddings(FastEmbeddings):
     def positions(self, input_ids: Tensor) -> Tensor:
         """`[1, S]`."""
         return self.position_ids[:, : input_ids.shape[1]]
+
+    positions_stop = False
 
     def first_position(self) -> int:
         return 0

@@ -70,8 +70,11 @@ FAMILIES = {
     "transformers.models.electra": Family(
         "Electra",
         _BERT
-        # Its pretraining loss leaves masked positions out, whatever their label is.
-        | {"Embeddings": "absolute_embeddings", "ForPreTraining": "head", "ForMultipleChoice": "summary_head"},
+        | {
+            "Embeddings": "absolute_embeddings",
+            "ForPreTraining": "discriminator_head",
+            "ForMultipleChoice": "summary_head",
+        },
     ),
     "transformers.models.ernie": Family("Ernie", _BERT, left=_embeddings_left("with task types")),
     "transformers.models.bert_generation": Family(

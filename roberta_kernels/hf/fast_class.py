@@ -14,13 +14,22 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from roberta_kernels.hf import attention_interface, known_code
 from roberta_kernels.hf.arguments import parameters
 from roberta_kernels.hf.embeddings import FastAbsoluteEmbeddings, FastEmbeddings
 from roberta_kernels.hf.families import family_class, family_classes, family_of, role_of
-from roberta_kernels.hf.heads import FastHead, FastNextTokenHead, FastSpanHead, FastSummaryHead, FastTokenHead
+from roberta_kernels.hf.heads import (
+    FastDiscriminatorHead,
+    FastHead,
+    FastNextTokenHead,
+    FastSpanHead,
+    FastSummaryHead,
+    FastTokenHead,
+)
 from roberta_kernels.hf.layer import (
     FastAttentionOutput,
     FastDistilBertLayer,
@@ -51,19 +60,14 @@ _MIXINS: dict[str, type] = {
     "plain_model": FastPlainModel,
     "token_head": FastTokenHead,
     "next_token_head": FastNextTokenHead,
+    "discriminator_head": FastDiscriminatorHead,
     "span_head": FastSpanHead,
     "head": FastHead,
 }
 # Roles of whole models: what a user constructs.
 MODEL_ROLES = (
-    "model",
-    "attention_model",
-    "plain_model",
-    "token_head",
-    "next_token_head",
-    "span_head",
-    "summary_head",
-    "head",
+    *("model", "attention_model", "plain_model", "head", "token_head", "next_token_head", "discriminator_head"),
+    *("span_head", "summary_head"),
 )
 
 
@@ -142,6 +146,7 @@ def _of_role(original: Any, role: str, defaults: dict[str, Any]) -> dict[str, An
         return {
             "_rk_base_arguments": frozenset(_base_arguments(original)),
             "_rk_always_reads": head is not None and head.reads_padding,
+            "_rk_parts": _head_parts(original),
         }
     return {}
 
@@ -150,6 +155,17 @@ def _same_code(cls: type) -> tuple[type, ...]:
     """A class, and the fast class of it, if it has one."""
     role = role_of(cls)
     return (cls,) if role is None or known_code.difference(cls, role) is not None else (cls, fast_class(cls))
+
+
+def _head_parts(cls: Any) -> dict[str, type] | None:
+    """The classes of what a model with a head has beside its base model, by name; None where it cannot be made."""
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.device("cpu"), unset_fake_temporarily():
+            module = known_code.tiny(cls)
+    except Exception:
+        return None
+    base = f"{module.base_model_prefix}."
+    return {name: type(part) for name, part in module.named_modules() if not f"{name}.".startswith(base)}
 
 
 def _base_arguments(head: Any) -> set[str]:

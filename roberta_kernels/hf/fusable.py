@@ -26,6 +26,14 @@ def fake(tensor: Any) -> bool:
     return type(tensor).__module__.startswith("torch._subclasses.")
 
 
+def data_hidden(tensor: Tensor) -> bool:
+    """Whether what runs must not depend on what a tensor holds: a graph is recorded, or it holds nothing."""
+    if tracing() or fake(tensor):
+        return True
+    # Without CUDA's state (on a machine without a GPU) there is no capture, and asking is an error.
+    return tensor.is_cuda and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def transform() -> str | None:
     """Which transform of torch the call is in that only plain torch can follow, or None.
 
@@ -69,6 +77,18 @@ def foreign_hooks(module: Any) -> bool:
     if not module._forward_hooks:
         return False
     return not all(own_hook(hook) for hook in module._forward_hooks.values())
+
+
+def foreign_readers(module: Any) -> bool:
+    """Whether somebody else's code is told what a module gets or gives: a hook, or a forward bound to the instance.
+    torch's own hooks (fully_shard's) and transformers' move and record, and compute nothing."""
+    if own_forward(module):
+        return True
+    for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+        function = getattr(hook, "func", hook)  # of a functools.partial
+        if str(getattr(function, "__module__", None)).partition(".")[0] not in ("torch", "transformers"):
+            return True
+    return False
 
 
 def own_forward(module: Any) -> bool:

@@ -1,19 +1,18 @@
-"""Models with a head. Where it reads padded rows, which the unpadded layout leaves zero, it asks its base model for all
-rows; for the rest it runs as it is."""
+"""Models with a head. Where a head is known to leave padded rows alone, it says so to its base model, which need not
+compute them then; for the rest it runs as it is."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from roberta_kernels.hf.arguments import by_name
 from roberta_kernels.hf.choice import replaced
 from roberta_kernels.hf.embeddings import HuggingFaceModule
-from roberta_kernels.hf.fusable import tracing
-from roberta_kernels.hf.masks import AllRows
+from roberta_kernels.hf.fusable import foreign_readers, tracing
+from roberta_kernels.hf.masks import RealRows
 from roberta_kernels.hf.model import FastModel
-from roberta_kernels.hf.state import state_of
 
 # Arguments of a head that are no labels; what its base model takes is passed on to it.
 _NO_LABELS = frozenset(
@@ -24,55 +23,77 @@ _NO_LABELS = frozenset(
         *("cu_seq_lens_q", "cu_seq_lens_k"),
     }
 )
+_ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")
 
 
 class FastHead(HuggingFaceModule):
-    """A head that reads position 0 only: nothing to add to what its base model does, unless the release has it read
-    more."""
+    """A head that reads position 0 only, unless the release has it read more."""
 
     _rk_parameters: tuple[str, ...]
     _rk_base_arguments: frozenset[str]  # what the base model's forward takes
     _rk_always_reads: bool  # known_code.HeadFacts.reads_padding
+    _rk_parts: dict[str, type] | None  # classes of what stands beside the base model; None: not known
 
     def _rk_forward(self, *args: Any, **kwargs: Any) -> Any:
         kwargs = by_name(self, args, kwargs)
         mask = kwargs.get("attention_mask")
-        if (
-            isinstance(mask, Tensor)
-            and state_of(self).options.packed == "auto"
-            and any(isinstance(part, FastModel) for part in self._modules.values())
-            and (self._rk_always_reads or self._rk_replaced() or self._rk_reads_padding(mask, kwargs))
-        ):
-            kwargs = kwargs | {"attention_mask": AllRows(mask)}
+        if isinstance(mask, Tensor) and not self._rk_always_reads and self._rk_own_parts():
+            marked = self._rk_unread(mask, kwargs)
+            if marked is not None:
+                kwargs = kwargs | {"attention_mask": marked}
         return super().forward(**kwargs)
 
-    def _rk_reads_padding(self, mask: Tensor, kwargs: dict[str, Any]) -> bool:
-        return False
+    def _rk_unread(self, mask: Tensor, kwargs: dict[str, Any]) -> RealRows | None:
+        """Where the head leaves padded rows alone, what says so to the base model."""
+        return RealRows(mask)
 
-    def _rk_replaced(self) -> bool:
-        """Whether code of the head is somebody else's, which may read what it likes."""
-        return replaced(self) is not None or any(
-            replaced(part) is not None for part in self._modules.values() if part is not None
-        )
+    def _rk_own_parts(self) -> bool:
+        """Whether the head is made of what its class is made of: other code, other parts and hooks on them may read
+        what they like."""
+        known = self._rk_parts
+        if known is None or replaced(self) is not None:
+            return False
+        based = False
+        parts: dict[str, Any] = self._modules
+        for name, part in parts.items():
+            if isinstance(part, FastModel):
+                based = True
+                pooler = part._modules.get("pooler")
+                if foreign_readers(part) or (pooler is not None and foreign_readers(pooler)):
+                    return False
+            elif part is not None and not type(part).__module__.startswith("peft."):  # an adapter of a known part
+                inside: dict[str, Any] = dict(part.named_modules(prefix=name))
+                for inner, own in inside.items():
+                    if replaced(own) or foreign_readers(own) or not _same_kind(known.get(inner), type(own)):
+                        return False
+        return based
+
+
+def _same_kind(known: type | None, cls: type) -> bool:
+    """Whether a part is what its class has there, but for what a config chooses: its dropout, its activation."""
+    if known is None or known is cls:
+        return known is cls
+    drops = (nn.Dropout, nn.Identity)
+    return (known in drops and cls in drops) or (known.__module__ in _ACTIVATIONS and cls.__module__ in _ACTIVATIONS)
 
 
 class FastTokenHead(FastHead):
-    """A head with a loss over positions: a label may make it read a padded row."""
+    """A head with logits, and a loss over them, for each position. Given labels, the loss is all that is known to be
+    read; without, the caller has the logits, and may take a loss of his own."""
 
     _rk_shift = 0  # label i is compared with the logits of position i - shift
 
+    def _rk_unread(self, mask: Tensor, kwargs: dict[str, Any]) -> RealRows | None:
+        if mask.dim() != 2 or self._rk_reads_padding(mask, kwargs):
+            return None
+        return RealRows(mask, returned=True)
+
     def _rk_reads_padding(self, mask: Tensor, kwargs: dict[str, Any]) -> bool:
-        if mask.dim() != 2:
-            return False
-        if self._rk_unknown_tensor(kwargs):
-            return True
         labels = kwargs.get("labels")
-        if labels is None:
-            return False
-        if tracing():
-            return True  # for all a graph knows
+        if labels is None or tracing() or self._rk_unknown_tensor(kwargs):
+            return True
         if hasattr(self, "_loss_function"):  # the user's own
-            return bool((mask == 0).any())
+            return True
         shift, length = self._rk_shift, mask.shape[1]
         if shift and kwargs.get("shift_labels") is not None:
             labels, shift = kwargs["shift_labels"], 0
@@ -95,15 +116,22 @@ class FastNextTokenHead(FastTokenHead):
     _rk_shift = 1
 
 
-class FastSpanHead(FastTokenHead):
+class FastDiscriminatorHead(FastTokenHead):
+    """ELECTRA's pretraining: its loss leaves masked positions out, whatever their label is."""
+
+    def _rk_reads_padding(self, mask: Tensor, kwargs: dict[str, Any]) -> bool:
+        return kwargs.get("labels") is None or self._rk_unknown_tensor(kwargs)
+
+
+class FastSpanHead(FastHead):
     """Question answering: a softmax over positions reads the logits of every row, padded ones too."""
 
-    def _rk_reads_padding(self, mask: Tensor, kwargs: dict[str, Any]) -> bool:
-        return mask.dim() == 2
+    def _rk_unread(self, mask: Tensor, kwargs: dict[str, Any]) -> RealRows | None:
+        return None
 
 
-class FastSummaryHead(FastTokenHead):
+class FastSummaryHead(FastHead):
     """ELECTRA's multiple choice: takes position 0 of each choice, or what its config says, which may be padding."""
 
-    def _rk_reads_padding(self, mask: Tensor, kwargs: dict[str, Any]) -> bool:
-        return mask.dim() == 3 and self.sequence_summary.summary_type != "first"
+    def _rk_unread(self, mask: Tensor, kwargs: dict[str, Any]) -> RealRows | None:
+        return RealRows(mask) if self.sequence_summary.summary_type == "first" else None

@@ -96,7 +96,7 @@ def difference(cls: Any, role: str) -> str | None:
     if role in _RUNS and not lasting(cls, role):
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.device("cpu"), unset_fake_temporarily():
-                module = _tiny(cls)
+                module = tiny(cls)
                 facts, same = _RUNS[role](module)
         except Exception as error:
             # Not kept: a later call may come from where it can be run.
@@ -177,7 +177,8 @@ def making() -> bool:
     return _making.get()
 
 
-def _tiny(cls: Any) -> Any:
+def tiny(cls: Any) -> Any:
+    """A small module of a class, with weights that are made up."""
     token = _making.set(True)
     try:
         module = cls(_config(cls)).to(torch.float64).eval()

@@ -1,6 +1,6 @@
 """What travels through Hugging Face's own code in the place of an attention mask.
 
-A head that reads padded rows hands its base model AllRows; a model in the padded layout hands its own
+A head that leaves padded rows alone hands its base model RealRows; a model in the padded layout hands its own
 `_create_attention_masks` a Handover, which gives the layers a LayerMask. Each is found by its type, wherever in a call
 it stands and whatever its argument is called.
 """
@@ -15,17 +15,27 @@ from roberta_kernels.unpadding import Sequences
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class AllRows:
-    """The caller's attention mask, and that the head reads padded rows: all are to be computed."""
+class RealRows:
+    """The caller's attention mask, and that nobody reads padded rows but position 0 of a sequence.
+
+    returned: what is made of them goes back to the caller all the same, so that they are exact where that is cheap.
+    """
 
     attention_mask: Any
+    returned: bool = False
 
     def size(self, dim: int) -> int:
         return self.attention_mask.size(dim)
 
-    def view(self, *shape: int) -> AllRows:
+    def view(self, *shape: int) -> RealRows:
         """What a multiple-choice head does with its mask, on the way to its base model."""
         return replace(self, attention_mask=self.attention_mask.view(*shape))
+
+    def __eq__(self, other: object) -> Any:
+        """What ELECTRA's pretraining loss does with it."""
+        return self.attention_mask == other
+
+    __hash__ = object.__hash__
 
 
 BESIDE = "roberta_kernels_sequences"  # the keyword under which a LayerMask comes to layers whose mask stays theirs
@@ -74,7 +84,7 @@ class Handover:
     layer_mask: Callable[[Callable[[], Any]], LayerMask]
 
 
-Mask = TypeVar("Mask", AllRows, Handover, LayerMask)
+Mask = TypeVar("Mask", RealRows, Handover, LayerMask)
 
 
 def find(kind: type[Mask], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mask | None:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from roberta_kernels import backends, quantized, unpadding
-from roberta_kernels.hf import route
+from roberta_kernels.hf import padding, route
 from roberta_kernels.hf.arguments import by_name, is_causal
 from roberta_kernels.hf.choice import AttentionChoice, self_attention_choice
 from roberta_kernels.hf.embeddings import HuggingFaceModule
 from roberta_kernels.hf.fusable import own_forward
 from roberta_kernels.hf.layer import FastLayer, FastSelfAttention
-from roberta_kernels.hf.masks import BESIDE, AllRows, Handover, LayerMask, find, put
+from roberta_kernels.hf.masks import BESIDE, Handover, LayerMask, RealRows, find, put
 from roberta_kernels.hf.state import Options, drop_quantized, in_force, state_of
 from roberta_kernels.hf.structure import core_parts
 from roberta_kernels.unpadding import Unpadding
@@ -48,21 +48,21 @@ class FastModel(HuggingFaceModule):
     def _rk_run(self, kwargs: dict[str, Any]) -> Any:
         chosen = route.decide(self, kwargs)
         mask = kwargs.get("attention_mask")
-        if type(mask) is AllRows:
+        if type(mask) is RealRows:
             kwargs = kwargs | {"attention_mask": mask.attention_mask}
         if isinstance(chosen, route.Unpadded):
-            return self._rk_unpadded(chosen, kwargs)
+            batch_layout = padding.layout(self, chosen, kwargs)
+            if isinstance(batch_layout, Unpadding):
+                return self._rk_unpadded(chosen, batch_layout, kwargs)
+            chosen = batch_layout
+        elif not isinstance(chosen, route.Original):
+            reason = padding.original(self, kwargs)
+            chosen = chosen if reason is None else route.Original(reason)
         return self._rk_padded(chosen, kwargs)
 
     # --- unpadded ---
 
-    def _rk_unpadded(self, chosen: route.Unpadded, kwargs: dict[str, Any]) -> Any:
-        given = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
-        batch, length = given.shape[:2]
-        mask, causal = kwargs.get("attention_mask"), is_causal(self)
-        batch_layout = unpadding.unpadding(mask, batch, length, given.device, causal)
-        if batch_layout is None:  # a sequence does not start with a real token
-            return self._rk_padded(chosen.padded, kwargs)
+    def _rk_unpadded(self, chosen: route.Unpadded, batch_layout: Unpadding, kwargs: dict[str, Any]) -> Any:
         hidden_states = self._rk_embed(chosen, batch_layout, kwargs)
         if isinstance(chosen, route.Encoder):
             hidden_states = chosen.call.run(hidden_states, batch_layout.sequences)
@@ -81,6 +81,8 @@ class FastModel(HuggingFaceModule):
             embeddings.check_positions(position_ids)
             token_type_ids = embeddings.token_types(kwargs.get("token_type_ids"), position_ids)
             position_ids = position_ids.expand(input_ids.shape)
+            if batch_layout.indices is not None:
+                embeddings.check_padding(input_ids, token_type_ids)
             hidden_states = embeddings.embed(
                 batch_layout.unpad(input_ids),
                 batch_layout.unpad(position_ids),
@@ -144,11 +146,11 @@ class FastModel(HuggingFaceModule):
 
 
 def _zero_padding(output: Any, mask: Tensor | None) -> Any:
-    """The output of a model that ran padded, in a graph, with zeros where the unpadded layout leaves them."""
+    """The output of a model that ran padded, in a graph, with zeros where the unpadded layout of real rows leaves
+    them."""
     if mask is None:
         return output
-    real = mask.to(torch.bool)
-    padding = ~real & real[:, :1].all()  # where a sequence starts with padding, the pass is not an unpadded one
+    padding = ~mask.to(torch.bool) & (torch.arange(mask.shape[1], device=mask.device) > 0)
     hidden_states = output[0].masked_fill(padding.unsqueeze(-1), 0.0)
     if isinstance(output, tuple):
         return (hidden_states, *output[1:])

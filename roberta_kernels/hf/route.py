@@ -13,11 +13,11 @@ the modules, and holds as long as its Watch does. So the routes of a survey are 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from roberta_kernels.encoder_call import EncoderCall
 from roberta_kernels.hf import encoder_layers, known_code
@@ -26,6 +26,7 @@ from roberta_kernels.hf.choice import LayerChoice, autocast_dtype, layer_choice,
 from roberta_kernels.hf.embeddings import FastEmbeddings
 from roberta_kernels.hf.fusable import (
     compiled,
+    data_hidden,
     fake,
     input_grads_hook,
     own_forward,
@@ -34,7 +35,7 @@ from roberta_kernels.hf.fusable import (
     transform,
     unserved,
 )
-from roberta_kernels.hf.masks import AllRows
+from roberta_kernels.hf.masks import RealRows
 from roberta_kernels.hf.names import ATTENTION
 from roberta_kernels.hf.same_attention import attention_difference
 from roberta_kernels.hf.state import Options, memory_of, state_of
@@ -66,7 +67,7 @@ class ThroughInterface:
 class Padded:
     """Every row, fused.
 
-    reason: why not unpadded; None: `packed=False`.
+    reason: why not unpadded; None: only the data says why (`because`).
     choices: by id of a layer; None where each layer looks again: in a graph that is being traced, or when the
         embeddings may give another dtype than their parameters have. One is None where its layer alone does.
     zeros: whether padded rows come back as zeros, as in the unpadded layout.
@@ -79,11 +80,16 @@ class Padded:
 
 @dataclass(frozen=True)
 class Unpadded:
-    """fused_embeddings: else their original code runs, on the padded batch. padded: the route of a batch in which a
-    sequence does not start with a real token, which only its data tells."""
+    """Of a batch with padding, its data may tell that another route is to be taken (padding.py).
+
+    fused_embeddings: else their original code runs, on the padded batch. reads: READS. differ: why the padded rows of a
+    sequence are not one row, or None where the data tells. padded: the route where all of them are to be computed.
+    """
 
     fused_embeddings: bool
     choices: dict[int, Any]
+    reads: str
+    differ: str | None
     padded: Padded | ThroughInterface | Original
 
 
@@ -91,6 +97,10 @@ class Unpadded:
 class Encoder(Unpadded):
     call: EncoderCall | QuantizedCall
 
+
+# Whether padded rows are read: by whoever it may be; by the caller alone, in what a head makes of them; not, position 0
+# of a sequence excepted.
+READS = ("all", "returned", "real")
 
 Route = Original | ThroughInterface | Padded | Unpadded
 
@@ -103,6 +113,8 @@ class Call(NamedTuple):
 
     original: why only the original attention can give what the call asks for.
     padded: why every row must be computed.
+    reads: READS.
+    positions: whether position ids were given.
     embeds: dtype of the inputs_embeds given in the place of input_ids; embeds_grad: whether they need a gradient.
     autocast: its dtype, if any.
     no_encoder: why no layer can run as an op call.
@@ -111,6 +123,8 @@ class Call(NamedTuple):
 
     original: str | None
     padded: str | None
+    reads: str
+    positions: bool
     embeds: torch.dtype | None
     embeds_grad: bool
     autocast: torch.dtype | None
@@ -122,17 +136,29 @@ def call_of(model: Any, survey: Survey, kwargs: dict[str, Any]) -> Call:
     """kwargs: all arguments of the model's forward, by name."""
     like, traced = survey.like, survey.watch is None
     mask: Any = kwargs.get("attention_mask")
-    rows_read = type(mask) is AllRows
+    marked = type(mask) is RealRows
     embeds = kwargs.get("inputs_embeds")
     return Call(
-        original=_original_reason(model, kwargs, mask.attention_mask if rows_read else mask),
-        padded="a head reads padded rows" if rows_read else _padded_call(model, like, kwargs),
+        original=_original_reason(model, kwargs, mask.attention_mask if marked else mask),
+        padded=_padded_call(model, like, kwargs),
+        reads=_reads(model, mask),
+        positions=kwargs.get("position_ids") is not None,
         embeds=None if embeds is None else embeds.dtype,
         embeds_grad=embeds is not None and embeds.requires_grad,
         autocast=autocast_dtype(like.device.type),
         no_encoder="a graph is being traced" if traced else encoder_layers.no_call(state_of(model).options, like),
         grad=torch.is_grad_enabled(),
     )
+
+
+def _reads(model: Any, mask: Any) -> str:
+    state = state_of(model)
+    if state.options.padded_rows == "zeros":
+        return "real"
+    if type(mask) is RealRows:
+        return "returned" if mask.returned else "real"
+    # Only encoders: a loss over a decoder's rows is taken by labels.
+    return "returned" if state.known_reader and not is_causal(model) else "all"
 
 
 def wants(model: Any, output: str, kwargs: dict[str, Any]) -> Any:
@@ -186,8 +212,7 @@ def _unknown_argument(model: Any, kwargs: dict[str, Any]) -> str | None:
 def _padded_call(model: Any, like: Tensor, kwargs: dict[str, Any]) -> str | None:
     if asked := wants(model, "output_hidden_states", kwargs):
         return f"output_hidden_states={asked}"
-    # Without CUDA's state (fake tensors, on a machine without a GPU) there is no capture, and asking is an error.
-    if like.is_cuda and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+    if not tracing() and not fake(like) and data_hidden(like):
         return "CUDA graph capture"
     return None
 
@@ -210,6 +235,7 @@ class Survey:
         given to it.
     like: a tensor of the hidden states' dtype, device and width.
     embeddings_grad: whether what the embeddings give may need a gradient.
+    dropout: whether any is active.
     routes: of the calls that were made.
     """
 
@@ -224,6 +250,7 @@ class Survey:
     given_embeddings: str | None
     like: Tensor
     embeddings_grad: bool
+    dropout: bool
     routes: dict[Call, Route] = field(default_factory=dict)
 
 
@@ -254,6 +281,7 @@ def _survey(model: Any, watch: Watch | None) -> Survey:
         given_embeddings=_own_embeddings(facts, embeddings, _without_words(embeddings)),
         like=like,
         embeddings_grad=_wants_grad(embeddings) or (project is not None and _wants_grad(project)),
+        dropout=any(isinstance(part, nn.Dropout) and part.training and part.p > 0 for part in model.modules()),
     )
 
 
@@ -346,20 +374,29 @@ def _decide(model: Any, survey: Survey, call: Call) -> Route:
     unknown = _embeddings_reason(survey, call, fused)  # of which dtype the hidden states will be, say
     choices = model._rk_choices(survey, call, options)
     handed = _handed(survey, choices) if unknown is None and survey.watch is not None else None
-    if options.packed is False:
-        return _padded(survey, None, handed)
     reason = call.padded or survey.padded or unknown
     if reason is None:
         reason = next((choice.fused for choice in choices.values() if choice.fused is not None), None)
     if reason is not None:
         return _padded(survey, reason, handed)
     if survey.watch is None:
-        return _padded(survey, "traced", handed, zeros=True)
-    padded = _padded(survey, "a sequence does not start with a real token", handed)
+        return _padded(survey, "traced", handed, zeros=options.padded_rows == "zeros")
+    differ, padded = _differ(model, survey, call, fused), _padded(survey, None, handed)
     call_all = _one_call(survey, choices, options)
     if call_all is None:
-        return Unpadded(fused, choices, padded)
-    return Encoder(fused, choices, padded, call_all)
+        return Unpadded(fused, choices, call.reads, differ, padded)
+    return Encoder(fused, choices, call.reads, differ, padded, call_all)
+
+
+def _differ(model: Any, survey: Survey, call: Call, fused: bool) -> str | None:
+    """Why the padded rows of a sequence are not one row, whatever the data, or None."""
+    if survey.dropout:
+        return "dropout makes padded rows differ"
+    if call.embeds is not None:
+        return "inputs_embeds make padded rows differ"
+    if not fused or not (call.positions or model._modules["embeddings"].positions_stop):
+        return "position embeddings go on through padding"
+    return None
 
 
 def _handed(survey: Survey, choices: dict[int, Any]) -> dict[int, Any]:
@@ -376,6 +413,11 @@ def _padded(
         reason = survey.interface if reason is None else f"{reason}; {survey.interface}"
         return ThroughInterface(reason) if survey.through_interface else Original(reason)
     return Padded(reason, choices, zeros)
+
+
+def because(route: Padded | ThroughInterface | Original, reason: str) -> Padded | ThroughInterface | Original:
+    """The same route, with a reason that only the data gave."""
+    return replace(route, reason=reason if route.reason is None else f"{reason}; {route.reason}")
 
 
 def _embeddings_reason(survey: Survey, call: Call, fused: bool) -> str | None:

@@ -36,8 +36,8 @@ logger = logging.getLogger("roberta_kernels")
 class Options:
     """How a model is to run, as `patch` takes it.
 
-    packed: "auto": padding is left out of the computation wherever the answer cannot depend on it. False: never. True:
-        also where a token or span head reads padded rows, which then come from zeros.
+    padded_rows: "exact": what a caller may read at padded positions is what the original gives there. "zeros": padding
+        is left out of every computation that can do without; zeros come back in its place, position 0 excepted.
     backend: "auto", or the backend that shall serve this model.
     quantization: None; or what a copy of the layers' weights is rounded to, for inference of a float32 model on a CPU:
         "bfloat16" (products accumulate in float32), "int8" (weights only), "int8-dynamic" (weights, and activations as
@@ -48,14 +48,14 @@ class Options:
         mapped in their place; they read, train and save as before. None: yes, with `quantization`.
     """
 
-    packed: str | bool = "auto"
+    padded_rows: str = "exact"
     backend: str = "auto"
     quantization: str | None = None
     offload: bool | None = None
 
     def __post_init__(self) -> None:
-        if self.packed != "auto" and not isinstance(self.packed, bool):
-            raise ValueError(f'packed must be "auto", True or False, got {self.packed!r}')
+        if self.padded_rows not in ("exact", "zeros"):
+            raise ValueError(f'padded_rows must be "exact" or "zeros", got {self.padded_rows!r}')
         if self.quantization not in (None, *quantized.QUANTIZATIONS):
             known = ", ".join(quantized.QUANTIZATIONS)
             raise ValueError(f"quantization must be None or one of {known}, got {self.quantization!r}")
@@ -80,12 +80,20 @@ class Options:
 
 
 def warn_of_former(kwargs: dict[str, Any]) -> None:
-    """Options of former versions are accepted with a warning: float32 weights are read in place, without copies."""
+    """Options of former versions, taken out or translated in place, with a warning."""
     if "prepack" in kwargs:
         prepack = kwargs.pop("prepack")
         if not isinstance(prepack, bool):
             raise ValueError(f"prepack must be True or False, got {prepack!r}")
         warnings.warn("prepack has no effect any more: weights are read in place", FutureWarning, stacklevel=3)
+    if "packed" in kwargs:
+        packed = kwargs.pop("packed")
+        if packed != "auto" and not isinstance(packed, bool):
+            raise ValueError(f'packed must be "auto", True or False, got {packed!r}')
+        rows = "zeros" if packed is True else "exact"
+        if kwargs.setdefault("padded_rows", rows) != rows:
+            raise ValueError(f"packed={packed!r} contradicts padded_rows={kwargs['padded_rows']!r}")
+        warnings.warn(f'packed={packed!r} is now padded_rows="{rows}"', FutureWarning, stacklevel=3)
     if kwargs.get("offload") is True and kwargs.get("quantization") is None:
         warnings.warn("offload has no effect without quantization: no weight is copied", FutureWarning, stacklevel=3)
 
@@ -117,13 +125,17 @@ def takes_options(function: Callable[..., Any]) -> Callable[..., Any]:
 class PatchState:
     """What `patch` was asked for, and what happened since: shared by the modules of one patched model.
 
+    known_reader: whether what stands around the models, a pooling say, is known to leave padded rows alone.
     fallbacks: (name of the module, its class, reason) -> calls in which it ran the original code. padded: reason ->
-    calls in which a model ran fused, but on all rows of the padded batch. said: what was logged.
+    calls in which a model ran fused, but on all rows of the padded batch. cost: of the calls that computed padded rows
+    because somebody may read them, the rows, and those of them that were padding. said: what was logged.
     """
 
     options: Options = field(default_factory=Options)
+    known_reader: bool = False
     fallbacks: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     padded: Counter[str] = field(default_factory=Counter)
+    cost: Counter[str] = field(default_factory=Counter)
     said: set[str] = field(default_factory=set)
 
     def fell_back(self, module: Any, reason: str, runs: str = "the original code runs") -> None:
@@ -131,7 +143,9 @@ class PatchState:
             return
         key = (module.__dict__.get("_rk_name", ""), type(module).__name__, reason)
         self.fallbacks[key] += 1
-        what = f"{key[1]}: {reason}"
+        self._say(f"{key[1]}: {reason}", runs)
+
+    def _say(self, what: str, runs: str) -> None:
         if what not in self.said:
             self.said.add(what)
             logger.warning("roberta_kernels: %s; %s (said once)", what, runs)
@@ -139,6 +153,14 @@ class PatchState:
     def stayed_padded(self, reason: str) -> None:
         if not torch.compiler.is_compiling():
             self.padded[reason] += 1
+
+    def computed_padding(self, module: Any, reason: str, rows: int, padding: int) -> None:
+        """Of a call on all rows, `padding` of them padded, because padded rows differ and may be read."""
+        self.cost += Counter(rows=rows, padding=padding)
+        share = f"padding, {padding} of {rows} rows, is computed too"
+        self._say(
+            f"{type(module).__name__}: {reason}", f'{share}; if nobody reads it, padded_rows="zeros" leaves it out'
+        )
 
     def reasons(self) -> dict[str, int]:
         """ "class: reason" -> calls of all modules of that class."""

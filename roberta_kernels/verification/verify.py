@@ -50,11 +50,11 @@ def verify(
     model: nn.Module,
     batch: Mapping[str, Any] | None = None,
     *,
-    packed: bool | str = "auto",
+    padded_rows: str = "exact",
     backend: str = "auto",
-    prepack: bool | None = None,
     quantization: str | None = None,
     gradients: bool = False,
+    **former: Any,
 ) -> VerificationReport:
     """Runs original and patched side by side against a float64 original, layer by layer, in eval mode.
 
@@ -65,7 +65,7 @@ def verify(
         batch: keyword arguments of a call, e.g. what a tokenizer returns. By default random token ids in sequences of
             mixed lengths, padded on the right, with labels where the task is known. A module whose one argument is the
             batch gets it as a dict.
-        packed, backend, prepack: as for `patch`.
+        padded_rows, backend: as for `patch`; of the options of former versions too.
         quantization: as for `patch`; None: what the model is patched with, if it is. The errors of quantised weights
             are reported beside the others, and not held to the promise.
         gradients: compares the gradient of every parameter too: of the loss, or, where the model returns none, of a
@@ -76,8 +76,10 @@ def verify(
             be made for it, or it cannot be quantised.
         BackendError: the backend asked for is not available for this model.
     """
-    if prepack is not None:
-        warn_of_former({"prepack": prepack})
+    warn_of_former(former)
+    padded_rows = former.pop("padded_rows", padded_rows)
+    if former:
+        raise TypeError(f"verify() got an unexpected keyword argument {next(iter(former))!r}")
     inner = _inner_models(model, batch)
     parameter = next((p for part in inner for p in part.parameters() if p.is_floating_point()), None)
     if parameter is None:
@@ -90,8 +92,8 @@ def verify(
         with backends.backend(backend if backend != "auto" else backends.current_backend()):
             served = backends.serving(parameter)
         notes: list[str] = []
-        runs = _runs(model, call, notes, packed=packed, backend=backend)
-        entries = _judged(model, call, runs, packed=packed, backend=backend) + _measured(call, runs)
+        runs = _runs(model, call, notes, padded_rows=padded_rows, backend=backend)
+        entries = _judged(model, call, runs, padded_rows=padded_rows, backend=backend) + _measured(call, runs)
     return VerificationReport(
         model=call.subject.name,
         dtype=str(parameter.dtype).removeprefix("torch."),
@@ -201,12 +203,16 @@ def _runs(model: nn.Module, call: _Call, notes: list[str], **options: Any) -> _R
     return _Runs(original, ours, exact, rounded, report)
 
 
-def _run_quantised(model: nn.Module, call: _Call, notes: list[str], *, packed: Any, backend: str, **rest: Any) -> Found:
+def _run_quantised(
+    model: nn.Module, call: _Call, notes: list[str], *, padded_rows: str, backend: str, **rest: Any
+) -> Found:
     """run with quantised weights; what did not use them goes to the notes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            report = patch(model, packed=packed, backend=backend, quantization=call.quantization, offload=False)
+            report = patch(
+                model, padded_rows=padded_rows, backend=backend, quantization=call.quantization, offload=False
+            )
         except ValueError as error:
             raise VerificationError(str(error)) from None
         ours = dataclasses.replace(call, scale=None).run(model)

@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import roberta_kernels as rk
-from roberta_kernels import backends, ops, unpadding
+from roberta_kernels import backends, ops
 from roberta_kernels.hf import fusable
 
 cuda_build = ptxas.load_cuda_build()
@@ -238,11 +238,11 @@ FORWARD = [f"roberta_kernels_cuda::{op}_forward" for op in ["embedding_layer_nor
 BACKWARD = [name.replace("forward", "backward") for name in reversed(FORWARD)]
 
 
-def fake_model(mode: FakeTensorMode, monkeypatch: pytest.MonkeyPatch, packed: Any, dtype: torch.dtype) -> nn.Module:
+def fake_model(mode: FakeTensorMode, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> nn.Module:
     """A patched model whose weights are fake tensors on a GPU."""
     with unset_fake_temporarily():
         model = transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**CONFIG)).to(dtype)
-    rk.patch(model, packed=packed, backend="cuda")
+    rk.patch(model, backend="cuda")
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -255,28 +255,6 @@ def fake_model(mode: FakeTensorMode, monkeypatch: pytest.MonkeyPatch, packed: An
     return model
 
 
-@pytest.fixture
-def lengths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The real tokens of each row of the mask: unpadding reads them on the host, which a fake tensor does not hold."""
-    values = [17, 1, 9, 4]
-    real_unpadding = unpadding.unpadding
-
-    def unpad(mask: Tensor, batch: int, length: int, device: torch.device, causal: bool) -> unpadding.Unpadding:
-        assert mask.device.type == device.type == "cuda"
-        with unset_fake_temporarily():
-            known = (torch.arange(length) < torch.tensor(values)[:, None]).to(mask.dtype)
-            found = real_unpadding(known, batch, length, torch.device("cpu"), causal)
-        assert found is not None
-        assert found.indices is not None
-        mode = mask.fake_mode  # type: ignore[attr-defined]
-        s = found.sequences
-        sequences = unpadding.Sequences(on_gpu(mode, s.cu_seqlens), s.max_seqlen, s.key_mask, s.causal)
-        return unpadding.Unpadding(batch, length, on_gpu(mode, found.indices), sequences)
-
-    monkeypatch.setattr(unpadding, "unpadding", unpad)
-    return values
-
-
 def batch_of(lengths: list[int]) -> dict[str, Tensor]:
     shape = (len(lengths), max(lengths))
     return {
@@ -287,20 +265,17 @@ def batch_of(lengths: list[int]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_models_on_fake_gpu_tensors(
     fake: FakeTensorMode,
     monkeypatch: pytest.MonkeyPatch,
-    lengths: list[int],
     dtype: torch.dtype,
-    packed: bool,
     train: bool,
 ) -> None:
     """Forward and backward go through the CUDA library's ops, each as often as the model has the part it serves."""
-    model = fake_model(fake, monkeypatch, packed, dtype).train(train)
+    model = fake_model(fake, monkeypatch, dtype).train(train)
     with Called() as called:
-        loss = model(**batch_of(lengths)).loss
+        loss = model(**batch_of([17, 1, 9, 4])).loss
         forward = list(called.names)
         got = gradients(loss, dict(model.named_parameters()))
         backward = called.names[len(forward) :]
@@ -313,7 +288,7 @@ def test_models_on_fake_gpu_tensors(
 
 def test_exported_for_a_gpu(fake: FakeTensorMode, monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph for a machine with a GPU can be made on one without."""
-    model = fake_model(fake, monkeypatch, "auto", torch.bfloat16).eval()
+    model = fake_model(fake, monkeypatch, torch.bfloat16).eval()
     inputs = batch_of([9, 5, 2])
     del inputs["labels"]
     program = torch.export.export(model, (), inputs, strict=False)

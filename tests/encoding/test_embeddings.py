@@ -82,10 +82,10 @@ def test_the_model_is_left_as_it_was(model, tokenizer):
     assert not rk.is_patched(model)
     assert [module.training for module in model.modules()] == modes
 
-    rk.patch(model, packed=False)
+    rk.patch(model, padded_rows="zeros")
     report = rk.encode(model, tokenizer, TEXTS)
     assert rk.is_patched(model)
-    assert not report.packed
+    assert report.packed
     np.testing.assert_allclose(report.embeddings, first, rtol=1e-4, atol=1e-5)
 
 

@@ -23,19 +23,18 @@ SMALL = {
     **{"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 3},
     **{"intermediate_size": 96, "hidden_act": "gelu", "type_vocab_size": 1},
 }
-LAYOUTS = {"packed": "auto", "padded": False}
-layouts = pytest.mark.parametrize("packed", LAYOUTS.values(), ids=LAYOUTS)
+layouts = pytest.mark.parametrize("layout", ["unpadded", "padded"])
 
 
 def case_of(head="pooler", **kwargs):
     return Case(seed=4, head=head, config=SMALL | kwargs.pop("config", {}), **kwargs)
 
 
-def pair(packed="auto", **options):
+def pair(layout="unpadded", **options):
     """A model, a patched copy of it, and batches."""
     case = case_of()
     original = build(case)
-    return original, patched(original, packed=packed, **options), batches_for(case, original.config, 2)
+    return original, patched(original, layout=layout, **options), batches_for(case, original.config, 2)
 
 
 def hidden(model, inputs):

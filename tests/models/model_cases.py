@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import roberta_kernels as rk
+from roberta_kernels.hf.model import FastModel
 from roberta_kernels.tolerance import Comparison, compare
 
 
@@ -143,7 +144,7 @@ class Case:
     mask: str = "right"
     train: bool = False
     attention: str = "sdpa"
-    packed: Any = "auto"
+    padded_rows: str = "exact"
     config: dict[str, Any] = field(default_factory=dict, compare=False)  # beats what the seed gives
 
 
@@ -268,6 +269,8 @@ def batch_for(case: Case, config: Any, *, batch: int = 4, length: int | None = N
         inputs["attention_mask"] = mask
     if config.type_vocab_size == 2 and draw.random() < 0.7:
         inputs["token_type_ids"] = torch.randint(0, 2, ids.shape, generator=generator)
+        if mask is not None and case.mask != "real_ids":  # as tokenizers give them
+            inputs["token_type_ids"] *= mask
     real = torch.ones_like(ids).bool() if mask is None else mask.bool()
     if case.head == "choice":
         inputs = {name: tensor.view(batch, 2, length) for name, tensor in inputs.items()}
@@ -431,10 +434,11 @@ def assert_promise(
     exact: Any = None,
     head: str = "pooler",
     backward: bool = False,
+    everywhere: bool = False,
     what: Any = "",
     **kwargs: Any,
 ) -> None:
-    """Runs three models on `batches` and compares all they give, at real positions."""
+    """Runs three models on `batches` and compares all they give, at real positions or, with `everywhere`, at all."""
     exact = exact_copy(original) if exact is None else exact
     dtype = next(original.parameters()).dtype
     draws = []
@@ -444,7 +448,7 @@ def assert_promise(
             run(model, batch, backward=backward, **kwargs)
             for model, batch in ((ours, low), (original, low), (exact, high))
         ]
-        draws.append((*results, real_positions(inputs)))
+        draws.append((*results, None if everywhere else real_positions(inputs)))
     broken = broken_promises(draws, dtype=dtype, head=head)
     assert not broken, f"{what}\n" + "\n".join(broken)
 
@@ -476,11 +480,23 @@ def assert_case(
         check(batches_for(case, original.config, count=16, first=4))
 
 
-def patched(model: Any, **options: Any) -> Any:
-    """A copy of the model, patched."""
+def patched(model: Any, *, layout: str = "unpadded", **options: Any) -> Any:
+    """A copy of the model, patched. layout "padded": it computes every row, layer by layer."""
     copied = copy.deepcopy(model)
     rk.patch(copied, **options)
-    return copied
+    return stay_padded(copied) if layout == "padded" else copied
+
+
+def stay_padded(model: Any) -> Any:
+    """A patched model whose encoders somebody looks at, so that it stays in the padded layout."""
+    for module in model.modules():
+        if isinstance(module, FastModel):
+            module.encoder.register_forward_hook(_look)
+    return model
+
+
+def _look(module: Any, args: Any, output: Any) -> None:
+    pass
 
 
 class Ops(TorchDispatchMode):

@@ -166,7 +166,7 @@ def test_forward_mode(family, over, mode):
     assert sum(report.fallbacks().values()) == calls, "fused again afterwards"
 
 
-@pytest.mark.parametrize("options", [{"packed": False}, {"quantization": "int8"}], ids=str)
+@pytest.mark.parametrize("options", [{"padded_rows": "zeros"}, {"quantization": "int8"}], ids=str)
 def test_forward_mode_on_every_route(options):
     ours, report, original, inputs = pair(mask="right", options=options)
     with torch.no_grad():

@@ -16,9 +16,9 @@ on_each_backend = pytest.mark.parametrize("backend", ["cuda", "triton"])
 CASES = [
     Case(head="masked_lm", dtype="bfloat16"),
     Case(head="masked_lm", dtype="float16", seed=1),
-    Case(head="pooler", dtype="bfloat16", packed=False, mask="left", seed=2),
+    Case(head="pooler", dtype="bfloat16", padded_rows="zeros", mask="left", seed=2),
     Case(head="single_label", dtype="float32", seed=3),
-    Case(head="causal_lm", dtype="float32", packed=False, seed=4),
+    Case(head="causal_lm", dtype="float32", padded_rows="zeros", seed=4),
     Case(head="span", dtype="bfloat16", mask="none", seed=5),
 ]
 
@@ -33,11 +33,11 @@ def needs(backend: str) -> None:
 
 
 @on_each_backend
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.head}-{case.dtype}-{case.mask}-{case.packed}")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.head}-{case.dtype}-{case.mask}-{case.padded_rows}")
 def test_outputs_loss_and_every_gradient(backend: str, case: Case) -> None:
     needs(backend)
     original = build(case).cuda()
-    ours = patched(original, packed=case.packed, backend=backend)
+    ours = patched(original, padded_rows=case.padded_rows, backend=backend)
     options = {"use_cache": False} if case.head == "causal_lm" else {}
     batches = [on_gpu(inputs) for inputs in batches_for(case, original.config, count=8)]
     assert_promise(ours, original, batches, head=case.head, backward=True, what=case, **options)

@@ -28,9 +28,9 @@ def close(got, want):
 
 
 @pytest.mark.parametrize("mask", ["right", "holes", "left"])
-@pytest.mark.parametrize("packed", ["auto", False])
-def test_a_sequence_in_a_batch_is_the_sequence_alone(mask, packed):
-    model, inputs = model_and_batch(mask, packed=packed)
+@pytest.mark.parametrize("layout", ["unpadded", "padded"])
+def test_a_sequence_in_a_batch_is_the_sequence_alone(mask, layout):
+    model, inputs = model_and_batch(mask, layout=layout)
     together = hidden(model, inputs)
     for row, real in enumerate(inputs["attention_mask"].bool()):
         alone = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
@@ -69,11 +69,11 @@ def test_what_stands_in_padding_changes_nothing():
     padding = inputs["attention_mask"] == 0
     # Padding ids only count in position ids, and those after the last real token count for nobody.
     inputs["input_ids"] = torch.where(padding, 9, inputs["input_ids"])
-    assert torch.equal(hidden(model, inputs), want)
+    close(hidden(model, inputs)[~padding], want[~padding])
 
 
-def test_padded_positions_are_zeros():
-    model, inputs = model_and_batch("holes")
+def test_padded_positions_are_zeros_where_they_were_asked_for():
+    model, inputs = model_and_batch("holes", padded_rows="zeros")
     out = hidden(model, inputs)
     real = inputs["attention_mask"].bool()
     assert out[~real].abs().max() == 0
@@ -88,13 +88,10 @@ def test_a_sequence_of_padding_only(attention):
     inputs = batch_for(case, original.config, batch=6, length=11)
     inputs["attention_mask"][2] = 0
     inputs["input_ids"][2] = original.config.pad_token_id
-    real = inputs["attention_mask"].bool()
     with torch.no_grad():
         got, want = ours(**inputs), original(**inputs)
-    close(got.last_hidden_state[real], want.last_hidden_state[real])
-    assert got.last_hidden_state.isfinite().all()
-    rows = [0, 1, 3, 4, 5]
-    close(got.pooler_output[rows], want.pooler_output[rows])
+    close(got.last_hidden_state, want.last_hidden_state)
+    close(got.pooler_output, want.pooler_output)
 
 
 def test_a_batch_of_padding_only():
@@ -102,8 +99,8 @@ def test_a_batch_of_padding_only():
     original = build(case)
     inputs = {"input_ids": torch.full((2, 5), original.config.pad_token_id), "attention_mask": torch.zeros(2, 5).long()}
     with torch.no_grad():
-        out = patched(original)(**inputs)
-    assert out.last_hidden_state.isfinite().all()
+        got, want = patched(original)(**inputs), original(**inputs)
+    close(got.last_hidden_state, want.last_hidden_state)
 
 
 @pytest.mark.parametrize("mask", [None, [[1]], [[1, 1, 1]], [[1, 0, 0]], [[1, 0, 1]]])
@@ -114,10 +111,9 @@ def test_a_batch_of_one(mask):
     inputs = {"input_ids": torch.randint(6, 40, (1, length))}
     if mask is not None:
         inputs["attention_mask"] = torch.tensor(mask)
-    real = torch.ones(1, length).bool() if mask is None else torch.tensor(mask).bool()
     with torch.no_grad():
         got, want = patched(original)(**inputs), original(**inputs)
-    close(got.last_hidden_state[real], want.last_hidden_state[real])
+    close(got.last_hidden_state, want.last_hidden_state)
     close(got.pooler_output, want.pooler_output)
 
 
@@ -134,7 +130,7 @@ def test_sequences_of_one_token():
 
 
 @pytest.mark.parametrize("mask", ["none", "full"])
-def test_a_batch_without_padding_is_not_packed(mask):
+def test_a_batch_without_padding_stays_as_it_is(mask):
     model, inputs = model_and_batch(mask)
     with Ops() as ops:
         hidden(model, inputs)
@@ -142,7 +138,7 @@ def test_a_batch_without_padding_is_not_packed(mask):
 
 
 @pytest.mark.parametrize("one_call", [True, False])
-def test_a_padded_batch_is_packed_once(one_call, monkeypatch):
+def test_a_padded_batch_is_unpadded_once(one_call, monkeypatch):
     if not one_call:
         monkeypatch.setattr(encoder_layers, "unavailable", lambda: "left out by a test")
     model, inputs = model_and_batch("right")

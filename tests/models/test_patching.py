@@ -111,14 +111,14 @@ def test_patching_twice_holds_the_last_options():
     before = snapshot(model)
     first = rk.patch(model)
     want = outputs(model, inputs)
-    second = rk.patch(model, packed=False)
+    second = rk.patch(model, padded_rows="zeros")
     assert [replaced.name for replaced in first.replaced] == [replaced.name for replaced in second.replaced]
     assert [replaced.original for replaced in first.replaced] == [replaced.original for replaced in second.replaced]
     real = inputs["attention_mask"].bool()
     got = outputs(model, inputs)
     torch.testing.assert_close(got[0][real], want[0][real], rtol=1e-4, atol=1e-5)
-    assert got[0][~real].abs().min() > 0  # padded rows are computed with packed=False
-    assert want[0][~real].abs().max() == 0
+    assert want[0][~real].abs().min() > 0
+    assert got[0][~real].abs().max() == 0
     rk.unpatch(model)
     assert_restored(before, snapshot(model))
 
@@ -151,25 +151,41 @@ def test_an_error_inside_patch_leaves_the_model_as_it_was(monkeypatch):
     assert_bitwise(want, outputs(model, inputs))
     monkeypatch.undo()
 
-    rk.patch(model, packed=False)
+    rk.patch(model, padded_rows="zeros")
     patched_before = snapshot(model)
     calls.clear()
     monkeypatch.setattr(rk.patching, "make_fast", failing)
     with pytest.raises(RuntimeError, match="halfway"):
-        rk.patch(model, packed=True)
+        rk.patch(model)
     assert_restored(patched_before, snapshot(model))
-    assert {module._rk_state.options.packed for module in model.modules() if "_rk_state" in module.__dict__} == {False}
+    rows = {module._rk_state.options.padded_rows for module in model.modules() if "_rk_state" in module.__dict__}
+    assert rows == {"zeros"}
 
 
-@pytest.mark.parametrize("packed", ["yes", None, 2, 1, 0, "True"])
-def test_bad_packed(packed):
+@pytest.mark.parametrize("option", ["padded_rows", "packed"])
+@pytest.mark.parametrize("value", ["yes", None, 2, 1, 0, "True"])
+def test_bad_padded_rows(value, option):
     model, _ = model_and_batch()
     before = snapshot(model)
-    with pytest.raises(ValueError, match="packed"):
-        rk.patch(model, packed=packed)
-    with pytest.raises(ValueError, match="packed"):
-        rk.patch_transformers(packed=packed)
+    with pytest.raises(ValueError, match=option):
+        rk.patch(model, **{option: value})
+    with pytest.raises(ValueError, match=option):
+        rk.patch_transformers(**{option: value})
     assert_restored(before, snapshot(model))
+
+
+@pytest.mark.parametrize(("packed", "padded_rows"), [(True, "zeros"), (False, "exact"), ("auto", "exact")])
+def test_the_former_option_is_translated_with_a_warning(packed, padded_rows):
+    model, inputs = model_and_batch()
+    with pytest.warns(FutureWarning, match=f'padded_rows="{padded_rows}"') as warned:
+        report = rk.patch(model, packed=packed)
+    assert [warning.filename for warning in warned] == [__file__]
+    assert report.state.options.padded_rows == padded_rows
+    with pytest.warns(FutureWarning, match="padded_rows"):
+        assert rk.verify(model, inputs, packed=packed).patch_report.state.options.padded_rows == padded_rows
+    other = "exact" if padded_rows == "zeros" else "zeros"
+    with pytest.raises(ValueError, match="contradicts"):
+        rk.patch(model, packed=packed, padded_rows=other)
 
 
 def test_bad_backend_and_bad_model():
@@ -396,10 +412,10 @@ def test_padded_passes_are_counted():
     model, inputs = model_and_batch(mask="left")
     report = rk.patch(model)
     with log() as messages:
-        model(**inputs)
-        model(**inputs)
+        model(**inputs, output_hidden_states=True)
+        model(**inputs, output_hidden_states=True)
     assert messages == [], "staying padded is no fallback"
-    assert report.padded() == {"a sequence does not start with a real token": 2}
+    assert report.padded() == {"output_hidden_states=True": 2}
     assert report.fallbacks() == {}
 
 
@@ -501,7 +517,7 @@ def test_encoder_decoder_with_cross_attention():
 
 def test_patch_transformers_as_a_context():
     config = model_and_batch("single_label")[0].config
-    with rk.patch_transformers(packed=False):
+    with rk.patch_transformers(padded_rows="zeros"):
         inside = AutoModelForSequenceClassification.from_config(config)
         bare = AutoModel.from_config(config)
         own = OwnModel(config)
@@ -511,7 +527,7 @@ def test_patch_transformers_as_a_context():
     assert type(own) is OwnModel
     assert not rk.is_patched(outside)
     assert inside._rk_state is inside.roberta._rk_state is inside.roberta.encoder.layer[0]._rk_state
-    assert inside._rk_state.options.packed is False
+    assert inside._rk_state.options.padded_rows == "zeros"
     rk.unpatch(inside)
     assert type(inside) is type(outside)
 
@@ -537,10 +553,10 @@ def test_patch_transformers_as_a_function(tmp_path):
 
 def test_patch_transformers_contexts_nest():
     config = model_and_batch()[0].config
-    with rk.patch_transformers(packed=False):
-        with rk.patch_transformers(packed=True):
-            assert RobertaModel(config)._rk_state.options.packed is True
-        assert RobertaModel(config)._rk_state.options.packed is False
+    with rk.patch_transformers(padded_rows="zeros"):
+        with rk.patch_transformers():
+            assert RobertaModel(config)._rk_state.options.padded_rows == "exact"
+        assert RobertaModel(config)._rk_state.options.padded_rows == "zeros"
     assert not rk.is_patched(RobertaModel(config))
 
 

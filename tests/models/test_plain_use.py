@@ -78,7 +78,7 @@ def test_sentences_of_many_lengths(folder, tokenizer):
                 alone = torch.cat([ours(**tokenizer(s, return_tensors="pt")).logits for s in SENTENCES])
                 torch.testing.assert_close(ours(**inputs).logits, alone, rtol=2e-4, atol=2e-5)
     assert report.fallbacks() == {}
-    assert list(report.padded()) == ["a sequence does not start with a real token"]  # the left-padded batch
+    assert report.padded() == {}
     with torch.no_grad():
         want = original(**inputs).logits
         rk.unpatch(ours)

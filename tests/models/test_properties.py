@@ -29,7 +29,7 @@ SMALL = {
 @functools.cache
 def models(head):
     original = build(Case(seed=1, head=head, config=SMALL | {"pad_token_id": 1}))
-    return original, patched(original), patched(original, packed=False)
+    return original, patched(original), patched(original, layout="padded")
 
 
 @st.composite

@@ -25,7 +25,7 @@ from encoder_cases import (
     pair,
     resident_growth,
 )
-from model_cases import assert_promise, batch_for, batches_for, build, exact_copy, log, logged, patched
+from model_cases import assert_promise, batch_for, batches_for, build, exact_copy, log, logged, patched, stay_padded
 from safetensors.torch import load_file
 from torch import nn
 from transformers import RobertaModel
@@ -99,10 +99,10 @@ def quantised_by_hand(model, quantization):
 @layouts
 @pytest.mark.parametrize("family", ["roberta", "bert", "electra", "distilbert"])
 @quantizations
-def test_the_error_is_what_rounding_the_weights_implies(quantization, family, packed):
+def test_the_error_is_what_rounding_the_weights_implies(quantization, family, layout):
     case = case_of(family=family)
     original = build(case)
-    ours = patched(original, packed=packed, quantization=quantization)
+    ours = patched(original, layout=layout, quantization=quantization)
     by_hand = quantised_by_hand(original, quantization)
     batches = batches_for(case, original.config)
     if quantization != "int8-dynamic":
@@ -211,8 +211,8 @@ def test_several_threads_make_the_first_call():
 
 
 @layouts
-def test_inference_mode(packed):
-    original, ours, batches = pair(packed, quantization="int8")
+def test_inference_mode(layout):
+    original, ours, batches = pair(layout, quantization="int8")
     with torch.inference_mode():
         inside = ours(**batches[0]).last_hidden_state
     assert torch.equal(inside, hidden(ours, batches[0]))
@@ -221,10 +221,10 @@ def test_inference_mode(packed):
 
 
 @layouts
-def test_a_model_made_in_inference_mode(packed):
+def test_a_model_made_in_inference_mode(layout):
     """Edits of its weights are not counted, so that copies would not notice them."""
     with torch.inference_mode():
-        original, ours, batches = pair(packed, quantization="int8")
+        original, ours, batches = pair(layout, quantization="int8")
         assert not serves(ours, batches[0])
         layers_of(ours)[0].output.dense.weight[0, 0] += 1
         layers_of(original)[0].output.dense.weight[0, 0] += 1
@@ -296,21 +296,23 @@ def test_a_model_without_such_layers_is_not_quantised():
 @pytest.mark.parametrize("offload", [False, True], ids=["in memory", "offloaded"])
 @layouts
 @pytest.mark.parametrize("change", CHANGES, ids=named_change)
-def test_a_change_is_noticed(change, packed, offload):
+def test_a_change_is_noticed(change, layout, offload):
     """At once: bit for bit as a model that was like that before it was patched. Changed weights run as they are in the
     first call, and from new copies in the next."""
-    original, ours, batches = pair(packed, quantization="int8", offload=offload)
+    original, ours, batches = pair(layout, quantization="int8", offload=offload)
     before = hidden(ours, batches[0])
     assert serves(ours, batches[0])
     for model in (original, ours):
         change(model)
-    rk.patch(original, packed=packed)
+    rk.patch(original)
+    if layout == "padded":
+        stay_padded(original)
     plain = hidden(original, batches[0])
-    rk.patch(original, packed=packed, quantization="int8")
+    rk.patch(original, quantization="int8")
     quantised = hidden(original, batches[0])
     after = hidden(ours, batches[0])
     assert (after - before).abs().max() > 1e-3, "the change changes nothing"
-    if packed == "auto" or torch.equal(after, quantised):
+    if layout != "padded" or torch.equal(after, quantised):
         assert torch.equal(after, plain) or torch.equal(after, quantised)
     else:  # each layer by itself: those that did not change run from their copies
         assert (after - plain).square().mean() < (after - before).square().mean() / 4
@@ -398,9 +400,9 @@ def test_nothing_of_it_is_copied_or_saved(offload, tmp_path):
 
 
 @layouts
-def test_offloaded_weights_are_what_they_were(packed, tmp_path, monkeypatch):
+def test_offloaded_weights_are_what_they_were(layout, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    original, ours, batches = pair(packed, quantization="int8")
+    original, ours, batches = pair(layout, quantization="int8")
     parameters = dict(ours.named_parameters())
     views = {name: parameter._version for name, parameter in parameters.items()}
     want = hidden(ours, batches[0])

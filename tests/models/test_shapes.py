@@ -8,7 +8,7 @@ import dataclasses
 
 import pytest
 import torch
-from encoder_cases import CALL, calls, hidden
+from encoder_cases import CALL, calls, hidden, layouts
 from model_cases import (
     Case,
     assert_promise,
@@ -17,6 +17,7 @@ from model_cases import (
     build,
     patched,
     run,
+    stay_padded,
 )
 from torch import nn
 
@@ -34,8 +35,8 @@ needs_cpu_kernels = pytest.mark.skipif(
 ROUTES = {
     "one call": {},
     "layer by layer": {"backward": True},
-    "padded": {"packed": False},
-    "padded, training": {"packed": False, "backward": True},
+    "padded": {"layout": "padded"},
+    "padded, training": {"layout": "padded", "backward": True},
     "left padding": {"mask": "left"},
     "hidden states": {"output_hidden_states": True},
 }
@@ -116,7 +117,9 @@ def test_shrunk_weights(family, shrunk, route):
     original = build(case)
     shrunk(original)
     ours = copy.deepcopy(original)
-    report = rk.patch(ours, packed=settings.pop("packed", "auto"))
+    report = rk.patch(ours, padded_rows="zeros")
+    if settings.pop("layout", "unpadded") == "padded":
+        stay_padded(ours)
     assert_promise(ours, original, batches_for(case, original.config, 2), **settings)
     assert not report.fallbacks()
 
@@ -263,19 +266,19 @@ def test_word_embeddings_of_the_users_own(kind, family, order):
         assert_promise(ours, original, batches, backward=True)
 
 
-@pytest.mark.parametrize("packed", ["auto", False])
+@pytest.mark.parametrize("padded_rows", ["zeros", "exact"])
 @needs_cpu_kernels
-def test_words_that_are_not_looked_up_may_be_of_any_dtype(packed):
+def test_words_that_are_not_looked_up_may_be_of_any_dtype(padded_rows):
     case = case_of()
     original = build(case)
     original.embeddings.word_embeddings.bfloat16()
     ours = copy.deepcopy(original)
-    report = rk.patch(ours, packed=packed)
+    report = rk.patch(ours, padded_rows=padded_rows)
     inputs = batch_for(case, original.config)
     inputs["inputs_embeds"] = torch.randn(*inputs.pop("input_ids").shape, 64)
     real = inputs["attention_mask"].bool()
     torch.testing.assert_close(hidden(ours, inputs)[real], hidden(original, inputs)[real], rtol=2e-4, atol=2e-5)
-    if packed == "auto":
+    if padded_rows == "zeros":
         assert not report.padded()
         assert calls(ours, inputs)[CALL] == 1
 
@@ -317,13 +320,13 @@ def own_token_types(model, rows=1):
 
 
 @pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize("packed", ["auto", False])
+@layouts
 @pytest.mark.parametrize("family", ["roberta", "bert", "electra"])
-def test_token_types_of_a_buffer(family, packed, rows):
+def test_token_types_of_a_buffer(family, layout, rows):
     """The original reads them, by position, where a call gives none."""
     case = case_of(family)
     original = build(case)
-    ours = patched(original, packed=packed)
+    ours = patched(original, layout=layout, padded_rows="zeros")
     batches = batches_for(case, original.config, 2)
     for inputs in batches:
         inputs.pop("token_type_ids", None)

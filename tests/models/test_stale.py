@@ -8,7 +8,7 @@ import threading
 
 import pytest
 import torch
-from encoder_cases import CALL, PACK, PACKED_CALL, SMALL, calls, case_of, hidden, in_place, layers_of, pair
+from encoder_cases import CALL, PACK, PACKED_CALL, SMALL, calls, case_of, hidden, in_place, layers_of, layouts, pair
 from model_cases import build, patched
 
 import roberta_kernels as rk
@@ -75,9 +75,9 @@ def test_any_edit_is_seen(kind, way, offload, monkeypatch):
     assert torch.equal(hidden(ours, inputs), hidden(patched(fresh, quantization="int8"), inputs))
 
 
-@pytest.mark.parametrize("packed", ["auto", False])
-def test_the_stated_number_of_calls(packed):
-    _, ours, _ = pair(packed, quantization="int8", offload=False)
+@layouts
+def test_the_stated_number_of_calls(layout):
+    _, ours, _ = pair(layout, quantization="int8", offload=False)
     inputs = {"input_ids": IDS}
     for _ in range(3):
         hidden(ours, inputs)

@@ -263,7 +263,7 @@ def test_fake_inputs_in_a_real_model(head, mask, ran_before):
     assert run_fake(ours, inputs) == want
 
 
-@pytest.mark.parametrize("options", [{}, {"quantization": "int8"}, {"packed": False}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"quantization": "int8"}, {"padded_rows": "zeros"}], ids=str)
 def test_a_fake_copy_of_a_model_that_ran(options):
     original, inputs = model_and_batch(mask="none")
     ours = patched(original, **options)

@@ -32,10 +32,10 @@ def assert_bitwise(first, second):
 
 @pytest.mark.parametrize("mask", ["none", "right", "left"])
 @pytest.mark.parametrize("dropout", [{}, DROPOUT])
-@pytest.mark.parametrize("packed", ["auto", False])
-def test_bitwise_the_same_twice(mask, dropout, packed):
+@pytest.mark.parametrize("layout", ["unpadded", "padded"])
+def test_bitwise_the_same_twice(mask, dropout, layout):
     case = case_of(mask=mask, config=dropout)
-    model = patched(build(case), packed=packed)
+    model = patched(build(case), layout=layout)
     inputs = batch_for(case, model.config)
     assert_bitwise(gradients(model, inputs), gradients(model, inputs))
 

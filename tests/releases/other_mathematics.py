@@ -196,7 +196,7 @@ OTHER_MATHEMATICS = [
             )
         ),
     ),
-    # Padded rows are zeros with us, and something else in the original.
+    # What the pooler reads of padded rows must be what the original gives there.
     _computes(
         "poolers_and_heads_read_all_positions",
         {

@@ -100,7 +100,10 @@ def test_the_installed_release(installed):
     for name, model in happened["models"].items():
         assert model["left"] == []
         assert all(call["ops"] for what, call in model["calls"].items()), name
-        assert model["calls"]["right padding"]["said"] == []
+        # Of a bare BERT, and of logits that anybody may read, padded rows are rows of their own.
+        differ = name.startswith("Bert") and not name.endswith("SequenceClassification")
+        said = ["position embeddings go on through padding"] if differ else []
+        assert model["calls"]["right padding"]["said"] == said, name
 
 
 @pytest.mark.parametrize("release", RELEASES, ids=lambda release: release.name)
