@@ -18,6 +18,7 @@ from roberta_kernels.hf.layer import FastLayer, FastSelfAttention
 from roberta_kernels.hf.masks import BESIDE, Handover, LayerMask, RealRows, find, put
 from roberta_kernels.hf.state import Options, drop_quantized, in_force, state_of
 from roberta_kernels.hf.structure import core_parts
+from roberta_kernels.hf.survey import Survey, encoder_of
 from roberta_kernels.unpadding import Unpadding
 
 
@@ -68,7 +69,7 @@ class FastModel(HuggingFaceModule):
             hidden_states = chosen.call.run(hidden_states, batch_layout.sequences)
         else:
             layer_mask = LayerMask(batch_layout.sequences, chosen.choices)
-            for layer in route.encoder_of(self).layer:
+            for layer in encoder_of(self).layer:
                 hidden_states = layer(hidden_states, layer_mask)
         return self._rk_output(batch_layout.pad(hidden_states), kwargs.get("return_dict"))
 
@@ -141,7 +142,7 @@ class FastModel(HuggingFaceModule):
     def _rk_known_layers(self, layers: tuple[Any, ...]) -> bool:
         return all(isinstance(layer, FastLayer) for layer in layers)
 
-    def _rk_choices(self, survey: route.Survey, call: route.Call, options: Options) -> dict[int, Any]:
+    def _rk_choices(self, survey: Survey, call: route.Call, options: Options) -> dict[int, Any]:
         return route.layer_choices(survey, call, options)
 
 
@@ -170,7 +171,7 @@ class FastAttentionModel(FastModel):
             for layer in layers
         )
 
-    def _rk_choices(self, survey: route.Survey, call: route.Call, options: Options) -> dict[int, AttentionChoice]:
+    def _rk_choices(self, survey: Survey, call: route.Call, options: Options) -> dict[int, AttentionChoice]:
         cores = [layer.attention.self for layer in survey.layers]
         return {id(core): self_attention_choice(core_parts(core), survey.like.dtype) for core in cores}
 

@@ -173,7 +173,7 @@ class PatchState:
 class Memory:
     """What a module keeps that can be derived again: a copy or a pickle of the module takes an empty one with it.
 
-    survey: route.Survey of a model. quantized: quantized.LayerCopies of a layer.
+    survey: survey.Survey of a model. quantized: quantized.LayerCopies of a layer.
     """
 
     __slots__ = ("quantized", "survey")
