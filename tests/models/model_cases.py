@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import roberta_kernels as rk
 from roberta_kernels.hf.model import FastModel
+from roberta_kernels.hf.survey import encoder_of
 from roberta_kernels.tolerance import Comparison, compare
 
 
@@ -491,7 +492,7 @@ def stay_padded(model: Any) -> Any:
     """A patched model whose encoders somebody looks at, so that it stays in the padded layout."""
     for module in model.modules():
         if isinstance(module, FastModel):
-            module.encoder.register_forward_hook(_look)
+            encoder_of(module).register_forward_hook(_look)
     return model
 
 

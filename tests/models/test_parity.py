@@ -62,6 +62,8 @@ def case_of(row: dict[str, Any], seed: int) -> tuple[Case, str]:
         row["head"] = heads_of(row["family"])[seed % len(heads_of(row["family"]))]
     if option == "attentions":
         row["attention"] = "eager"
+    if row["head"] == "span":
+        row["padded_rows"] = "exact"  # its loss reads padded rows
     config = {"chunk_size_feed_forward": 1} if option == "chunked" else {}
     return Case(seed=seed, config=config, **row), option
 
@@ -117,8 +119,10 @@ def name(drawn: tuple[Case, str]) -> str:
 @pytest.mark.parametrize("drawn", MATRIX, ids=name)
 def test_outputs_loss_and_every_gradient(drawn):
     case, option = drawn
-    report = check(case, option)
-    assert bool(report.fallbacks()) == (option in FALLBACK), report.fallbacks()
+    found = check(case, option).fallbacks()
+    blind = [reason for reason in found if "a row that sees no key" in reason]
+    assert not blind or case.attention == "eager"
+    assert (len(found) > len(blind)) == (option in FALLBACK or case.dtype == "float16"), found
 
 
 @pytest.mark.parametrize("draw", range(20))

@@ -191,9 +191,9 @@ def test_float32_weights_are_reported(why):
 def test_an_unpadded_call_and_a_padded_one_share_the_copies(quantization):
     _, ours, batches = pair(quantization=quantization)
     hidden(ours, batches[0])
-    left = batch_for(case_of(mask="left"), ours.config)
-    assert calls(ours, left).get(PACKED_CALL) == 3
-    assert PACK not in calls(ours, left)
+    padded = batches[0] | {"output_hidden_states": True}
+    assert calls(ours, padded).get(PACKED_CALL) == 3
+    assert PACK not in calls(ours, padded)
     assert calls(ours, batches[0])[PACKED_CALL] == 1
 
 
