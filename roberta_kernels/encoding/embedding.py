@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from roberta_kernels import backends
 from roberta_kernels.encoding.sources import EncodingError
 from roberta_kernels.hf.masks import RealRows
+from roberta_kernels.hf.model import FastModel
 from roberta_kernels.hf.state import PatchState, attached
 from roberta_kernels.patching import is_patched, patch, unpatch
 
@@ -105,7 +106,7 @@ def _hidden(base: Any, rows: list[np.ndarray], pad: int) -> tuple[Tensor, Tensor
     ids[real] = np.concatenate(rows)
     device = next(base.parameters()).device
     mask = torch.from_numpy(real).to(device)
-    given: Any = mask.long() if attached(base) is None else RealRows(mask.long())  # `pool` reads no other
+    given: Any = RealRows(mask.long()) if isinstance(base, FastModel) else mask.long()  # `pool` reads no other
     output = base(input_ids=torch.from_numpy(ids).to(device), attention_mask=given)
     return output.last_hidden_state, mask
 
