@@ -60,7 +60,11 @@ def faults(release: Release, happened: dict[str, Any], usual: dict[str, Any]) ->
                 found.append(f"{name}: {problem}")
         expected = usual["models"][name]
         for what, call in model["calls"].items():
-            found += _faults_of_call(f"{name}, {what}", release, call, expected["calls"].get(what), model["left"])
+            where = f"{name}, {what}"
+            # Two arguments by position may mean something else there: another call, with answers of its own.
+            other = what == "two by position" and happened["stock_sums"][where] != usual["stock_sums"][where]
+            run_usually = call if other and call["ops"] else expected["calls"].get(what)
+            found += _faults_of_call(where, release, call, run_usually, model["left"])
         for what, call in model.get("interface", {}).items():
             where = f"{name}, {what}, by the interface"
             found += _faults_of_call(where, release, call, expected["interface"].get(what), [])
