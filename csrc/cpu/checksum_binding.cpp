@@ -24,9 +24,13 @@ namespace {
 constexpr uint64_t kPrime1 = 0x9E3779B185EBCA87ull, kPrime2 = 0xC2B2AE3D27D4EB4Full;
 constexpr int64_t kBytesOfTask = 1 << 16;
 
-uint64_t rotate(uint64_t value, int bits) { return value << bits | value >> (64 - bits); }
+uint64_t rotate(uint64_t value, int bits) {
+    return value << bits | value >> (64 - bits);
+}
 
-uint64_t take(uint64_t lane, uint64_t word) { return rotate(lane + word * kPrime2, 31) * kPrime1; }
+uint64_t take(uint64_t lane, uint64_t word) {
+    return rotate(lane + word * kPrime2, 31) * kPrime1;
+}
 
 uint64_t word_at(const char* data, int64_t bytes = 8) {
     uint64_t word = 0;
@@ -67,9 +71,8 @@ class Pagemap {
             const int64_t wanted = static_cast<int64_t>(last - page) + 1;
             const int64_t count = wanted < kEntries ? wanted : kEntries;
             const ssize_t length = count * int64_t(sizeof(uint64_t));
-            const bool known =
-                file_ >= 0 && pread(file_, entries, static_cast<size_t>(length),
-                                    static_cast<off_t>(page * sizeof(uint64_t))) == length;
+            const bool known = file_ >= 0 && pread(file_, entries, static_cast<size_t>(length),
+                                                   static_cast<off_t>(page * sizeof(uint64_t))) == length;
             for (int64_t i = 0; i < count; ++i, ++page) {
                 if (known && !written(entries[i])) continue;
                 const uintptr_t first = page * size_ > start ? page * size_ : start;
@@ -136,8 +139,9 @@ Tensor checksum_weights(std::vector<Tensor> weights, std::vector<int64_t> in_fil
             const int64_t length = (stop - start) * weight.element;
             uint64_t sum = 0;
             if (length > 0)
-                sum = in_file[static_cast<size_t>(task / count)] != 0 ? pages->checksum_written(data, length, 0)
-                                                                      : checksum(data, length, 0);
+                sum = in_file[static_cast<size_t>(task / count)] != 0
+                          ? pages->checksum_written(data, length, 0)
+                          : checksum(data, length, 0);
             sums[task] = static_cast<int64_t>(sum);
         }
     });
