@@ -27,8 +27,7 @@ STABLE_TORCH_LIBRARY(roberta_kernels_cpu, m) {
         "packed_encoder(Tensor x, Tensor[] layers, Tensor cu_seqlens, SymInt max_seqlen, Tensor? key_mask, "
         "bool causal, int heads, float scale, float eps, bool tanh) -> Tensor");
     // Checksums of some parts of weights (csrc/cpu/checksum_binding.cpp).
-    m.def(
-        "checksum_weights(Tensor[] weights, int[] in_file, int[] first, int count, int parts) -> Tensor");
+    m.def("checksum_weights(Tensor[] weights, int[] in_file, int[] first, int count, int parts) -> Tensor");
 #endif
 #define RK_SCHEMA(schema) m.def(schema);
 #include "roberta_kernels/schemas.def"
