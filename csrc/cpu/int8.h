@@ -62,4 +62,9 @@ struct Arithmetic<Whole> {
     }
 };
 
+// sum x w of x = scale_x (u - zero_x) and w = scale_w q, from sum u q and sum q.
+RK_INLINE vf32 scale_whole(vi32 sum_uq, vi32 sum_q, int32_t zero_x, vf32 scale_w, float scale_x) {
+    return __builtin_convertvector(sum_uq - sum_q * set1(zero_x), vf32) * (scale_w * set1(scale_x));
+}
+
 }  // namespace rk::cpu::RK_CPU_ISA

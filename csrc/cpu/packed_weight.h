@@ -372,9 +372,9 @@ inline void multiply_weight(const PackedWeight& w, const LeftOperand& left, cons
                 const vf32 scale = load(scales + column + v);
                 const vi32 sum = (vi32)load(reinterpret_cast<const float*>(sums) + column + v);
                 for (int i = 0; i < rows; ++i) {
-                    const vi32 whole = (vi32)load(tile + i * kColumns + v) - sum * set1(left.zero[row + i]);
+                    const vi32 whole = (vi32)load(tile + i * kColumns + v);
                     store(scaled + i * kColumns + v,
-                          __builtin_convertvector(whole, vf32) * (scale * set1(left.scale[row + i])));
+                          scale_whole(whole, sum, left.zero[row + i], scale, left.scale[row + i]));
                 }
             }
             epilogue(row, column, rows, width, static_cast<const float*>(scaled));

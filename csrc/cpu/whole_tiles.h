@@ -14,7 +14,7 @@
 // level (8 cycles each), 2 from the second (19): 54 of 64 cycles. Up to 16 rows, reading the weight takes the time.
 #pragma once
 #include "csrc/cpu/amx.h"
-#include "csrc/cpu/gemm.h"
+#include "csrc/cpu/int8.h"
 #include "csrc/cpu/util.h"
 
 namespace rk::cpu::RK_CPU_ISA {
@@ -98,10 +98,9 @@ RK_INLINE void finish_whole_block(const WholeWeight& w, const WholeRows& x, int6
             const vi32 sum = (vi32)load(reinterpret_cast<const float*>(w.sums) + column + at);
             const int32_t* tile = sums + at / kTileSide * kTileFloats + at % kTileSide;
             for (int i = 0; i < height; ++i, tile += kTileSide) {
-                const vi32 whole =
-                    (vi32)load(reinterpret_cast<const float*>(tile)) - sum * set1(x.zero[row + i]);
+                const vi32 whole = (vi32)load(reinterpret_cast<const float*>(tile));
                 store(scaled + i * kColumns + v,
-                      __builtin_convertvector(whole, vf32) * (scale * set1(x.scale[row + i])));
+                      scale_whole(whole, sum, x.zero[row + i], scale, x.scale[row + i]));
             }
         }
         epilogue(row, column + from, height, int(min64(kColumns, w.rows - column - from)),
