@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib import pyplot as plt
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from benchmarks.model_report import kind
 from benchmarks.plots import PALETTE, draw_roofs, machine_name
 from benchmarks.report import Row, operations
 from benchmarks.roofs import compute_roof
@@ -22,14 +23,14 @@ def write(results: dict[str, Any], folder: Path) -> list[Path]:
     names = list(dict.fromkeys(row["contender"] for row in results["models"] + results["scaling"]))
     colours = {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(names)}
     forward = [row for row in results["models"] if row["direction"] == "forward"]
-    written = []
+    written, prefix = [], f"models-{kind(results)}"
     if forward:
-        written.append(_speed(forward, results, folder / "models-cpu-speed.png"))
+        written.append(_speed(forward, results, folder / f"{prefix}-speed.png"))
     intensive = [row for row in forward if "bytes" in row and row["contender"] in _ROOFLINE]
     if intensive:
-        written.append(_roofline(intensive, results, folder / "models-cpu-roofline.png"))
+        written.append(_roofline(intensive, results, folder / f"{prefix}-roofline.png"))
     if results["scaling"]:
-        written.append(_scaling(results["scaling"], colours, results, folder / "models-cpu-scaling.png"))
+        written.append(_scaling(results["scaling"], colours, results, folder / f"{prefix}-scaling.png"))
     return written
 
 
@@ -124,20 +125,21 @@ def _roofline(rows: list[Row], results: dict[str, Any], path: Path) -> Path:
     """Useful operations per second over operations per byte that has to move, under the roof of what is multiplied; a
     marker for each workload."""
     shown = {name: PALETTE[i] for i, name in enumerate(_ROOFLINE) if any(row["contender"] == name for row in rows)}
-    rows = [row for row in rows if row["contender"] in shown]
+    # Of rounded weights it has to be known what their products take.
+    rows = [row for row in rows if row["contender"] in shown and (row.get("arithmetic") or not row["weights"])]
     workloads = list(dict.fromkeys(row["batch"]["name"] for row in rows))
     markers = dict(zip(workloads, _MARKERS * 2, strict=False))
     figure, axis = plt.subplots(figsize=(9, 6), layout="constrained")
-    roofs = {kind: compute_roof(results["roofs"], kind) for kind in dict.fromkeys(map(_arithmetic, rows))}
-    roofs = {kind: roof for kind, roof in roofs.items() if roof}
+    roofs = {what: compute_roof(results["roofs"], what) for what in dict.fromkeys(map(_arithmetic, rows))}
+    roofs = {what: roof for what, roof in roofs.items() if roof}
     rows = [row for row in rows if _arithmetic(row) in roofs]
-    top = max(roofs, key=lambda kind: roofs[kind])
+    top = max(roofs, key=lambda what: roofs[what])
     draw_roofs(axis, results["roofs"], roofs[top], [row["flops"] / row["bytes"] for row in rows], _ROOFS[top])
-    for kind, roof in roofs.items():
-        if kind != top:
+    for what, roof in roofs.items():
+        if what != top:
             axis.axhline(roof, linestyle=":", color="#555555", linewidth=1.1)
             axis.annotate(
-                f"{_ROOFS[kind]}: {operations(roof)}",
+                f"{_ROOFS[what]}: {operations(roof)}",
                 (axis.get_xlim()[0], roof),
                 (4, 2),
                 textcoords="offset points",
@@ -155,6 +157,8 @@ def _roofline(rows: list[Row], results: dict[str, Any], path: Path) -> Path:
     for workload, marker in markers.items():
         axis.plot([], [], marker, color="#333333", label=workload)
     for name, colour in shown.items():
+        if not any(row["contender"] == name for row in rows):
+            continue
         axis.plot([], [], "s", color=colour, label=name)
     axis.set_ylim(min(row["flops_per_s"] for row in rows) / 2, roofs[top] * 1.6)
     axis.set_title(f"{machine_name(results)}: whole models under the roofs of the same run\nfilled: ours", fontsize=11)

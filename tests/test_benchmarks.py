@@ -472,7 +472,8 @@ def test_smoke_results_are_not_for_the_documents(command_line):
         command._fill_documents({"quick": True}, Console())
     assert (command.DOCUMENT.read_text(), command.README.read_text()) == before
     for text in before:
-        assert text.count("<!-- results:cpu-models -->") == text.count("<!-- /results:cpu-models -->") == 1
+        for kind in ("cpu", "cpu-amx"):
+            assert text.count(f"<!-- results:{kind}-models -->") == text.count(f"<!-- /results:{kind}-models -->") == 1
 
 
 def test_peers_of_the_corpus_answer_in_the_order_of_the_texts(command_line):
@@ -559,12 +560,13 @@ def test_models_are_checked_timed_and_related(tmp_path):
         assert row["roof_fraction"] > 0
         assert row["memory_fraction"] > 0
     assert set(rows["ours"]["ratios"]) == {"HF sdpa"}
-    assert (tmp_path / "models-cpu-speed.png").is_file()
+    assert list(tmp_path.glob("models-cpu*-speed.png"))
     assert "| 1x8 | ours |" in (tmp_path / "models.md").read_text()
 
 
 @pytest.mark.slow
 def test_every_peer_that_is_installed_is_measured(tmp_path, command_line):
+    from benchmarks import model_report
     from benchmarks.engines import ENGINES
 
     results = _models(tmp_path)
@@ -586,6 +588,7 @@ def test_every_peer_that_is_installed_is_measured(tmp_path, command_line):
         assert set(here) <= set(memory)
         assert all(row["peak_bytes"] >= row["base_bytes"] > 0 for row in memory.values())
     images = {path.name for path in tmp_path.glob("*.png")}
-    assert images == {"models-cpu-speed.png", "models-cpu-roofline.png", "models-cpu-scaling.png"}
+    kind = model_report.kind(results)
+    assert images == {f"models-{kind}-{what}.png" for what in ("speed", "roofline", "scaling")}
     if absent:
         pytest.skip("; ".join(f"{name} is {why}" for name, why in absent.items()))
