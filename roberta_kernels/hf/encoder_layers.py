@@ -42,8 +42,8 @@ def _bfloat16_call(dtype: torch.dtype) -> bool:
 
 
 def _autocast_call(options: Options, dtype: torch.dtype) -> bool:
-    """Whether layers run as one call under autocast: float32 ones where bfloat16 products of float32 rows are faster than
-    torch's. Hidden states are float32 then as they are in the original, whose last step in each half is a LayerNorm."""
+    """Whether layers run as one call under autocast: float32 ones where bfloat16 products of float32 rows are faster
+    than torch's. Hidden states are float32 then, as in the original, whose last step in each half is a LayerNorm."""
     return (
         torch.get_autocast_dtype("cpu") == torch.bfloat16
         and dtype == torch.float32

@@ -23,7 +23,7 @@ def call(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def call_in_parts(parts: int, function: Callable[..., Any], *args: Any) -> Any:
-    """The same with that many bfloat16 parts of a float32 number, where kernels can, whatever the precision in force."""
+    """The same with that many bfloat16 parts of a float32 number where kernels can, whatever precision is in force."""
     set_parts = getattr(torch.ops.roberta_kernels_cpu, "set_float32_parts", None)
     if set_parts is None:  # no compiled kernels
         return function(*args)

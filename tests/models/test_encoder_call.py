@@ -278,7 +278,9 @@ def test_autocast(layout, isa, monkeypatch):
                 assert bool(serves(ours, inputs)) == (isa == "amx")
                 results = [run(model, inputs) for model in (ours, original)]
             results.append(run(exact, in_dtype(inputs, torch.float64)))
-            assert {name: t.dtype for name, t in results[0].items()} == {name: t.dtype for name, t in results[1].items()}
+            assert {name: t.dtype for name, t in results[0].items()} == {
+                name: t.dtype for name, t in results[1].items()
+            }
             draws.append((*results, inputs["attention_mask"]))
         assert not (broken := broken_promises(draws, dtype=torch.bfloat16)), "\n".join(broken)
         assert serves(ours, batches[0])
@@ -294,7 +296,7 @@ def test_autocast(layout, isa, monkeypatch):
 
 @pytest.mark.skipif("amx" not in backends.cpu_isas(), reason="this processor has no AMX")
 def test_autocast_does_not_depend_on_the_batch():
-    original, ours, batches = pair()
+    _, ours, batches = pair()
     inputs = batches[0]
     lengths = inputs["attention_mask"].sum(1).tolist()
     with backends.use_cpu_isa("amx"), torch.autocast("cpu", dtype=torch.bfloat16):
