@@ -8,6 +8,8 @@ import os
 import pytest
 import torch
 
+from roberta_kernels import backends
+from roberta_kernels.ops import attention as attention_op
 from roberta_kernels.tolerance import assert_three_way
 
 from .test_amx import DTYPES, TINY, assert_same_bits, has_amx, pytestmark  # noqa: F401
@@ -213,3 +215,21 @@ def test_twin(libraries, dtype, parts):
         for causal in (False, True):
             for a, b in zip(*(f(q, k, v, lengths, causal=causal, parts=parts) for f in (twin, hardware)), strict=True):
                 assert_same_bits(a, b)
+
+
+@pytest.mark.skipif(not has_amx(), reason="this processor has no AMX")
+def test_matmul_precision():
+    """torch.set_float32_matmul_precision is followed by the op."""
+    q, k, v = qkv(70, 2, 64, torch.float32)
+    exact = plain(*(t.double() for t in (q, k, v)), [70], [70], False, None, 0.0, None)[0]
+    cu_seqlens = torch.tensor([0, 70], dtype=torch.int32)
+    before = torch.get_float32_matmul_precision()
+    errors = []
+    try:
+        with backends.use_cpu_isa("amx"):
+            for precision in ("highest", "high", "medium"):
+                torch.set_float32_matmul_precision(precision)
+                errors.append((attention_op(q, k, v, cu_seqlens, max_seqlen_q=70) - exact).abs().max())
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert errors[0] < 2e-6 < errors[1] < 2e-4 < errors[2] < 0.05
