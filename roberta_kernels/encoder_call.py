@@ -64,9 +64,13 @@ class EncoderCall:
         self._tensors = [tensor for layer in layers for tensor in layer]
 
     def run(self, hidden_states: Tensor, sequences: Sequences) -> Tensor:
-        """`[..., H]` of the parameters' dtype -> `[..., H]`, through all layers."""
+        """`[..., H]` of the parameters' dtype -> `[..., H]`, through all layers. Under autocast products are of numbers
+        rounded to bfloat16; what lies between them stays float32, where autocast would round it too."""
         op = torch.ops.roberta_kernels_cpu.encoder.default
-        return matmul_precision.call(run_encoder, op, self._tensors, self._settings, hidden_states, sequences)
+        args = (run_encoder, op, self._tensors, self._settings, hidden_states, sequences)
+        if torch.is_autocast_enabled("cpu"):
+            return matmul_precision.call_in_parts(1, *args)
+        return matmul_precision.call(*args)
 
 
 def run_encoder(

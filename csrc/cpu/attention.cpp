@@ -18,6 +18,10 @@
 #include "csrc/cpu/simd.h"
 #include "csrc/cpu/small_gemm.h"
 #include "csrc/cpu/util.h"
+#if defined(RK_CPU_ISA_AMX)
+#    include "csrc/cpu/tile_attention.h"
+#    include "csrc/cpu/tile_layers.h"
+#endif
 
 namespace rk::cpu::RK_CPU_ISA {
 namespace {
@@ -323,11 +327,21 @@ double score_work(const AttentionArgs& a, int64_t b) {
            static_cast<double>(a.heads * a.head_dim);
 }
 
-template <class T>
+// What computes no block in another way (tile_attention.h does).
+struct NoTiles {
+    static constexpr int64_t kBlocksOfTask = 1;
+    NoTiles(const AttentionArgs&, int64_t) {}
+    bool bring(int64_t, int64_t) { return false; }
+    bool block(int64_t) { return false; }
+};
+
+// A task is up to kBlocksOfTask blocks of queries of a head.
+template <class T, class Tiles = NoTiles>
 void forward(const AttentionArgs& a) {
     const int64_t d = a.head_dim, width = round_up(d, kLanes), longest = longest_key_sequence(a);
+    const auto tasks_of_head = [&](int64_t b) { return ceil_div(query_blocks(a, b), Tiles::kBlocksOfTask); };
     run_balanced(
-        a, [&](int64_t b) { return a.heads * query_blocks(a, b); },
+        a, [&](int64_t b) { return a.heads * tasks_of_head(b); },
         [&](int64_t b) { return 2 * score_work(a, b) + 1.0; },
         [&](const Plan& plan, int64_t task, int64_t end) {
             static thread_local Scratch memory;
@@ -340,16 +354,23 @@ void forward(const AttentionArgs& a) {
                              memory.take<float>(kQueries),         memory.take<float>(kQueries)};
             KeyBuffer buffer{memory.take<float>(longest * width), memory.take<float>(longest * width),
                              memory.take<int32_t>(longest)};
+            Tiles tiles(a, longest);
             int64_t sequence = 0;
             while (task < end) {
                 while (plan.first_task[sequence + 1] <= task) ++sequence;
-                const int64_t blocks = query_blocks(a, sequence), within = task - plan.first_task[sequence];
-                const int64_t head = within / blocks;
+                const int64_t tasks = tasks_of_head(sequence), within = task - plan.first_task[sequence];
+                const int64_t head = within / tasks, last = min64(within % tasks + end - task, tasks);
+                const int64_t blocks = min64(query_blocks(a, sequence), last * Tiles::kBlocksOfTask);
                 const int64_t length = a.cu_seqlens_q[sequence + 1] - a.cu_seqlens_q[sequence];
                 const bool in_place = sizeof(T) == 4 && d % kLanes == 0 && length <= kQueries / 2;
-                const Keys keys = gather_keys<T>(a, sequence, head, in_place, buffer);
-                for (int64_t block = within % blocks; block < blocks && task < end; ++block, ++task)
+                const bool on_tiles = tiles.bring(sequence, head);
+                Keys keys{};
+                for (int64_t block = within % tasks * Tiles::kBlocksOfTask; block < blocks; ++block) {
+                    if (on_tiles && tiles.block(block * kQueries)) continue;
+                    if (keys.index == nullptr) keys = gather_keys<T>(a, sequence, head, in_place, buffer);
                     forward_block<T>(a, s, keys, sequence, head, block * kQueries);
+                }
+                task += last - within % tasks;
             }
         });
 }
@@ -528,6 +549,14 @@ void backward(const AttentionArgs& a) {
 }  // namespace
 
 void attention_forward(const AttentionArgs& a) {
+#if defined(RK_CPU_ISA_AMX)
+    static_assert(kQueries == kTileQueries, "the blocks of tile_attention.h");
+    if (!a.dropout.on)
+        return on_parts(a.bf16, [&](auto parts, auto element) {
+            using T = decltype(element);
+            forward<T, TileAttention<T, parts()>>(a);
+        });
+#endif
     if (a.bf16)
         forward<bf16>(a);
     else

@@ -223,10 +223,18 @@ RK_INLINE vf32 fma(vf32 a, vf32 b, float c) {
 }
 // A NaN in either operand gives b (so put the operand whose NaN must survive second).
 RK_INLINE vf32 vmax(vf32 a, vf32 b) {
+#if defined(RK_AVX512)
+    return (vf32)_mm512_max_ps((__m512)a, (__m512)b);  // GCC makes two instructions of the line below
+#else
     return a > b ? a : b;
+#endif
 }
 RK_INLINE vf32 vmin(vf32 a, vf32 b) {
+#if defined(RK_AVX512)
+    return (vf32)_mm512_min_ps((__m512)a, (__m512)b);
+#else
     return a < b ? a : b;
+#endif
 }
 RK_INLINE vf32 vabs(vf32 x) {
     return (vf32)(bits(x) & 0x7fffffffu);

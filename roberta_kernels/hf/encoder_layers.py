@@ -29,7 +29,7 @@ def no_call(options: Options, like: Tensor) -> str | None:
         return "hidden states are not on the CPU"
     if like.dtype != torch.float32 and (options.quantization is not None or not _bfloat16_call(like.dtype)):
         return f"hidden states are {like.dtype}"
-    if torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled("cpu") and not _autocast_call(options, like.dtype):
         return "autocast"
     if not backends.cpu_serves(like):
         return "another backend than the CPU kernels serves"
@@ -39,6 +39,17 @@ def no_call(options: Options, like: Tensor) -> str | None:
 def _bfloat16_call(dtype: torch.dtype) -> bool:
     """Whether bfloat16 layers run as one call: faster than torch's products on tiles; elsewhere unmeasured."""
     return dtype == torch.bfloat16 and backends.cpu_isa() == "amx"
+
+
+def _autocast_call(options: Options, dtype: torch.dtype) -> bool:
+    """Whether layers run as one call under autocast: float32 ones where bfloat16 products of float32 rows are faster
+    than torch's. Hidden states are float32 then, as in the original, whose last step in each half is a LayerNorm."""
+    return (
+        torch.get_autocast_dtype("cpu") == torch.bfloat16
+        and dtype == torch.float32
+        and options.quantization is None
+        and backends.cpu_isa() == "amx"
+    )
 
 
 def no_layer_call(layer: Any, choice: LayerChoice) -> str | None:

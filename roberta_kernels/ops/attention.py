@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from roberta_kernels import backends
-from roberta_kernels.ops import contract
+from roberta_kernels.ops import contract, matmul_precision
 from roberta_kernels.ops.contract import check, check_device, check_shape, check_tensor
 
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 128
@@ -57,6 +57,8 @@ def attention(
         dropout_p: probability of dropping a softmax weight, in [0, 1).
         seed: int64 `[1]`, for dropout_p > 0 (see draw_seeds).
 
+    float32 on a CPU follows torch.set_float32_matmul_precision where kernels can (ops/matmul_precision.py).
+
     Returns:
         `[Tq, heads, head_dim]`. A query that sees no key gives zeros.
 
@@ -99,7 +101,8 @@ def attention(
     contract.check_dropout(dropout_p, seed, q)
     kernels = backends.select(q, "attention", max_seqlen_q)
     q, k, v = (t if t.stride(2) == 1 else t.contiguous() for t in (q, k, v))
-    out, _ = contract.call(
+    out, _ = matmul_precision.call(
+        contract.call,
         kernels.attention_forward,
         q,
         k,

@@ -19,10 +19,15 @@ def call(function: Callable[..., Any], *args: Any) -> Any:
     """function(*args), which may run a kernel of the CPU namespace, at the precision in force."""
     if torch.compiler.is_compiling() or torch.get_float32_matmul_precision() not in _PARTS:
         return function(*args)
+    return call_in_parts(_PARTS[torch.get_float32_matmul_precision()], function, *args)
+
+
+def call_in_parts(parts: int, function: Callable[..., Any], *args: Any) -> Any:
+    """The same with that many bfloat16 parts of a float32 number where kernels can, whatever precision is in force."""
     set_parts = getattr(torch.ops.roberta_kernels_cpu, "set_float32_parts", None)
     if set_parts is None:  # no compiled kernels
         return function(*args)
-    before = set_parts(_PARTS[torch.get_float32_matmul_precision()])
+    before = set_parts(parts)
     try:
         return function(*args)
     finally:

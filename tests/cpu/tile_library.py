@@ -1,4 +1,5 @@
-"""tile_library.cpp compiled for the tests, with the twins of the tile instructions or with the instructions."""
+"""tile_library.cpp and tile_attention.cpp compiled for the tests, with the twins of the tile instructions or with the
+instructions."""
 
 from __future__ import annotations
 
@@ -15,22 +16,27 @@ AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16",
 
 
 def build(folder: Path, compiler: str, twin: bool) -> Tiles:
-    """Compiles into `folder` and loads."""
-    name = "twin" if twin else "hardware"
-    isa = ["-DRK_AMX_TWIN"] if twin else [*AVX512, "-DRK_CPU_ISA_AVX512_BF16"]
-    kernels, threads, library = (folder / f"{name}{suffix}" for suffix in (".o", "_threads.o", ".so"))
+    """Compiles tile_library.cpp into `folder` and loads it."""
+    return Tiles(compiled("tile_library", folder, compiler, twin, avx512=not twin))
+
+
+def compiled(source: str, folder: Path, compiler: str, twin: bool, avx512: bool) -> ctypes.CDLL:
+    """A library of one source. avx512: vectors as "amx" has them, else portable ones."""
+    name = f"{source}_{twin}_{avx512}"
+    isa = [*(["-DRK_AMX_TWIN"] if twin else []), *([*AVX512, "-DRK_CPU_ISA_AVX512_BF16"] if avx512 else [])]
+    kernels, threads, path = (folder / f"{name}{suffix}" for suffix in (".o", "_threads.o", ".so"))
 
     def run(*command):
         subprocess.run(command, check=True)
 
     isa += ["-DRK_CPU_ISA=amx", "-DRK_CPU_ISA_AMX"]
-    run(compiler, *FLAGS, *isa, "-c", HERE / "tile_library.cpp", "-o", kernels)
+    run(compiler, *FLAGS, *isa, "-c", HERE / f"{source}.cpp", "-o", kernels)
     run(compiler, *FLAGS, "-c", HERE / "tile_threads.cpp", "-o", threads)
-    run(compiler, "-shared", "-pthread", kernels, threads, "-o", library)
-    tiles = Tiles(ctypes.CDLL(str(library)))
+    run(compiler, "-shared", "-pthread", kernels, threads, "-o", path)
+    library = ctypes.CDLL(str(path))
     if not twin:
-        assert tiles.library.request_tiles() == 0
-    return tiles
+        assert library.request_tiles() == 0
+    return library
 
 
 def pointers(tensors):
@@ -50,6 +56,33 @@ def poisoned(*shape, dtype):
     size = torch.Size(shape).numel()
     memory = torch.full((size + 64,), torch.nan, dtype=dtype)
     return memory[:size].view(shape), memory[size:]
+
+
+class TileAttention:
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.library = library
+
+    def threads(self, count: int) -> None:
+        self.library.set_threads(count)
+
+    def __call__(self, q, k, v, lengths_q, lengths_k=None, *, causal=False, key_mask=None, scale=None, parts=3):
+        """(out, lse); q, k, v: [T, heads, head_dim], unit stride in head_dim."""
+        starts = [torch.tensor([0, *n]).cumsum(0).int() for n in (lengths_q, lengths_k or lengths_q)]
+        tokens, heads, head_dim = q.shape
+        out, margin = poisoned(tokens, heads, head_dim, dtype=q.dtype)
+        lse, lse_margin = poisoned(heads, tokens, dtype=torch.float32)
+        self.library.set_parts(parts)
+        self.library.tile_attention(
+            q.dtype == torch.bfloat16,
+            causal,
+            ctypes.c_float(head_dim**-0.5 if scale is None else scale),
+            numbers(len(lengths_q), heads, head_dim, tokens),
+            numbers(*(stride for t in (q, k, v) for stride in t.stride()[:2])),
+            pointers([q, k, v, *starts, key_mask, out, lse]),
+        )
+        assert margin.isnan().all(), "written past the end"
+        assert lse_margin.isnan().all(), "written past the end"
+        return out, lse
 
 
 class Tiles:

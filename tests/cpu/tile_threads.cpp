@@ -10,14 +10,14 @@
 
 namespace rk::cpu {
 namespace {
-int threads = 1;
+int threads = 1, parts = 3;
 }
 
 int num_threads() {
     return threads;
 }
 int float32_parts() {
-    return 3;
+    return parts;
 }
 void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*),
                   void* context) {
@@ -35,6 +35,9 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_
 extern "C" {
 void set_threads(int count) {
     rk::cpu::threads = count;
+}
+void set_parts(int count) {
+    rk::cpu::parts = count;
 }
 // As dispatch.cpp asks for AMX.
 int request_tiles() {

@@ -24,7 +24,19 @@ from encoder_cases import (
     pair,
     resident_growth,
 )
-from model_cases import PREFIX, Ops, assert_promise, batches_for, build, patched, stay_padded
+from model_cases import (
+    PREFIX,
+    Ops,
+    assert_promise,
+    batches_for,
+    broken_promises,
+    build,
+    exact_copy,
+    in_dtype,
+    patched,
+    run,
+    stay_padded,
+)
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -252,18 +264,48 @@ def test_embeddings_that_need_a_gradient(layout):
 
 
 @layouts
-def test_autocast(layout, monkeypatch):
-    original, ours, batches = pair(layout)
-    hidden(ours, batches[0])
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not serves(ours, batches[0])
-        got, stock = hidden(ours, batches[0]), hidden(original, batches[0])
-    assert serves(ours, batches[0])
-    mask = batches[0]["attention_mask"].bool()
-    torch.testing.assert_close(got[mask], stock[mask], rtol=0.05, atol=0.05)
-    monkeypatch.setattr(encoder_layers, "unavailable", lambda: "left out by a test")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(hidden(patched(original, layout=layout), batches[0]), got)
+@pytest.mark.parametrize("isa", ["avx2", "avx512_bf16", "amx"])
+def test_autocast(layout, isa, monkeypatch):
+    """On tiles one call too, of bfloat16 products; elsewhere layer by layer."""
+    if isa not in backends.cpu_isas():
+        pytest.skip(f"this processor has no {isa}")
+    with backends.use_cpu_isa(isa):
+        original, ours, batches = pair(layout)
+        exact, draws = exact_copy(original), []
+        hidden(ours, batches[0])
+        for inputs in batches:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                assert bool(serves(ours, inputs)) == (isa == "amx")
+                results = [run(model, inputs) for model in (ours, original)]
+            results.append(run(exact, in_dtype(inputs, torch.float64)))
+            assert {name: t.dtype for name, t in results[0].items()} == {
+                name: t.dtype for name, t in results[1].items()
+            }
+            draws.append((*results, inputs["attention_mask"]))
+        assert not (broken := broken_promises(draws, dtype=torch.bfloat16)), "\n".join(broken)
+        assert serves(ours, batches[0])
+        with torch.autocast("cpu", dtype=torch.float16):
+            assert not serves(ours, batches[0])
+        if isa == "amx":
+            return
+        got = draws[0][0]["last_hidden_state"]
+        monkeypatch.setattr(encoder_layers, "unavailable", lambda: "left out by a test")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(hidden(patched(original, layout=layout), batches[0]), got)
+
+
+@pytest.mark.skipif("amx" not in backends.cpu_isas(), reason="this processor has no AMX")
+def test_autocast_does_not_depend_on_the_batch():
+    _, ours, batches = pair()
+    inputs = batches[0]
+    lengths = inputs["attention_mask"].sum(1).tolist()
+    with backends.use_cpu_isa("amx"), torch.autocast("cpu", dtype=torch.bfloat16):
+        together = hidden(ours, inputs)
+        for row, length in enumerate(lengths):
+            alone = {name: t[row : row + 1, :length] for name, t in inputs.items() if t.dim() == 2}
+            assert torch.equal(hidden(ours, alone)[0], together[row, :length])
+        with torch.autocast("cpu", enabled=False):
+            assert not torch.equal(hidden(ours, inputs), together), "float32 again"
 
 
 @layouts
