@@ -116,6 +116,7 @@ def attention_forward(
     key_mask: Tensor | None,  # [Tk] bool
     dropout_p: float,
     seed: Tensor | None,  # [1] int64
+    bias: None = None,  # which these kernels do not take
 ) -> tuple[Tensor, Tensor]:
     """(out `[Tq, heads, head_dim]`, log-sum-exp `[heads, Tq]` float32). Without unit stride in head_dim: a copy."""
     tokens_q, heads, head_dim = q.shape
@@ -159,13 +160,14 @@ def attention_backward(
     key_mask: Tensor | None,  # [Tk] bool
     dropout_p: float,
     seed: Tensor | None,  # [1] int64
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, each contiguous."""
+    bias: None = None,  # which these kernels do not take
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, each contiguous, and an empty `[0]`, the gradient of no bias."""
     tokens_q, heads, head_dim = q.shape
     sequences = cu_seqlens_q.shape[0] - 1
     grad_q, grad_k, grad_v = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     if tokens_q == 0 or max_seqlen_q == 0:
-        return grad_q, grad_k.zero_(), grad_v.zero_()
+        return grad_q, grad_k.zero_(), grad_v.zero_(), q.new_empty(0)
     grad_out, q, k, v = _rows(grad_out, q, k, v)
     cu_seqlens_q, cu_seqlens_k, key_mask = _vectors(cu_seqlens_q, cu_seqlens_k, key_mask)
     out, lse = out.contiguous(), lse.contiguous()
@@ -206,4 +208,4 @@ def attention_backward(
             tokens_q, tiles, *shared, BLOCK_M=block_m, BLOCK_N=block_n, **constants, num_warps=warps,
             num_stages=stages,
         )  # fmt: skip
-    return grad_q, grad_k, grad_v
+    return grad_q, grad_k, grad_v, q.new_empty(0)
