@@ -72,7 +72,7 @@ def _serves(name: str, op: str, device_type: str, dtype: torch.dtype) -> str | N
     serves = "cpu" if name == "cuda" and emulating() else name
     if name in ("cpu", "cuda") and serves != device_type:
         return f"it serves {serves} tensors, and these are on {device_type}"
-    return "it has no attention with a bias" if name in ("cuda", "triton") and op == BIASED_ATTENTION else None
+    return "it has no attention with a bias" if name == "cuda" and op == BIASED_ATTENTION else None
 
 
 def _choose(asked: str, op: str, device_type: str, dtype: torch.dtype) -> Kernels:

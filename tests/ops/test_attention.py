@@ -29,7 +29,7 @@ from .cases import (
     uninitialised_is_nan,
 )
 
-BIASED = ("cpu", "reference")  # backends that take a bias
+BIASED = ("triton", "cpu", "reference")  # backends that take a bias
 
 
 @dataclass(frozen=True)
