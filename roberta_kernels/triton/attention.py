@@ -83,16 +83,20 @@ def grad_q_config(block_d: int, dtype: torch.dtype, asynchronous: bool, short: b
 
 
 class Biased:
-    """Tiles of the same kernels with a bias on the scores, and of the one for its gradient. An element of the bias takes
-    an address of its own, so that tiles are small, whatever the GPU.
+    """Tiles of the same kernels with a bias on the scores, and of the one for its gradient. An element of the bias
+    takes an address of its own, so tiles are small.
     """
 
-    def __init__(self, block_d: int, dtype: torch.dtype) -> None:
-        single, wide = dtype == torch.float32, block_d > 64
-        self.forward: _Config = (32, 16, 8, 2) if single else (64, 32, 8, 2)
-        self.grad_kv: _Config = (16, 32, 8, 1) if single else (32, 32, 8, 2) if wide else (32, 64, 8, 2)
-        self.grad_q: _Config = (32, 16, 8, 1) if single else (64, 32, 8, 2)
-        self.grad_bias: _Config = (32, 32, 8, 1)
+    def __init__(self, block_d: int, dtype: torch.dtype, asynchronous: bool) -> None:
+        if dtype == torch.float32:
+            self.forward: _Config = (32, 16, 8, 2)
+            self.grad_kv: _Config = grad_kv_config(block_d, dtype, False, False, False)
+            self.grad_q: _Config = grad_q_config(block_d, dtype, False, False)
+            self.grad_bias: _Config = (32, 32, 8, 1) if block_d > 64 else (32, 32, 4, 1)
+        else:
+            self.forward = self.grad_q = (64, 32, 8, 2)
+            self.grad_kv = (32, 64 if asynchronous else 32, 8, 2)
+            self.grad_bias = (64 if asynchronous else 32, 32, 8, 1)
 
 
 _SHORT = 64
@@ -150,7 +154,7 @@ def attention_forward(
     asynchronous = device_facts.has_asynchronous_products(q.device)
     bias = None if bias is None else bias.contiguous()
     config = forward_config(block_d, q.dtype, asynchronous, max_seqlen_q <= _SHORT, dropout_p > 0)
-    block_m, block_n, warps, stages = config if bias is None else Biased(block_d, q.dtype).forward
+    block_m, block_n, warps, stages = config if bias is None else Biased(block_d, q.dtype, asynchronous).forward
     tiles = triton.cdiv(max_seqlen_q, block_m)
     unit = _stride_unit(q, k, v)
     with device_facts.on_device(q):
@@ -198,7 +202,7 @@ def attention_backward(
     unit = _stride_unit(grad_out, q, k, v)
     strides = _strides(unit, grad_out, q, k, v)
     delta = torch.empty_like(lse)
-    biased = None if bias is None else Biased(block_d, q.dtype)
+    biased = None if bias is None else Biased(block_d, q.dtype, asynchronous)
     if dropout_p == 0:
         seed = None
     shared = (*_bias_sizes(bias), scale, threshold(dropout_p), keep_scale(dropout_p))
