@@ -128,7 +128,6 @@ def cases() -> dict[str, Launch]:
         "attention 64 fp32 dropout": attention(64, fp32, 0.1),
         "attention 64 bf16 bias": attention(64, bf16, bias=True),
         "attention 64 bf16 bias dropout masked": attention(64, bf16, 0.1, masked=True, bias=True),
-        "attention 64 bf16 bias short": attention(64, bf16, max_seqlen=64, bias=True),
         "attention 128 fp16 bias": attention(128, fp16, bias=True),
         "attention 64 fp32 bias": attention(64, fp32, bias=True),
         "add_layer_norm 768 bf16 dropout": add_layer_norm(768, bf16, 0.1),
