@@ -21,11 +21,11 @@ STABLE_TORCH_LIBRARY(roberta_kernels_cpu, m) {
     // (roberta_kernels/quantized).
     m.def(
         "encoder(Tensor x, Tensor[] layers, Tensor cu_seqlens, SymInt max_seqlen, Tensor? key_mask, "
-        "bool causal, int heads, float scale, float eps, bool tanh) -> Tensor");
+        "bool causal, int heads, float scale, float eps, bool tanh, Tensor? bias=None) -> Tensor");
     m.def("pack_weight(Tensor weight, str kind) -> Tensor");
     m.def(
         "packed_encoder(Tensor x, Tensor[] layers, Tensor cu_seqlens, SymInt max_seqlen, Tensor? key_mask, "
-        "bool causal, int heads, float scale, float eps, bool tanh) -> Tensor");
+        "bool causal, int heads, float scale, float eps, bool tanh, Tensor? bias=None) -> Tensor");
     // Checksums of some parts of weights (csrc/cpu/checksum_binding.cpp).
     m.def("checksum_weights(Tensor[] weights, int[] in_file, int[] first, int count, int parts) -> Tensor");
 #endif

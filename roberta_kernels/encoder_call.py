@@ -93,6 +93,7 @@ def run_encoder(
         settings.scale,
         settings.eps,
         settings.tanh,
+        sequences.bias,
     )
     return out.view(hidden_states.shape)
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from roberta_kernels import quantized
 from roberta_kernels.hf import known_code
-from roberta_kernels.hf.families import FAMILIES, family_classes, role_of, why_left
+from roberta_kernels.hf.families import FAMILIES, MODELS, family_classes, role_of, why_left
 from roberta_kernels.hf.fast_class import (
     MODEL_ROLES,
     holds_fast_class,
@@ -47,10 +47,8 @@ _FUSED = {
     "self_attention": "attention",
     "self_output": "bias + dropout + residual + LayerNorm",
     **dict.fromkeys(LAYER_ROLES, "attention, GELU feed-forward, bias + dropout + residual + LayerNorm"),
-    "feed_forward_layer": "GELU feed-forward, bias + dropout + residual + LayerNorm",
-    "attention_output": "dropout + residual + LayerNorm",
     "model": "padding-free pass",
-    "plain_model": "unchanged (its layers' feed-forward and norms are fused, on all rows of the padded batch)",
+    "biased_model": "padding-free pass where padding is at the end and nobody reads it",
     "attention_model": "hands its attention the lengths of the sequences",
     "token_head": "does without padded rows where its loss does",
     "next_token_head": "does without padded rows where its loss does",
@@ -161,9 +159,9 @@ def _patch_module(name: str, module: nn.Module, report: PatchReport, before: lis
     if role in LAYER_ROLES:
         if report.quantization is not None:
             _check_float32(name, module, report.quantization)
-    elif role in ("model", "attention_model"):
+    elif role in MODELS:
         facts: Any = module._rk_facts
-        limits = (facts.masks, facts.unpadded if role == "model" else None)
+        limits = dict.fromkeys((facts.masks, None if role == "attention_model" else facts.unpadded))
         fused = "; ".join([fused, *(reason for reason in limits if reason is not None)])
     report.replaced.append(Replaced(name, original.__name__, fused))
 

@@ -24,13 +24,15 @@ class Sequences:
     """Which rows belong to which sequence: what attention needs to know.
 
     cu_seqlens: int32 `[B + 1]`. max_seqlen: an upper bound of the lengths. key_mask: bool `[rows]`, True for rows
-    that may be seen, or None for all. causal: a row sees itself and the rows before it only.
+    that may be seen, or None for all. causal: a row sees itself and the rows before it only. bias: `[heads, length,
+    length]`, added to the scores of all layers, or None: the rows of a sequence are then its positions from 0 on.
     """
 
     cu_seqlens: Tensor
     max_seqlen: int
     key_mask: Tensor | None
     causal: bool
+    bias: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -119,6 +121,11 @@ class Padding:
             differ.append((padded[:, :-1] & self.real[:, 1:]).any())
         found = torch.stack(differ).tolist() if differ else []
         return [not different for different in found] + ([] if causal else [True])
+
+    def at_the_end(self) -> bool:
+        """Whether real tokens are the first rows of each sequence, so that unpadded they keep their positions. One read
+        on the host."""
+        return not (~self.real[:, :-1] & self.real[:, 1:]).any()
 
     def real_rows(self, causal: bool) -> Unpadding:
         """The layout of the real rows, and of position 0; zeros come back at all others."""

@@ -211,6 +211,20 @@ def test_unmeasured_is_tritons(pretend):
     assert served("attention", 100) == "reference"
 
 
+def test_attention_with_a_bias_goes_to_whom_has_it(pretend):
+    """CUDA C++ has none: not by the table, not by order of preference, and asked for it is refused."""
+    pretend((entry(size_min=0, size_max=None),))
+    assert served("attention", 100) == "cuda"
+    assert served(backends.BIASED_ATTENTION, 100) == "triton"
+    with backends.backend("cuda"):
+        assert served("attention", 100) == "cuda"
+        with pytest.raises(backends.BackendError, match="no attention with a bias"):
+            served(backends.BIASED_ATTENTION, 100)
+    pretend((entry(size_min=0, size_max=None),), missing=("triton",))
+    assert served("attention", 100) == "cuda"
+    assert served(backends.BIASED_ATTENTION, 100) == "reference"
+
+
 def test_the_table_decides_by_op_dtype_and_size(pretend):
     pretend((ENTRY,))
     assert [served("attention", size) for size in (0, 63, 64, 512, 513, 8192)] == [

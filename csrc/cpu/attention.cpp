@@ -11,7 +11,8 @@
 // A block is 48 queries x 64 keys: P^T (12 KB) and V (16 KB at head_dim 64) stay in L1 between the two
 // products. 4 S^2 head_dim flops forward; backward recomputes P from the log-sum-exp and does 10 S^2
 // head_dim, one task per (sequence, head), which owns its dq, dk and dv: no races, no order that depends on
-// threads.
+// threads. With a bias on the scores one task is a head with all its sequences, in order, as its gradient is
+// a sum over them.
 #include "csrc/cpu/attention.h"
 
 #include "csrc/cpu/scratch.h"
@@ -176,6 +177,19 @@ void hide_later_keys(float* scores, const int32_t* index, int64_t keys, int64_t 
         }
 }
 
+// The bias of `count` keys for a block of queries, as scores lie: to[key][query], zeros beyond the last query.
+// The products are then added to it.
+template <class T>
+void start_with_bias(const AttentionArgs& a, const int32_t* index, int64_t count, int64_t head,
+                     int64_t first_query, int64_t queries, float* to) {
+    const T* from = static_cast<const T*>(a.bias) + (head * a.bias_rows + first_query) * a.bias_columns;
+    if (index[count - 1] - index[0] == count - 1)
+        return copy_transposed(from + index[0], a.bias_columns, queries, count, 1.0f, to);
+    for (int64_t j = 0; j < count; ++j, to += kQueries)
+        for (int64_t i = 0; i < round_up(queries, kLanes); ++i)
+            to[i] = i < queries ? load1(from + i * a.bias_columns + index[j]) : 0.0f;
+}
+
 struct ForwardScratch {
     float *q_t, *p_t, *out, *max, *sum, *decay;
 };
@@ -201,8 +215,10 @@ void forward_block(const AttentionArgs& a, const ForwardScratch& s, const Keys& 
 
     for (int64_t j0 = 0; j0 < visible; j0 += kKeys) {
         const int64_t count = min64(visible - j0, kKeys);
+        if (a.bias != nullptr)
+            start_with_bias<T>(a, keys.index + j0, count, head, first_query, queries, s.p_t);
         small_gemm<false>({keys.k + j0 * keys.k_stride, keys.k_stride, s.q_t, kQueries, s.p_t, kQueries, d,
-                           nullptr, Start::zero},
+                           nullptr, a.bias == nullptr ? Start::zero : Start::accumulate},
                           count, vectors * kLanes);
         if (a.causal && keys.index[j0 + count - 1] > last)
             hide_later_keys(s.p_t, keys.index + j0, count, vectors, last);
@@ -308,12 +324,9 @@ void run_balanced(const AttentionArgs& a, const Tasks& tasks_of, const Cost& cos
     });
 }
 
-int64_t longest_key_sequence(const AttentionArgs& a) {
+int64_t longest_sequence(const int32_t* cu_seqlens, int64_t batch) {
     int64_t longest = 0;
-    for (int64_t b = 0; b < a.batch; ++b) {
-        const int64_t length = a.cu_seqlens_k[b + 1] - a.cu_seqlens_k[b];
-        if (length > longest) longest = length;
-    }
+    for (int64_t b = 0; b < batch; ++b) longest = max64(longest, cu_seqlens[b + 1] - cu_seqlens[b]);
     return longest;
 }
 
@@ -338,7 +351,8 @@ struct NoTiles {
 // A task is up to kBlocksOfTask blocks of queries of a head.
 template <class T, class Tiles = NoTiles>
 void forward(const AttentionArgs& a) {
-    const int64_t d = a.head_dim, width = round_up(d, kLanes), longest = longest_key_sequence(a);
+    const int64_t d = a.head_dim, width = round_up(d, kLanes);
+    const int64_t longest = longest_sequence(a.cu_seqlens_k, a.batch);
     const auto tasks_of_head = [&](int64_t b) { return ceil_div(query_blocks(a, b), Tiles::kBlocksOfTask); };
     run_balanced(
         a, [&](int64_t b) { return a.heads * tasks_of_head(b); },
@@ -379,6 +393,8 @@ struct BackwardScratch {
     float *q, *q_t, *grad_out, *grad_out_t, *grad_q, *lse;
     float *p_t, *ds_t;       // [keys, kQueries]
     float *grad_k, *grad_v;  // [keys, width]
+    float* grad_bias;        // [keys, bias_width], a sum over sequences; or null
+    int64_t bias_width;
 };
 
 struct RowSums {
@@ -460,8 +476,9 @@ void backward_head(const AttentionArgs& a, const BackwardScratch& s, const Keys&
         for (int64_t j0 = 0; j0 < visible; j0 += kKeys) {
             const int64_t count = min64(visible - j0, kKeys);
             float *p = s.p_t + j0 * kQueries, *dp = s.ds_t + j0 * kQueries;
+            if (a.bias != nullptr) start_with_bias<T>(a, keys.index + j0, count, head, q0, queries, p);
             small_gemm<false>({keys.k + j0 * keys.k_stride, keys.k_stride, s.q_t, kQueries, p, kQueries, d,
-                               nullptr, Start::zero},
+                               nullptr, a.bias == nullptr ? Start::zero : Start::accumulate},
                               count, columns);
             small_gemm<false>({keys.v + j0 * keys.v_stride, keys.v_stride, s.grad_out_t, kQueries, dp,
                                kQueries, d, nullptr, Start::zero},
@@ -481,6 +498,11 @@ void backward_head(const AttentionArgs& a, const BackwardScratch& s, const Keys&
             float *p = s.p_t + j0 * kQueries, *ds = s.ds_t + j0 * kQueries;
             for (int64_t n = 0; n < vectors; ++n)
                 score_gradients(a, p + n * kLanes, ds + n * kLanes, count, sums[n].p, sums[n].p_dp);
+            for (int64_t j = 0; j < count && s.grad_bias != nullptr; ++j) {
+                float* to = s.grad_bias + keys.index[j0 + j] * s.bias_width + q0;
+                for (int64_t i = 0; i < columns; i += kLanes)
+                    store(to + i, load(to + i) + load(ds + j * kQueries + i));
+            }
             small_gemm<false>({p, kQueries, s.grad_out, width, s.grad_v + j0 * width, width, queries, nullptr,
                                Start::accumulate},
                               count, width);
@@ -512,36 +534,73 @@ void backward_head(const AttentionArgs& a, const BackwardScratch& s, const Keys&
     }
 }
 
+// A head's sum, [keys, queries], as the gradient of its bias: [bias_rows, bias_columns].
+template <class T>
+void store_grad_bias(const AttentionArgs& a, const BackwardScratch& s, int64_t head, int64_t keys) {
+    T* to = static_cast<T*>(a.grad_bias) + head * a.bias_rows * a.bias_columns;
+    for (int64_t i = 0; i < a.bias_rows; i += kLanes)
+        for (int64_t j = 0; j < a.bias_columns; ++j)
+            for (int64_t row = i; row < min64(i + kLanes, a.bias_rows); ++row)
+                store1(to + row * a.bias_columns + j,
+                       j < keys && row < s.bias_width ? s.grad_bias[j * s.bias_width + row] : 0.0f);
+}
+
+// Memory of the calling thread for backward_head: KeyBuffer and BackwardScratch.
+struct BackwardMemory {
+    KeyBuffer keys;
+    BackwardScratch s;
+
+    BackwardMemory(const AttentionArgs& a, int64_t longest) {
+        const int64_t d = a.head_dim, width = round_up(d, kLanes);
+        s.bias_width = a.bias == nullptr ? 0 : round_up(longest_sequence(a.cu_seqlens_q, a.batch), kLanes);
+        static thread_local Scratch memory;
+        memory.reset(static_cast<size_t>(3 * kQueries * width + 2 * d * kQueries + kQueries +
+                                         longest * (4 * width + 2 * kQueries + 1 + s.bias_width)) *
+                         4,
+                     15);
+        s.q = memory.take<float>(kQueries * width);
+        s.q_t = memory.take<float>(d * kQueries);
+        s.grad_out = memory.take<float>(kQueries * width);
+        s.grad_out_t = memory.take<float>(d * kQueries);
+        s.p_t = memory.take<float>(longest * kQueries);
+        s.ds_t = memory.take<float>(longest * kQueries);
+        s.grad_q = memory.take<float>(kQueries * width);
+        s.lse = memory.take<float>(kQueries);
+        s.grad_k = memory.take<float>(longest * width);
+        s.grad_v = memory.take<float>(longest * width);
+        s.grad_bias = a.bias == nullptr ? nullptr : memory.take<float>(longest * s.bias_width);
+        keys = {memory.take<float>(longest * width), memory.take<float>(longest * width),
+                memory.take<int32_t>(longest)};
+    }
+};
+
 template <class T>
 void backward(const AttentionArgs& a) {
-    const int64_t d = a.head_dim, width = round_up(d, kLanes), longest = longest_key_sequence(a);
+    const int64_t longest = longest_sequence(a.cu_seqlens_k, a.batch);
+    const auto cost = [&](int64_t b) { return 5 * score_work(a, b) + 1.0; };
+    if (a.bias != nullptr) {
+        double work = 0;
+        for (int64_t b = 0; b < a.batch; ++b) work += cost(b);
+        parallel_tasks(a.heads, work < 2.0 * kParallelWork ? 1 : num_threads(), [&](int64_t head) {
+            const BackwardMemory memory(a, longest);
+            for (int64_t i = 0; i < longest * memory.s.bias_width; i += kLanes)
+                store(memory.s.grad_bias + i, vf32{});
+            for (int64_t b = 0; b < a.batch; ++b)
+                backward_head<T>(a, memory.s, gather_keys<T>(a, b, head, false, memory.keys), b, head);
+            store_grad_bias<T>(a, memory.s, head, longest);
+        });
+        return;
+    }
     run_balanced(
-        a, [&](int64_t) { return a.heads; }, [&](int64_t b) { return 5 * score_work(a, b) + 1.0; },
+        a, [&](int64_t) { return a.heads; }, cost,
         [&](const Plan& plan, int64_t task, int64_t end) {
-            static thread_local Scratch memory;
-            memory.reset(static_cast<size_t>(3 * kQueries * width + 2 * d * kQueries + kQueries +
-                                             longest * (4 * width + 2 * kQueries + 1)) *
-                             4,
-                         14);
-            BackwardScratch s;
-            s.q = memory.take<float>(kQueries * width);
-            s.q_t = memory.take<float>(d * kQueries);
-            s.grad_out = memory.take<float>(kQueries * width);
-            s.grad_out_t = memory.take<float>(d * kQueries);
-            s.p_t = memory.take<float>(longest * kQueries);
-            s.ds_t = memory.take<float>(longest * kQueries);
-            s.grad_q = memory.take<float>(kQueries * width);
-            s.lse = memory.take<float>(kQueries);
-            s.grad_k = memory.take<float>(longest * width);
-            s.grad_v = memory.take<float>(longest * width);
-            KeyBuffer buffer{memory.take<float>(longest * width), memory.take<float>(longest * width),
-                             memory.take<int32_t>(longest)};
+            const BackwardMemory memory(a, longest);
             int64_t sequence = 0;
             for (; task < end; ++task) {
                 while (plan.first_task[sequence + 1] <= task) ++sequence;
                 const int64_t head = task - plan.first_task[sequence];
-                const Keys keys = gather_keys<T>(a, sequence, head, false, buffer);
-                backward_head<T>(a, s, keys, sequence, head);
+                const Keys keys = gather_keys<T>(a, sequence, head, false, memory.keys);
+                backward_head<T>(a, memory.s, keys, sequence, head);
             }
         });
 }
@@ -551,7 +610,7 @@ void backward(const AttentionArgs& a) {
 void attention_forward(const AttentionArgs& a) {
 #if defined(RK_CPU_ISA_AMX)
     static_assert(kQueries == kTileQueries, "the blocks of tile_attention.h");
-    if (!a.dropout.on)
+    if (!a.dropout.on && a.bias == nullptr)  // neither is for tiles
         return on_parts(a.bf16, [&](auto parts, auto element) {
             using T = decltype(element);
             forward<T, TileAttention<T, parts()>>(a);

@@ -17,6 +17,8 @@ struct AttentionArgs {
     const int32_t* cu_seqlens_q;  // [batch + 1]
     const int32_t* cu_seqlens_k;  // [batch + 1]
     const bool* key_mask;         // [Tk], true = may be seen; or null
+    const void* bias;             // [heads, bias_rows, bias_columns], added to the scaled scores; or null
+    int64_t bias_rows, bias_columns;
     int64_t batch, heads, head_dim, total_q;
     float scale;  // of the scores, before the softmax
     bool causal, bf16;
@@ -27,6 +29,7 @@ struct AttentionArgs {
 
     HeadsView grad_out;              // backward
     void *grad_q, *grad_k, *grad_v;  // [T, heads, head_dim]; backward
+    void* grad_bias;                 // as bias, where there is one; backward
 };
 
 }  // namespace rk::cpu

@@ -24,14 +24,14 @@ struct Checked {
     Checks checks;
     AttentionArgs args;
     Tensor cu_seqlens_q, cu_seqlens_k;
-    std::optional<Tensor> key_mask;
+    std::optional<Tensor> key_mask, bias;
     int64_t total_k;
 };
 
 Checked check(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
               const Tensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, double scale,
               bool causal, const std::optional<Tensor>& key_mask, double dropout_p,
-              const std::optional<Tensor>& seed) {
+              const std::optional<Tensor>& seed, const std::optional<Tensor>& bias) {
     const Checks checks(op, q, "q");
     AttentionArgs a{};
     a.bf16 = checks.bf16();
@@ -64,16 +64,18 @@ Checked check(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
     a.scale = static_cast<float>(scale);
     a.causal = causal;
     a.dropout = checks.dropout(dropout_p, seed);
-    return {checks, a, std::move(cu_q), std::move(cu_k), std::move(mask), total_k};
+    const std::optional<Tensor> own = check_bias(checks, bias, a.heads, max_seqlen_q, max_seqlen_k);
+    if (own) a.bias = own->const_data_ptr(), a.bias_rows = own->size(1), a.bias_columns = own->size(2);
+    return {checks, a, std::move(cu_q), std::move(cu_k), std::move(mask), own, total_k};
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
                                    const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
                                    int64_t max_seqlen_q, int64_t max_seqlen_k, double scale, bool causal,
                                    const std::optional<Tensor>& key_mask, double dropout_p,
-                                   const std::optional<Tensor>& seed) {
+                                   const std::optional<Tensor>& seed, const std::optional<Tensor>& bias) {
     Checked c = check("attention", q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale,
-                      causal, key_mask, dropout_p, seed);
+                      causal, key_mask, dropout_p, seed, bias);
     AttentionArgs& a = c.args;
     Tensor out = c.checks.empty({a.total_q, a.heads, a.head_dim});
     Tensor lse = c.checks.empty({a.heads, a.total_q}, ScalarType::Float);
@@ -83,15 +85,16 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
     return {std::move(out), std::move(lse)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor& q, const Tensor& k,
-                                            const Tensor& v, const Tensor& /*out*/, const Tensor& lse,
-                                            const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
-                                            int64_t max_seqlen_q, int64_t max_seqlen_k, double scale,
-                                            bool causal, const std::optional<Tensor>& key_mask,
-                                            double dropout_p, const std::optional<Tensor>& seed) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor& q, const Tensor& k,
+                                                    const Tensor& v, const Tensor& /*out*/, const Tensor& lse,
+                                                    const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                                                    int64_t max_seqlen_q, int64_t max_seqlen_k, double scale,
+                                                    bool causal, const std::optional<Tensor>& key_mask,
+                                                    double dropout_p, const std::optional<Tensor>& seed,
+                                                    const std::optional<Tensor>& bias) {
     const char* op = "attention_backward";
     Checked c = check(op, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal,
-                      key_mask, dropout_p, seed);
+                      key_mask, dropout_p, seed, bias);
     AttentionArgs& a = c.args;
     // autograd may hand over any strides (an expanded scalar, say)
     Tensor g =
@@ -106,8 +109,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor
     a.grad_q = grad_q.mutable_data_ptr();
     a.grad_k = grad_k.mutable_data_ptr();
     a.grad_v = grad_v.mutable_data_ptr();
+    Tensor grad_bias = c.bias ? c.checks.empty({a.heads, a.bias_rows, a.bias_columns}) : c.checks.empty({0});
+    a.grad_bias = grad_bias.mutable_data_ptr();
     RK_DISPATCH(attention_backward, a);
-    return {std::move(grad_q), std::move(grad_k), std::move(grad_v)};
+    return {std::move(grad_q), std::move(grad_k), std::move(grad_v), std::move(grad_bias)};
 }
 
 }  // namespace

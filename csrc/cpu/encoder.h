@@ -38,6 +38,8 @@ struct EncoderArgs {
     const int32_t* cu_seqlens;  // [batch + 1]
     int64_t batch;
     const bool* key_mask;  // [T], true = may be seen; or null
+    const void* bias;      // [heads, bias_rows, bias_columns] elements, added to all layers' scores; or null
+    int64_t bias_rows, bias_columns;
     bool causal, tanh, bf16;
     float scale, eps;
 };

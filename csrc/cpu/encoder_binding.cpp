@@ -31,11 +31,11 @@ EncoderLayer<Weight> read_layer(const Checks& checks, LayerReader& reader, Encod
 }
 
 Tensor encode(const Tensor& x, std::vector<Tensor> layers, const Tensor& cu_seqlens, int64_t max_seqlen,
-              std::optional<Tensor> key_mask, bool causal, int64_t heads, double scale, double eps,
-              bool tanh) {
+              std::optional<Tensor> key_mask, bool causal, int64_t heads, double scale, double eps, bool tanh,
+              std::optional<Tensor> bias) {
     const Checks checks("encoder", x, "x");
     return call_encoder<Weight>(checks, x, layers, kTensorsOfLayer,
-                                {cu_seqlens, max_seqlen, key_mask, causal, heads, scale, eps, tanh},
+                                {cu_seqlens, max_seqlen, key_mask, causal, heads, scale, eps, tanh, bias},
                                 read_layer,
                                 [](const EncoderInPlaceArgs& args) { RK_DISPATCH(encoder, args); });
 }

@@ -18,6 +18,7 @@ struct EncoderOptions {
     int64_t heads;
     double scale, eps;
     bool tanh;
+    const std::optional<Tensor>& bias;  // [heads, max_seqlen or more, max_seqlen or more]
 };
 
 // Reads the tensors of `layers` one by one, naming each. Tensors that it had to copy stay alive with it.
@@ -110,6 +111,10 @@ inline Tensor call_encoder(const Checks& checks, const Tensor& x_, std::vector<T
         key_mask = as_contiguous(*options.key_mask);
         args.key_mask = static_cast<const bool*>(key_mask.const_data_ptr());
     }
+    const std::optional<Tensor> bias =
+        check_bias(checks, options.bias, args.heads, options.max_seqlen, options.max_seqlen);
+    if (bias)
+        args.bias = bias->const_data_ptr(), args.bias_rows = bias->size(1), args.bias_columns = bias->size(2);
     Tensor out = checks.empty({args.tokens, args.hidden});
     args.x = x.const_data_ptr();
     args.out = out.mutable_data_ptr();

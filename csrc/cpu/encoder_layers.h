@@ -133,6 +133,7 @@ class EncoderRun {
         a.q = part(0), a.k = part(1), a.v = part(2);
         a.cu_seqlens_q = a.cu_seqlens_k = b_.cu_seqlens;
         a.key_mask = e_.key_mask == nullptr ? nullptr : e_.key_mask + g.first_row;
+        a.bias = e_.bias, a.bias_rows = e_.bias_rows, a.bias_columns = e_.bias_columns;
         a.batch = g.sequences, a.heads = e_.heads, a.head_dim = e_.head_dim, a.total_q = g.rows;
         a.scale = e_.scale, a.causal = e_.causal, a.bf16 = kIsBf16<T>;
         a.out = b_.context, a.lse = b_.lse;

@@ -102,13 +102,13 @@ EncoderLayer<PackedWeight> read_layer(const Checks& checks, LayerReader& reader,
 }
 
 Tensor encode(const Tensor& x, std::vector<Tensor> layers, const Tensor& cu_seqlens, int64_t max_seqlen,
-              std::optional<Tensor> key_mask, bool causal, int64_t heads, double scale, double eps,
-              bool tanh) {
+              std::optional<Tensor> key_mask, bool causal, int64_t heads, double scale, double eps, bool tanh,
+              std::optional<Tensor> bias) {
     const Checks checks("packed_encoder", x, "x");
     checks.same(x, "x", ScalarType::Float);
     return call_encoder<PackedWeight>(
         checks, x, layers, kTensorsOfLayer,
-        {cu_seqlens, max_seqlen, key_mask, causal, heads, scale, eps, tanh}, read_layer,
+        {cu_seqlens, max_seqlen, key_mask, causal, heads, scale, eps, tanh, bias}, read_layer,
         [](const PackedEncoderArgs& args) { RK_DISPATCH(packed_encoder, args); });
 }
 

@@ -42,4 +42,16 @@ inline Tensor check_cu_seqlens(const Checks& checks, const Tensor& cu_seqlens, c
     return contiguous;
 }
 
+// The bias on attention's scores, contiguous, if there is one.
+inline std::optional<Tensor> check_bias(const Checks& checks, const std::optional<Tensor>& bias,
+                                        int64_t heads, int64_t max_seqlen_q, int64_t max_seqlen_k) {
+    if (!bias) return std::nullopt;
+    checks.same(*bias, "bias", checks.scalar_type());
+    STD_TORCH_CHECK(bias->dim() == 3 && bias->size(0) == heads && bias->size(1) >= max_seqlen_q &&
+                        bias->size(2) >= max_seqlen_k,
+                    checks.op(), ": bias must have shape [", heads, ", ", max_seqlen_q, " or more, ",
+                    max_seqlen_k, " or more]");
+    return as_contiguous(*bias);
+}
+
 }  // namespace rk::cpu

@@ -42,6 +42,11 @@ void check_heads(const Checks& checks, const Tensor& t, const char* name, int64_
                     checks.op(), ": ", name, " must have shape [", tokens, ", ", heads, ", ", head_dim, "]");
 }
 
+// Selection never hands one to this backend (roberta_kernels/backends/selection.py).
+void check_no_bias(const Checks& checks, const std::optional<Tensor>& bias) {
+    checks.require(!bias.has_value(), "the CUDA kernels take no bias");
+}
+
 // The values of cu_seqlens stay on the device, unread.
 int64_t check_cu_seqlens(const Checks& checks, const Tensor& t, const char* name) {
     checks.same(t, name, ScalarType::Int);
@@ -124,8 +129,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
                                    const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
                                    int64_t max_seqlen_q, int64_t max_seqlen_k, double scale, bool causal,
                                    const std::optional<Tensor>& key_mask, double dropout_p,
-                                   const std::optional<Tensor>& seed) {
+                                   const std::optional<Tensor>& seed, const std::optional<Tensor>& bias) {
     const Checks checks("attention", q, "q");
+    check_no_bias(checks, bias);
     const OnDeviceOf device(q);
     Checked c = check(checks, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal,
                       key_mask, dropout_p, seed);
@@ -139,13 +145,15 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
     return {std::move(out), std::move(lse)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor& q, const Tensor& k,
-                                            const Tensor& v, const Tensor& out, const Tensor& lse,
-                                            const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
-                                            int64_t max_seqlen_q, int64_t max_seqlen_k, double scale,
-                                            bool causal, const std::optional<Tensor>& key_mask,
-                                            double dropout_p, const std::optional<Tensor>& seed) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor& q, const Tensor& k,
+                                                    const Tensor& v, const Tensor& out, const Tensor& lse,
+                                                    const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                                                    int64_t max_seqlen_q, int64_t max_seqlen_k, double scale,
+                                                    bool causal, const std::optional<Tensor>& key_mask,
+                                                    double dropout_p, const std::optional<Tensor>& seed,
+                                                    const std::optional<Tensor>& bias) {
     const Checks checks("attention_backward", q, "q");
+    check_no_bias(checks, bias);
     const OnDeviceOf device(q);
     Checked c = check(checks, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal,
                       key_mask, dropout_p, seed);
@@ -170,7 +178,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor
     a.grad_k = grad_k.mutable_data_ptr();
     a.grad_v = grad_v.mutable_data_ptr();
     run_backward(a);
-    return {std::move(grad_q), std::move(grad_k), std::move(grad_v)};
+    return {std::move(grad_q), std::move(grad_k), std::move(grad_v), checks.empty({0})};
 }
 
 }  // namespace

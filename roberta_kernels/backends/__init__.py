@@ -25,10 +25,19 @@ from roberta_kernels.backends.op_namespaces import (
     use_cuda_variant,
 )
 from roberta_kernels.backends.override import ENVIRONMENT_VARIABLE, backend, current_backend, set_backend
-from roberta_kernels.backends.selection import Serving, check_environment, choices, cpu_serves, select, serving
+from roberta_kernels.backends.selection import (
+    BIASED_ATTENTION,
+    Serving,
+    check_environment,
+    choices,
+    cpu_serves,
+    select,
+    serving,
+)
 from roberta_kernels.schemas import schemas
 
 __all__ = [
+    "BIASED_ATTENTION",
     "CPU_ISAS",
     "EMULATION_VARIABLE",
     "ENVIRONMENT_VARIABLE",

@@ -34,6 +34,12 @@ _DTYPES = {
 }
 
 
+# Attention with a bias on its scores, which not every backend has: to selection an op of its own, in the place of
+# "attention". Nothing was measured of it, so the choosing table does not speak of it.
+BIASED_ATTENTION = "attention with a bias"
+_SELECTED = (*OPS, BIASED_ATTENTION)
+
+
 @dataclass
 class _Answers:
     """Who serves while one backend is asked for, or "auto".
@@ -53,7 +59,7 @@ _table: tuple[choosing.Entry, ...] = choosing.load()
 _answers: dict[str, _Answers] = {}  # by what is asked for
 
 
-def _serves(name: str, device_type: str, dtype: torch.dtype) -> str | None:
+def _serves(name: str, op: str, device_type: str, dtype: torch.dtype) -> str | None:
     """None when the backend serves such tensors, else why not."""
     status = op_namespaces.status_of(name)
     assert status is not None
@@ -66,16 +72,16 @@ def _serves(name: str, device_type: str, dtype: torch.dtype) -> str | None:
     serves = "cpu" if name == "cuda" and emulating() else name
     if name in ("cpu", "cuda") and serves != device_type:
         return f"it serves {serves} tensors, and these are on {device_type}"
-    return None
+    return "it has no attention with a bias" if name == "cuda" and op == BIASED_ATTENTION else None
 
 
-def _choose(asked: str, device_type: str, dtype: torch.dtype) -> Kernels:
+def _choose(asked: str, op: str, device_type: str, dtype: torch.dtype) -> Kernels:
     """What serves unmeasured, or because it was asked for."""
     if asked == override.FROM_ENVIRONMENT:
         override.check_environment()
     names = _PREFERENCE.get(device_type, ("reference",)) if asked == "auto" else (asked,)
     for name in names:
-        reason = _serves(name, device_type, dtype)
+        reason = _serves(name, op, device_type, dtype)
         if reason is None:
             if name == "cpu" and (wrong := op_namespaces.wrong_isa()) is not None:
                 raise BackendError(wrong)
@@ -104,7 +110,7 @@ def _select_by_size(asked: str, tensor: Tensor, op: str, size: int) -> Kernels:
     for end, kernels in _answers[asked].by_size.get((op, tensor.device, tensor.dtype), ()):
         if size < end:
             return kernels
-    return _choose(asked, tensor.device.type, tensor.dtype)
+    return _choose(asked, op, tensor.device.type, tensor.dtype)
 
 
 def cpu_serves(tensor: Tensor) -> bool:
@@ -168,10 +174,9 @@ def _answers_to(asked: str) -> _Answers:
     answers = _Answers()
     for device_type in _PREFERENCE:
         for dtype in _DTYPES["reference"]:
-            with contextlib.suppress(BackendError):
-                serves = _choose(asked, device_type, dtype)
-                for op in OPS:
-                    answers.chosen[op, device_type, dtype] = serves
+            for op in _SELECTED:
+                with contextlib.suppress(BackendError):
+                    answers.chosen[op, device_type, dtype] = _choose(asked, op, device_type, dtype)
     if asked == "auto":
         for op in OPS:
             for dtype in _DTYPES["cuda"]:
@@ -181,10 +186,10 @@ def _answers_to(asked: str) -> _Answers:
 
 def _follow_table(answers: _Answers, op: str, dtype: torch.dtype) -> None:
     """Enters what the choosing table says of the GPUs here in place of what serves unmeasured."""
-    unmeasured = _choose("auto", "cuda", dtype)
+    unmeasured = _choose("auto", op, "cuda", dtype)
 
     def kernels(name: str | None) -> Kernels:
-        return unmeasured if name is None or _serves(name, "cuda", dtype) else namespaces()[name]
+        return unmeasured if name is None or _serves(name, op, "cuda", dtype) else namespaces()[name]
 
     found: dict[int, list[tuple[float, Kernels]]] = {}
     for index, arch in _gpus.items():

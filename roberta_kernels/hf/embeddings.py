@@ -10,6 +10,7 @@ from torch import Tensor
 from roberta_kernels import ops
 from roberta_kernels.hf.arguments import by_name
 from roberta_kernels.hf.choice import any_skipped, dtype_reason, replaced
+from roberta_kernels.hf.formulas import padded_positions
 from roberta_kernels.hf.fusable import (
     dropout_of,
     fake,
@@ -20,7 +21,6 @@ from roberta_kernels.hf.fusable import (
     tracing,
     transform,
 )
-from roberta_kernels.hf.known_code import padded_positions
 from roberta_kernels.hf.state import state_of
 
 if TYPE_CHECKING:

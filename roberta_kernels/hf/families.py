@@ -23,6 +23,7 @@ _HEADS = {
 _LAYERS = {"SelfOutput": "self_output", "Layer": "layer", "Model": "model"}
 _ROBERTA = {"Embeddings": "embeddings"} | _LAYERS | _HEADS
 _BERT = _LAYERS | _HEADS | {"ForPreTraining": "token_head", "ForNextSentencePrediction": "head"}
+MODELS = ("model", "biased_model", "attention_model")  # roles of models without a head
 _ATTENTION_ONLY = {"SelfAttention": "self_attention", "Model": "attention_model"}
 _OWN_LAYER = dict.fromkeys(
     ("Layer", "Embeddings"), "only the attention of this family is the known code, and runs fused; this is the original"
@@ -58,7 +59,7 @@ def _embeddings_left(what: str) -> dict[str, str]:
 
 
 # By transformers package. The layers of the first nine families are the same code, those of DistilBERT the same
-# mathematics; of MPNet's all but the attention is, of the last three the attention alone.
+# mathematics, and of MPNet but for a bias on the scores; of the last three the attention alone is.
 FAMILIES = {
     "transformers.models.roberta": Family("Roberta", _ROBERTA),
     "transformers.models.xlm_roberta": Family("XLMRoberta", _ROBERTA),
@@ -98,12 +99,9 @@ FAMILIES = {
     ),
     "transformers.models.mpnet": Family(
         "MPNet",
-        {
-            **{"Embeddings": "typeless_embeddings", "Attention": "attention_output", "Layer": "feed_forward_layer"},
-            "Model": "plain_model",
-            **{name: "head" for name in _HEADS if name != "ForCausalLM"},
-        },
-        left={"SelfAttention": "attention with a bias on its scores runs the original code, on the padded batch"},
+        {"Embeddings": "typeless_embeddings", "Layer": "mpnet_layer", "Model": "biased_model"}
+        | {name: role for name, role in _HEADS.items() if name != "ForCausalLM"},
+        own=frozenset({"token_type_ids"}),  # which it has none of
     ),
     "transformers.models.roberta_prelayernorm": Family("RobertaPreLayerNorm", _ATTENTION_ONLY, left=_OWN_LAYER),
     "transformers.models.xlm_roberta_xl": Family("XLMRobertaXL", _ATTENTION_ONLY, left=_OWN_LAYER),

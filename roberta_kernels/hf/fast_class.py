@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from roberta_kernels.hf import attention_interface, known_code
 from roberta_kernels.hf.arguments import parameters
 from roberta_kernels.hf.embeddings import FastAbsoluteEmbeddings, FastEmbeddings
-from roberta_kernels.hf.families import family_class, family_classes, family_of, role_of
+from roberta_kernels.hf.families import MODELS, family_class, family_classes, family_of, role_of
 from roberta_kernels.hf.heads import (
     FastDiscriminatorHead,
     FastHead,
@@ -31,14 +31,13 @@ from roberta_kernels.hf.heads import (
     FastTokenHead,
 )
 from roberta_kernels.hf.layer import (
-    FastAttentionOutput,
     FastDistilBertLayer,
-    FastFeedForwardLayer,
     FastLayer,
+    FastMPNetLayer,
     FastSelfAttention,
     FastSelfOutput,
 )
-from roberta_kernels.hf.model import FastAttentionModel, FastModel, FastPlainModel
+from roberta_kernels.hf.model import FastAttentionModel, FastBiasedModel, FastModel
 from roberta_kernels.hf.names import ATTENTION
 from roberta_kernels.hf.state import PatchState, attach, detach, keep_implementation, kept_implementation
 from roberta_kernels.hf.structure import AROUND, structure_difference
@@ -54,10 +53,9 @@ _MIXINS: dict[str, type] = {
     "self_output": FastSelfOutput,
     "layer": FastLayer,
     "distilbert_layer": FastDistilBertLayer,
-    "feed_forward_layer": FastFeedForwardLayer,
-    "attention_output": FastAttentionOutput,
+    "mpnet_layer": FastMPNetLayer,
     "model": FastModel,
-    "plain_model": FastPlainModel,
+    "biased_model": FastBiasedModel,
     "token_head": FastTokenHead,
     "next_token_head": FastNextTokenHead,
     "discriminator_head": FastDiscriminatorHead,
@@ -65,10 +63,7 @@ _MIXINS: dict[str, type] = {
     "head": FastHead,
 }
 # Roles of whole models: what a user constructs.
-MODEL_ROLES = (
-    *("model", "attention_model", "plain_model", "head", "token_head", "next_token_head", "discriminator_head"),
-    *("span_head", "summary_head"),
-)
+MODEL_ROLES = (*(*MODELS, "head", "token_head", "next_token_head", "discriminator_head", "span_head", "summary_head"),)
 
 
 class FastType(type):
@@ -127,7 +122,7 @@ def _make_class(original: Any) -> Any:
 
 def _of_role(original: Any, role: str, defaults: dict[str, Any]) -> dict[str, Any]:
     """What a mixin must know of the class that it is put before."""
-    if role in ("model", "attention_model"):
+    if role in MODELS:
         facts = known_code.model_facts(original, role)
         embeddings: Any = facts.embeddings
         taken = inspect.signature(embeddings.forward).parameters
@@ -171,7 +166,7 @@ def _head_parts(cls: Any) -> dict[str, type] | None:
 def _base_arguments(head: Any) -> set[str]:
     """What the base models of the head's family take: no labels."""
     package = head.__module__.rpartition(".")[0]
-    models = [cls for cls in family_classes("model", "attention_model") if cls.__module__.startswith(f"{package}.")]
+    models = [cls for cls in family_classes(*MODELS) if cls.__module__.startswith(f"{package}.")]
     return {name for cls in models for name in inspect.signature(cls.forward).parameters}
 
 
@@ -245,8 +240,10 @@ def mismatch(module: nn.Module) -> str | None:
 def _set_interface(module: Any) -> None:
     """Where nobody can replace the layers' mask, calls in the padded layout reach the fused attention through
     transformers' attention interface instead."""
-    facts = type(module).__dict__.get("_rk_facts")
-    implementation = None if getattr(facts, "masks", None) is None else module.config._attn_implementation
+    cls: Any = type(module)
+    facts = cls.__dict__.get("_rk_facts")
+    at_hand = getattr(facts, "masks", None) is not None and cls._rk_role != "biased_model"
+    implementation = None if not at_hand else module.config._attn_implementation
     if implementation in ("eager", "sdpa") and attention_interface.unavailable is None:
         keep_implementation(module, implementation)
         module.set_attn_implementation(ATTENTION)

@@ -15,16 +15,15 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn import functional as F
 
 from roberta_kernels.hf.families import family_of, part_class, role_of
+from roberta_kernels.hf.formulas import IDS, MASK, attention, dense, numbers, output, padded_positions, same
 from roberta_kernels.hf.masks import BESIDE
 from roberta_kernels.hf.structure import (
     AROUND,
-    CoreParts,
-    OutputParts,
     attention_parts,
     core_parts,
     feed_forward_parts,
@@ -97,12 +96,12 @@ def difference(cls: Any, role: str) -> str | None:
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.device("cpu"), unset_fake_temporarily():
                 module = tiny(cls)
-                facts, same = _RUNS[role](module)
+                facts, as_known = _RUNS[role](module)
         except Exception as error:
             # Not kept: a later call may come from where it can be run.
             return f"{cls.__name__} cannot be run as known: {type(error).__name__}: {error}"
         own = not any(replaced_code(type(part)) for part in module.modules())
-        _known[key] = Verdict(facts, None if same else f"{cls.__name__} computes something else", own)
+        _known[key] = Verdict(facts, None if as_known else f"{cls.__name__} computes something else", own)
     return _known[key].difference if key in _known else None
 
 
@@ -185,42 +184,28 @@ def tiny(cls: Any) -> Any:
     finally:
         _making.reset(token)
     for i, parameter in enumerate(module.parameters()):
-        parameter.copy_(_numbers(parameter.shape, i))
+        parameter.copy_(numbers(parameter.shape, i))
     return module
-
-
-_MASK = torch.tensor([[0.0] * 5, [0.0] * 3 + [-1e9] * 2], dtype=torch.float64)[:, None, None, :]
-_IDS = [[5, 6, 7, 8, 9], [9, 6, 7, 1, 1]]  # 1: padding
 
 
 def _layer(role: str) -> Callable[[Any], tuple[LayerFacts, bool]]:
     def run(module: Any) -> tuple[LayerFacts, bool]:
-        x = _numbers((2, 5, 16), 100)
+        x = numbers((2, 5, 16), 100)
         first, second = attention_parts(module, role), feed_forward_parts(module, role)
-        attended = _output(first.output, _attention(first.core, x, _MASK), x)
-        want = _output(second.output, F.gelu(_dense(second.inner, attended)), attended)
-        return LayerFacts(_around(module, role)), _same(module(x, _MASK), want)
+        attended = output(first.output, attention(first.core, x, MASK), x)
+        want = output(second.output, F.gelu(dense(second.inner, attended)), attended)
+        return LayerFacts(_around(module, role)), same(module(x, MASK), want)
 
     return run
 
 
-def _feed_forward_layer(module: Any) -> tuple[LayerFacts, bool]:
-    """Whatever the attention computes."""
-    x, bias, role = _numbers((2, 5, 16), 100), _numbers((2, 2, 5, 5), 101), "feed_forward_layer"
-    second = feed_forward_parts(module, role)
-    attended = module.attention(x, _MASK, bias)[0]
-    want = _output(second.output, F.gelu(_dense(second.inner, attended)), attended)
-    got = module(x, _MASK, bias)
-    return LayerFacts(_around(module, role)), isinstance(got, tuple) and len(got) == 1 and _same(got[0], want)
-
-
-def _attention_output(module: Any) -> tuple[None, bool]:
-    """Whatever `attn` computes."""
-    x, bias, norm = _numbers((2, 5, 16), 100), _numbers((2, 2, 5, 5), 101), module.LayerNorm
-    want = module.attn(x, _MASK, bias)[0] + x
-    want = F.layer_norm(want, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-    got = module(x, _MASK, bias)
-    return None, isinstance(got, tuple) and len(got) == 1 and _same(got[0], want)
+def _biased_layer(module: Any) -> tuple[LayerFacts, bool]:
+    x, bias, role = numbers((2, 5, 16), 100), numbers((2, 2, 5, 5), 101), "mpnet_layer"
+    first, second = attention_parts(module, role), feed_forward_parts(module, role)
+    attended = output(first.output, attention(first.core, x, MASK + bias), x)
+    want = output(second.output, F.gelu(dense(second.inner, attended)), attended)
+    got = module(x, MASK, bias)
+    return LayerFacts(_around(module, role)), isinstance(got, tuple) and len(got) == 1 and same(got[0], want)
 
 
 def _around(module: Any, role: str) -> tuple[tuple[tuple[str, type], ...], ...]:
@@ -228,18 +213,18 @@ def _around(module: Any, role: str) -> tuple[tuple[tuple[str, type], ...], ...]:
 
 
 def _self_attention(module: Any) -> tuple[None, bool]:
-    x = _numbers((2, 5, 16), 100)
-    return None, _same(module(x, _MASK)[0], _attention(core_parts(module), x, _MASK))
+    x = numbers((2, 5, 16), 100)
+    return None, same(module(x, MASK)[0], attention(core_parts(module), x, MASK))
 
 
 def _self_output(module: Any) -> tuple[None, bool]:
-    x, residual = _numbers((2, 5, 16), 100), _numbers((2, 5, 16), 101)
-    return None, _same(module(x, residual), _output(output_parts(module), x, residual))
+    x, residual = numbers((2, 5, 16), 100), numbers((2, 5, 16), 101)
+    return None, same(module(x, residual), output(output_parts(module), x, residual))
 
 
 def _embeddings(positions: Callable[[Tensor], Tensor], typed: bool = True) -> Callable[[Any], tuple[None, bool]]:
     def run(module: Any) -> tuple[None, bool]:
-        ids = torch.tensor(_IDS)
+        ids = torch.tensor(IDS)
         types, own = (ids > 6).long(), torch.tensor([[3, 1, 2, 4, 7]])
         norm = module.LayerNorm
 
@@ -249,43 +234,70 @@ def _embeddings(positions: Callable[[Tensor], Tensor], typed: bool = True) -> Ca
             x = x + module.position_embeddings.weight[positions]
             return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
-        plain = _same(module(input_ids=ids), want(torch.zeros_like(ids), positions(ids)))
+        plain = same(module(input_ids=ids), want(torch.zeros_like(ids), positions(ids)))
         given = module(input_ids=ids, position_ids=own, **({"token_type_ids": types} if typed else {}))
-        return None, plain and _same(given, want(types, own))
+        return None, plain and same(given, want(types, own))
 
     return run
 
 
-def padded_positions(ids: Tensor, padding_idx: int) -> Tensor:
-    """RoBERTa's position ids, of ids `[B, S]`: padding stays at padding_idx, the rest counts on from it."""
-    real = ids.ne(padding_idx).int()
-    return (torch.cumsum(real, dim=1).type_as(real) * real).long() + padding_idx
+def _run_layers(module: Any, x: Tensor) -> Tensor:
+    for layer in _encoder(module).layer:
+        x = layer(x, MASK)
+    return x
 
 
-def _model(module: Any) -> tuple[ModelFacts, bool]:
-    ids = torch.tensor(_IDS)
-    mask = (ids != 1).long()
-    out = module(input_ids=ids, attention_mask=mask)
-    pooled = "pooler_output" in inspect.signature(type(out)).parameters
-    unpadded: str | None
-    try:
-        x = module.embeddings(input_ids=ids)
-        project = module._modules.get("embeddings_project")
-        x = x if project is None else project(x)
-        for layer in _encoder(module).layer:
-            x = layer(x, _MASK)
-        real = mask.bool()
-        same = _same(out.last_hidden_state[real], x[real])
-        pooler = module._modules.get("pooler") if pooled else None
-        if pooler is not None:
-            same = same and _same(out.pooler_output, pooler(x))
-        more = [name for name in out if name not in ("last_hidden_state", "pooler_output") and out[name] is not None]
-        unpadded = None if same and not more else f"{type(module).__name__}.forward does more than run its parts"
-        if unpadded is None and pooler is not None and not _same(out.pooler_output, pooler(_without_padding(x, real))):
-            unpadded = f"{type(pooler).__name__} reads padded rows"
-    except Exception as error:
-        unpadded = f"the parts of {type(module).__name__} cannot be run as known: {type(error).__name__}: {error}"
-    return _model_facts(module, out, pooled, unpadded, _masks_reach(module, ids, mask, "")), True
+def _run_biased_layers(module: Any, x: Tensor) -> Tensor:
+    encoder, states = _encoder(module), [x]
+    bias = encoder.compute_position_bias(x)
+    if not torch.equal(bias, position_bias(encoder, x, x.shape[1]).expand_as(bias)):
+        raise ValueError("the bias on the scores follows more than positions")
+    for layer in encoder.layer:
+        states.append(layer(states[-1], MASK, bias)[0])
+    given = module(input_ids=torch.tensor(IDS), attention_mask=_real().long(), output_hidden_states=True)
+    if not all(same(got, want) for got, want in zip(given.hidden_states, states, strict=True)):
+        raise ValueError("other hidden states are given out")
+    return states[-1]
+
+
+def position_bias(encoder: Any, like: Tensor, length: int) -> Tensor:
+    """`[heads, length, length]`: what the original adds to the scores of every layer, made by itself. It depends on
+    positions alone, so one sequence's is everyone's. like: a tensor `[..., H]` of the hidden states' kind."""
+    return encoder.compute_position_bias(like.new_empty(1, length, like.shape[-1]))[0]
+
+
+def _real() -> Tensor:
+    return torch.tensor(IDS) != 1
+
+
+def _model(run_layers: Callable[[Any, Tensor], Tensor]) -> Callable[[Any], tuple[ModelFacts, bool]]:
+    def run(module: Any) -> tuple[ModelFacts, bool]:
+        ids, real = torch.tensor(IDS), _real()
+        mask = real.long()
+        out = module(input_ids=ids, attention_mask=mask)
+        pooled = "pooler_output" in inspect.signature(type(out)).parameters
+        unpadded: str | None
+        try:
+            x = module.embeddings(input_ids=ids)
+            project = module._modules.get("embeddings_project")
+            x = run_layers(module, x if project is None else project(x))
+            as_known = same(out.last_hidden_state[real], x[real])
+            pooler = module._modules.get("pooler") if pooled else None
+            if pooler is not None:
+                as_known = as_known and same(out.pooler_output, pooler(x))
+            more = [n for n in out if n not in ("last_hidden_state", "pooler_output") and out[n] is not None]
+            unpadded = (
+                None if as_known and not more else f"{type(module).__name__}.forward does more than run its parts"
+            )
+            if unpadded is None and pooler is not None and not same(out.pooler_output, pooler(_zeros(x, real))):
+                unpadded = f"{type(pooler).__name__} reads padded rows"
+        except Exception as error:
+            unpadded = f"the parts of {type(module).__name__} cannot be run as known: {type(error).__name__}: {error}"
+        biased = run_layers is _run_biased_layers  # which the fused code runs itself, with masks of its own
+        reach = unpadded if biased else _masks_reach(module, ids, mask, "")
+        return _model_facts(module, out, pooled, unpadded, reach), True
+
+    return run
 
 
 def _encoder(module: Any) -> Any:
@@ -294,14 +306,14 @@ def _encoder(module: Any) -> Any:
     return getattr(module, family.encoder)
 
 
-def _without_padding(x: Tensor, real: Tensor) -> Tensor:
+def _zeros(x: Tensor, real: Tensor) -> Tensor:
     """What the unpadded layout gives of hidden states: zeros at padded positions."""
     return x.masked_fill(~real[..., None], 0.0)
 
 
 def _head(module: Any) -> tuple[HeadFacts, bool]:
     """Whether what stands behind the base model reads padded rows."""
-    ids = torch.tensor(_IDS)
+    ids = torch.tensor(IDS)
     base = getattr(module, module.base_model_prefix)
     for shape in ((2, 5), (1, 2, 5)):  # of multiple choice
         try:
@@ -314,7 +326,7 @@ def _head(module: Any) -> tuple[HeadFacts, bool]:
     real = ids != 1
 
     def hook(_module: Any, _args: Any, out: Any) -> Any:
-        hidden_states = _without_padding(out[0], real)
+        hidden_states = _zeros(out[0], real)
         if isinstance(out, tuple):
             return (hidden_states, *out[1:])
         return type(out)(**{**out, "last_hidden_state": hidden_states})
@@ -330,12 +342,12 @@ def _head(module: Any) -> tuple[HeadFacts, bool]:
 def _same_rows(got: Any, want: Any, real: Tensor) -> bool:
     """At the real positions of a tensor of the shape `[batch, length, ...]`; of any other, everywhere."""
     if isinstance(want, Tensor) and want.shape[:2] == real.shape:
-        return _same(got[real], want[real])
-    return _same(got, want) if isinstance(want, Tensor) else True
+        return same(got[real], want[real])
+    return same(got, want) if isinstance(want, Tensor) else True
 
 
 def _attention_model(module: Any) -> tuple[ModelFacts, bool]:
-    ids = torch.tensor(_IDS)
+    ids = torch.tensor(IDS)
     mask = (ids != 1).long()
     out = module(input_ids=ids, attention_mask=mask)
     reach = _masks_reach(module, ids, mask, "attention.self")
@@ -378,16 +390,16 @@ def _masks_reach(module: Any, ids: Tensor, mask: Tensor, where: str) -> str | No
 
     def hand_over(*args: Any, **kwargs: Any) -> Any:
         given.append(any(value is mask for value in (*args, *kwargs.values())))
-        return (_MASK, *original(*args, **kwargs)[1:])
+        return (MASK, *original(*args, **kwargs)[1:])
 
     def look(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        received.append(any(value is _MASK for value in (*args, *kwargs.values())))
+        received.append(any(value is MASK for value in (*args, *kwargs.values())))
 
     parts = [layer.get_submodule(where) for layer in layers]
     handles = [part.register_forward_pre_hook(look, with_kwargs=True) for part in parts]
     try:
         if beside:
-            module(input_ids=ids, attention_mask=mask, **{BESIDE: _MASK})
+            module(input_ids=ids, attention_mask=mask, **{BESIDE: MASK})
         else:
             module.__dict__["_create_attention_masks"] = hand_over
             module(input_ids=ids, attention_mask=mask)
@@ -407,42 +419,16 @@ def _masks_reach(module: Any, ids: Tensor, mask: Tensor, where: str) -> str | No
 _RUNS: dict[str, Callable[[Any], tuple[Facts, bool]]] = {
     "layer": _layer("layer"),
     "distilbert_layer": _layer("distilbert_layer"),
-    "feed_forward_layer": _feed_forward_layer,
-    "attention_output": _attention_output,
+    "mpnet_layer": _biased_layer,
     "self_attention": _self_attention,
     "self_output": _self_output,
     "embeddings": _embeddings(lambda ids: padded_positions(ids, 1)),
     "absolute_embeddings": _embeddings(lambda ids: torch.arange(ids.shape[1])[None]),
     "typeless_embeddings": _embeddings(lambda ids: padded_positions(ids, 1), typed=False),
     "typeless_absolute_embeddings": _embeddings(lambda ids: torch.arange(ids.shape[1])[None], typed=False),
-    "model": _model,
+    "model": _model(_run_layers),
+    "biased_model": _model(_run_biased_layers),
     "attention_model": _attention_model,
     "head": _head,
     "token_head": _head,
 }
-
-
-def _same(got: Any, want: Tensor) -> bool:
-    return isinstance(got, Tensor) and got.shape == want.shape and torch.allclose(got, want, rtol=1e-9, atol=1e-9)
-
-
-def _numbers(shape: Any, start: int) -> Tensor:
-    count = torch.Size(shape).numel()
-    return torch.sin(torch.arange(count, dtype=torch.float64) * 1.7 + start).view(shape)
-
-
-def _dense(linear: nn.Linear, x: Tensor) -> Tensor:
-    return F.linear(x, linear.weight, linear.bias)
-
-
-def _output(output: OutputParts, x: Tensor, residual: Tensor) -> Tensor:
-    norm: nn.LayerNorm = output.norm
-    return F.layer_norm(_dense(output.dense, x) + residual, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-
-
-def _attention(core: CoreParts, x: Tensor, mask: Tensor) -> Tensor:
-    heads = []
-    for linear in (core.query, core.key, core.value):
-        heads.append(F.linear(x, linear.weight, linear.bias).unflatten(-1, (2, 8)).transpose(1, 2))
-    query, key, value = heads
-    return ((query @ key.mT * 8**-0.5 + mask).softmax(-1) @ value).transpose(1, 2).flatten(2)

@@ -64,7 +64,7 @@ def _attend(
     query, key, value = (p.reshape(-1, p.shape[-1] // head_dim, head_dim) for p in projected)
     if choice.head_dim != head_dim:
         query, key, value = (F.pad(t, (0, choice.head_dim - head_dim)) for t in (query, key, value))
-    dropout_p = attention_dropout(core)
+    dropout_p, bias = attention_dropout(core), sequences.bias
     context = ops.attention(
         query,
         key,
@@ -76,6 +76,7 @@ def _attend(
         key_mask=sequences.key_mask,
         dropout_p=dropout_p,
         seed=seed if dropout_p > 0 else None,
+        bias=None if bias is None else bias.to(query.dtype),  # autocast gives the products in its own dtype
     )
     return context[..., :head_dim].reshape(projected[0].shape)
 
@@ -182,32 +183,6 @@ class FastFeedForward(HuggingFaceModule):
         return self.output(self.intermediate(attention_output), attention_output)
 
 
-class FastFeedForwardLayer(FastFeedForward):
-    """A layer whose attention is not RoBERTa's (MPNet's, with a bias on its scores): that runs the original code."""
-
-    def _rk_forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if (reason := replaced(self)) is not None:
-            _count(self, (reason,))
-            return super().forward(hidden_states, *args, **kwargs)
-        attended, *rest = self.attention(hidden_states, *args, **kwargs)
-        choice = feed_forward_choice(self, attended.dtype, attended.shape[-1], autocast_dtype(attended.device.type))
-        return (self._rk_feed_forward(choice, attended), *rest)
-
-
-class FastAttentionOutput(HuggingFaceModule):
-    """An attention block with dropout, residual and LayerNorm of its own, behind an attention that is not RoBERTa's."""
-
-    def _rk_forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        output = OutputParts((), None, self.dropout, self.LayerNorm)
-        choice = output_choice(output, hidden_states.dtype, hidden_states.shape[-1])
-        if (reason := replaced(self) or choice.reason) is not None:
-            _count(self, (reason,))
-            return super().forward(hidden_states, *args, **kwargs)
-        attended, *rest = self.attn(hidden_states, *args, **kwargs)
-        seed = ops.draw_seeds(1, hidden_states.device)[0] if output_dropout(output) > 0 else None
-        return (_add_norm(output, attended, None, hidden_states, seed), *rest)
-
-
 class FastLayer(FastFeedForward):
     """Fused attention where the model hands it sequences, fused feed-forward always."""
 
@@ -222,9 +197,13 @@ class FastLayer(FastFeedForward):
         if mask is None:  # called with a Hugging Face mask: the model chose the original attention
             if state.options.quantization is not None:
                 state.fell_back(self, "float32 weights: the original attention runs", NOT_QUANTISED)
-            return super().forward(hidden_states, *args, **kwargs)
+            return self._rk_own_attention(hidden_states, *args, **kwargs)
         with in_force(state):
             return self._rk_run(mask, hidden_states, args, kwargs)
+
+    def _rk_own_attention(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The layer with the original code of its attention."""
+        return super().forward(hidden_states, *args, **kwargs)
 
     def _rk_run(self, mask: LayerMask, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         choice = self._rk_choice(mask, hidden_states)
@@ -299,3 +278,23 @@ class FastDistilBertLayer(FastLayer):
 
     def _rk_own_feed_forward(self, attention_output: Tensor) -> Tensor:
         return self.output_layer_norm(self.ffn(attention_output) + attention_output)
+
+
+class FastMPNetLayer(FastLayer):
+    """The same with a bias on its scores, which it finds with the sequences. Of its model's own code it takes a mask, a
+    bias and what was asked for, and gives a tuple."""
+
+    def _rk_forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        output = super()._rk_forward(hidden_states, *args, **kwargs)
+        return output if isinstance(output, tuple) else (output,)
+
+    def _rk_own_attention(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if (reason := replaced(self)) is not None:
+            _count(self, (reason,))
+            return super()._rk_own_attention(hidden_states, *args, **kwargs)
+        attended, *rest = self.attention(hidden_states, *args, **kwargs)
+        choice = feed_forward_choice(self, attended.dtype, attended.shape[-1], autocast_dtype(attended.device.type))
+        return (self._rk_feed_forward(choice, attended), *rest)
+
+    def _rk_chunk(self, choice: FeedForwardChoice) -> int:
+        return 0

@@ -11,15 +11,16 @@ from torch import Tensor
 from roberta_kernels import backends, quantized, unpadding
 from roberta_kernels.hf import padding, route
 from roberta_kernels.hf.arguments import by_name, is_causal
-from roberta_kernels.hf.choice import AttentionChoice, self_attention_choice
+from roberta_kernels.hf.choice import AttentionChoice, any_skipped, replaced, self_attention_choice
 from roberta_kernels.hf.embeddings import HuggingFaceModule
 from roberta_kernels.hf.fusable import own_forward
+from roberta_kernels.hf.known_code import position_bias
 from roberta_kernels.hf.layer import FastLayer, FastSelfAttention
 from roberta_kernels.hf.masks import BESIDE, Handover, LayerMask, RealRows, find, put
-from roberta_kernels.hf.state import Options, drop_quantized, in_force, state_of
+from roberta_kernels.hf.state import Options, drop_quantized, state_of
 from roberta_kernels.hf.structure import core_parts
 from roberta_kernels.hf.survey import Survey, encoder_of
-from roberta_kernels.unpadding import Unpadding
+from roberta_kernels.unpadding import Sequences, Unpadding
 
 
 class FastModel(HuggingFaceModule):
@@ -65,12 +66,13 @@ class FastModel(HuggingFaceModule):
 
     def _rk_unpadded(self, chosen: route.Unpadded, batch_layout: Unpadding, kwargs: dict[str, Any]) -> Any:
         hidden_states = self._rk_embed(chosen, batch_layout, kwargs)
+        sequences = self._rk_sequences(batch_layout.sequences, hidden_states, batch_layout.length)
         if isinstance(chosen, route.Encoder):
-            hidden_states = chosen.call.run(hidden_states, batch_layout.sequences)
+            hidden_states = chosen.call.run(hidden_states, sequences)
         else:
-            layer_mask = LayerMask(batch_layout.sequences, chosen.choices)
+            layer_mask = LayerMask(sequences, chosen.choices)
             for layer in encoder_of(self).layer:
-                hidden_states = layer(hidden_states, layer_mask)
+                hidden_states = self._rk_layer(layer, hidden_states, layer_mask)
         return self._rk_output(batch_layout.pad(hidden_states), kwargs.get("return_dict"))
 
     def _rk_embed(self, chosen: route.Unpadded, batch_layout: Unpadding, kwargs: dict[str, Any]) -> Tensor:
@@ -137,7 +139,21 @@ class FastModel(HuggingFaceModule):
         make = super()._create_attention_masks
         return handover.layer_mask(lambda: make(*args, **kwargs)[0]), None
 
-    # --- what route.decide asks of the kind of model ---
+    # --- what differs between kinds of models ---
+
+    _rk_biased = False  # whether a bias on the scores follows the position in the batch
+
+    def _rk_sequences(self, sequences: Sequences, hidden_states: Tensor, length: int) -> Sequences:
+        """The sequences of a batch of this length as layers get them, which are given hidden_states."""
+        return sequences
+
+    def _rk_layer(self, layer: Any, hidden_states: Tensor, mask: LayerMask) -> Tensor:
+        return layer(hidden_states, mask)
+
+    def _rk_original_reason(self, survey: Survey, choices: dict[int, Any], unknown: str | None) -> str | None:
+        """Why the original attention must run, or None. unknown: why the hidden states may be others than the choices
+        are for."""
+        return None
 
     def _rk_known_layers(self, layers: tuple[Any, ...]) -> bool:
         return all(isinstance(layer, FastLayer) for layer in layers)
@@ -176,11 +192,56 @@ class FastAttentionModel(FastModel):
         return {id(core): self_attention_choice(core_parts(core), survey.like.dtype) for core in cores}
 
 
-class FastPlainModel(HuggingFaceModule):
-    """A model whose parts run fused by themselves, in the padded layout."""
+class FastBiasedModel(FastModel):
+    """A model with a bias on the scores of all its layers (MPNet's). Its forward takes nothing in the place of a mask:
+    so the padded layout too runs here, part by part. known_code has compared this with its forward."""
 
-    def _rk_forward(self, *args: Any, **kwargs: Any) -> Any:
-        state = state_of(self)
-        state.stayed_padded("the attention of this family is not fused")
-        with in_force(state):
-            return super().forward(*args, **kwargs)
+    _rk_biased = True
+
+    def _rk_run(self, kwargs: dict[str, Any]) -> Any:
+        # Of this forward's arguments a None given is none: the config's answer counts.
+        return super()._rk_run({name: value for name, value in kwargs.items() if value is not None})
+
+    def _rk_padded(self, chosen: route.Padded | route.ThroughInterface | route.Original, kwargs: dict[str, Any]) -> Any:
+        if not isinstance(chosen, route.Padded):
+            return super()._rk_padded(chosen, kwargs)
+        if chosen.reason is not None:
+            state_of(self).stayed_padded(chosen.reason)
+        mask = kwargs.get("attention_mask")
+        hidden_states = self.embeddings(
+            **{name: kwargs[name] for name in self._rk_embedding_arguments if name in kwargs}
+        )
+        batch, length = hidden_states.shape[:2]
+        sequences = unpadding.padded_sequences(batch, length, mask, hidden_states.device, False)
+        layer_mask = LayerMask(self._rk_sequences(sequences, hidden_states, length), chosen.choices)
+        asked = route.wants(self, "output_hidden_states", kwargs)
+        states: tuple[Tensor, ...] = (hidden_states,)
+        for layer in encoder_of(self).layer:
+            hidden_states = self._rk_layer(layer, hidden_states, layer_mask)
+            states = (*states, hidden_states) if asked else states
+        output = self._rk_output(hidden_states, kwargs.get("return_dict"), states if asked else None)
+        return _zero_padding(output, mask) if chosen.zeros else output
+
+    def _rk_output(
+        self, sequence_output: Tensor, return_dict: bool | None, states: tuple[Tensor, ...] | None = None
+    ) -> Any:
+        pooled = None if self.pooler is None else self.pooler(sequence_output)
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        if not return_dict:
+            return (sequence_output, pooled) if states is None else (sequence_output, pooled, states)
+        return self._rk_facts.output(last_hidden_state=sequence_output, pooler_output=pooled, hidden_states=states)
+
+    def _rk_sequences(self, sequences: Sequences, hidden_states: Tensor, length: int) -> Sequences:
+        bias = position_bias(encoder_of(self), hidden_states, length)
+        return Sequences(sequences.cu_seqlens, sequences.max_seqlen, sequences.key_mask, sequences.causal, bias)
+
+    def _rk_layer(self, layer: Any, hidden_states: Tensor, mask: LayerMask) -> Tensor:
+        return layer(hidden_states, mask)[0]
+
+    def _rk_known_layers(self, layers: tuple[Any, ...]) -> bool:
+        # Their own mask is never made; what runs before a layer may change what was chosen for it.
+        known = super()._rk_known_layers(layers) and not any(layer._forward_pre_hooks for layer in layers)
+        return known and any_skipped(encoder_of(self)) is None and replaced(self) is None
+
+    def _rk_original_reason(self, survey: Survey, choices: dict[int, Any], unknown: str | None) -> str | None:
+        return unknown or next((c.attention.reason for c in choices.values() if c.attention.reason is not None), None)

@@ -30,6 +30,8 @@ def layout(
     reason = _original(model, padding, embeds, causal and chosen.reads == "all")
     if reason is not None:
         return route.Original(reason)
+    if model._rk_biased and chosen.reads != "all" and not padding.at_the_end():
+        return route.because(chosen.padded, "padding that is not at the end, and a bias on the scores, by position")
     if chosen.reads == "real":
         return padding.real_rows(causal)
     reason = chosen.differ or _differ(model, padding, kwargs, causal)

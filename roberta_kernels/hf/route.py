@@ -242,6 +242,9 @@ def _decide(model: Any, survey: Survey, call: Call) -> Route:
     fused = isinstance(model._modules["embeddings"], FastEmbeddings) and call.embeds is None
     unknown = _embeddings_reason(survey, call, fused)  # of which dtype the hidden states will be, say
     choices = model._rk_choices(survey, call, options)
+    reason = model._rk_original_reason(survey, choices, unknown)
+    if reason is not None:
+        return Original(reason)
     handed = _handed(survey, choices) if unknown is None and survey.watch is not None else None
     reason = call.padded or survey.padded or unknown
     if reason is None:
@@ -259,6 +262,8 @@ def _decide(model: Any, survey: Survey, call: Call) -> Route:
 
 def _differ(model: Any, survey: Survey, call: Call, fused: bool) -> str | None:
     """Why the padded rows of a sequence are not one row, whatever the data, or None."""
+    if model._rk_biased:
+        return "the bias on the scores makes padded rows differ"
     if survey.dropout:
         return "dropout makes padded rows differ"
     if call.embeds is not None:

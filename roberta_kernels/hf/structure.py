@@ -1,7 +1,8 @@
 """The parts that a module of a known class must have, what they are to the fused code, and whether a class is still its
 own.
 
-DistilBERT's layer is RoBERTa's under other names: this is the one place that knows both.
+DistilBERT's layer is RoBERTa's under other names, MPNet's too, with a bias on its scores: this is the one place that
+knows them all.
 """
 
 from __future__ import annotations
@@ -35,11 +36,12 @@ _STRUCTURES: dict[str, dict[str, tuple[set[str], set[str]]]] = {
         ),
         "ffn": ({"lin1", "lin2", "dropout"}, {"activation", "chunk_size_feed_forward"}),
     },
-    "feed_forward_layer": {
+    "mpnet_layer": {
         "": ({"attention", "intermediate", "output"}, set()),
+        "attention": ({"attn", "LayerNorm", "dropout"}, set()),
+        "attention.attn": ({"q", "k", "v", "o", "dropout"}, {"attention_head_size"}),
         **{name: _LAYER_STRUCTURE[name] for name in ("intermediate", "output")},
     },
-    "attention_output": {"": ({"attn", "LayerNorm", "dropout"}, set())},
     "self_attention": {"": _LAYER_STRUCTURE["attention.self"]},
     "self_output": {"": (_OUTPUT_PARTS, set())},
     "embeddings": {"": (_TABLES | {"LayerNorm", "dropout"}, {"padding_idx"})},
@@ -158,18 +160,26 @@ def _distilbert_feed_forward(layer: Any) -> FeedForwardParts:
     return FeedForwardParts(ffn, parts["lin1"], ffn.activation, output, ffn.chunk_size_feed_forward)
 
 
+def _mpnet_attention(layer: Any) -> AttentionParts:
+    attention = layer._modules["attention"]
+    core, norm = attention._modules["attn"], attention._modules["LayerNorm"]
+    parts, head_dim = core._modules, core.attention_head_size
+    own = CoreParts(core, parts["q"], parts["k"], parts["v"], parts["dropout"], head_dim, head_dim**-0.5)
+    return AttentionParts(attention, own, OutputParts((), parts["o"], attention._modules["dropout"], norm))
+
+
 # By the role of a layer, for each half: its parts, and the modules around them, each after the one that it is in.
 _HALVES: dict[str, tuple[Callable[[Any], AttentionParts], Callable[[Any], FeedForwardParts]]] = {
     "layer": (_roberta_attention, _roberta_feed_forward),
     "distilbert_layer": (_distilbert_attention, _distilbert_feed_forward),
-    "feed_forward_layer": (_roberta_attention, _roberta_feed_forward),  # the second half alone
+    "mpnet_layer": (_mpnet_attention, _roberta_feed_forward),
 }
 AROUND: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "layer": (("attention", "attention.self", "attention.output"), ("intermediate", "output")),
     "distilbert_layer": (("attention",), ("ffn",)),
-    "feed_forward_layer": ((), ("intermediate", "output")),
+    "mpnet_layer": (("attention", "attention.attn"), ("intermediate", "output")),
 }
-LAYER_ROLES = ("layer", "distilbert_layer")  # of whole layers
+LAYER_ROLES = ("layer", "distilbert_layer", "mpnet_layer")  # of whole layers
 
 
 def attention_parts(layer: Any, role: str | None = None) -> AttentionParts:
@@ -184,7 +194,10 @@ def feed_forward_parts(layer: Any, role: str | None = None) -> FeedForwardParts:
 
 # --- code of somebody else's in a class ------------------------------------------------------------------------------
 
-METHODS = ("forward", "feed_forward_chunk", "ff_chunk", "create_position_ids_from_input_ids", "_create_attention_masks")
+METHODS = (
+    *("forward", "feed_forward_chunk", "ff_chunk", "create_position_ids_from_input_ids", "_create_attention_masks"),
+    *("compute_position_bias", "relative_position_bucket"),
+)
 
 
 def replaced_code(cls: type) -> str | None:

@@ -40,9 +40,10 @@ def attention(
     key_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """softmax(scale * q @ k^T) @ v within each sequence (Vaswani et al. 2017, section 3.2.1), differentiable in q, k
-    and v.
+    """softmax(scale * q @ k^T + bias) @ v within each sequence (Vaswani et al. 2017, section 3.2.1), differentiable in
+    q, k, v and bias.
 
     Args:
         q: `[Tq, heads, head_dim]`, packed queries. head_dim 16 to 128, a multiple of 8. q, k and v may be views (of
@@ -56,6 +57,10 @@ def attention(
         key_mask: bool `[Tk]`, True: the key may be seen. None: all.
         dropout_p: probability of dropping a softmax weight, in [0, 1).
         seed: int64 `[1]`, for dropout_p > 0 (see draw_seeds).
+        bias: `[heads, max_seqlen_q or more, max_seqlen_k or more]`, of q's dtype: bias[h, i, j] is added to the score
+            of query i and key j of a sequence, the same in every sequence; i and j count the sequence's own rows, those
+            too that key_mask hides (a relative position bias: Raffel et al. 2020, section 2.1). The CUDA backend takes
+            none: another serves in its place.
 
     float32 on a CPU follows torch.set_float32_matmul_precision where kernels can (ops/matmul_precision.py).
 
@@ -99,7 +104,9 @@ def attention(
             raise TypeError(f"key_mask is {key_mask.dtype}, and must be bool")
         key_mask = key_mask.contiguous()
     contract.check_dropout(dropout_p, seed, q)
-    kernels = backends.select(q, "attention", max_seqlen_q)
+    if bias is not None:
+        check_bias(bias, q, max_seqlen_q, max_seqlen_k)
+    kernels = backends.select(q, "attention" if bias is None else backends.BIASED_ATTENTION, max_seqlen_q)
     q, k, v = (t if t.stride(2) == 1 else t.contiguous() for t in (q, k, v))
     out, _ = matmul_precision.call(
         contract.call,
@@ -116,8 +123,18 @@ def attention(
         key_mask,
         dropout_p,
         seed if dropout_p > 0 else None,
+        bias,
     )
     return out
+
+
+def check_bias(bias: Tensor, q: Tensor, max_seqlen_q: int, max_seqlen_k: int | None) -> None:
+    check_tensor("bias", bias, (q.shape[1], None, None), q)
+    # not check(): making the message would tie a traced graph to these sizes
+    if bias.shape[1] < max_seqlen_q or bias.shape[2] < max_seqlen_k:  # type: ignore[operator]
+        raise ValueError(
+            f"bias has shape {list(bias.shape)}, too small for {max_seqlen_q} queries, {max_seqlen_k} keys"
+        )
 
 
 def _check_cu_seqlens(name: str, cu_seqlens: Tensor, rows: Tensor, max_seqlen: int) -> None:
@@ -140,41 +157,48 @@ def _check_cu_seqlens(name: str, cu_seqlens: Tensor, rows: Tensor, max_seqlen: i
 
 
 def _fake_forward(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, key_mask, dropout_p, seed
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, key_mask, dropout_p, seed, bias=None
 ):
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=lse_dtype)
 
 
-def _fake_backward(grad_out, q, k, v, out, lse, *rest):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _fake_backward(
+    grad_out, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, key_mask,
+    dropout_p, seed, bias=None,
+):  # fmt: skip
+    of_bias = q.new_empty(0 if bias is None else bias.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), of_bias
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, key_mask, dropout_p, seed = inputs
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, key_mask, dropout_p, seed, bias = (
+        inputs
+    )
     out, lse = output
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, key_mask, seed)
+    ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, key_mask, seed, bias)
     ctx.rest = (max_seqlen_q, max_seqlen_k, scale, causal, dropout_p)
 
 
 def _again(kernels: Any, ctx: Any, saved: tuple[Any, ...]) -> tuple[Any, ...]:
-    q, k, v, _, _, cu_seqlens_q, cu_seqlens_k, key_mask, seed = saved
+    q, k, v, _, _, cu_seqlens_q, cu_seqlens_k, key_mask, seed, bias = saved
     max_seqlen_q, max_seqlen_k, scale, causal, dropout_p = ctx.rest
     out, lse = kernels.attention_forward(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, key_mask, dropout_p, seed
-    )
-    return q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, key_mask, seed
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, key_mask, dropout_p, seed,
+        bias,
+    )  # fmt: skip
+    return q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, key_mask, seed, bias
 
 
 def _backward(kernels: backends.Kernels, ctx: Any, saved: tuple[Any, ...], grad_out: Tensor, *_: Any) -> Any:
-    q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, key_mask, seed = saved
+    q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, key_mask, seed, bias = saved
     max_seqlen_q, max_seqlen_k, scale, causal, dropout_p = ctx.rest
-    grads = kernels.attention_backward(
+    *grads, grad_bias = kernels.attention_backward(
         grad_out, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, key_mask,
-        dropout_p, seed,
+        dropout_p, seed, bias,
     )  # fmt: skip
-    return (*grads, *(None,) * 9)
+    return (*grads, *(None,) * 9, None if bias is None else grad_bias)
 
 
 contract.register(

@@ -1,4 +1,4 @@
-"""Attention over packed sequences, one sequence at a time: softmax(scale * q @ k^T) @ v.
+"""Attention over packed sequences, one sequence at a time: softmax(scale * q @ k^T + bias) @ v.
 
 Vaswani et al., Attention Is All You Need (2017), section 3.2.1; the backward pass as in FlashAttention (Dao et al.
 2022, appendix B.2), from the log-sum-exp.
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from roberta_kernels.reference.philox import keep_mask
 from roberta_kernels.reference.precision import accumulator_dtype
@@ -42,6 +43,12 @@ def _dropout(rows_q: slice, len_k: int, heads: int, dropout_p: float, seed: Tens
     return keep.to(dtype) * (1.0 / (1.0 - dropout_p))
 
 
+def _scores(q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    """Of one sequence, q `[heads, len_q, head_dim]` and k `[heads, len_k, head_dim]`: `[heads, len_q, len_k]`."""
+    scores = scale * (q @ k.transpose(1, 2))
+    return scores if bias is None else scores + bias[:, : q.shape[1], : k.shape[1]].to(scores.dtype)
+
+
 def attention_forward(
     q: Tensor,  # [Tq, heads, head_dim]
     k: Tensor,  # [Tk, heads, head_dim]
@@ -55,6 +62,7 @@ def attention_forward(
     key_mask: Tensor | None,  # [Tk] bool
     dropout_p: float,
     seed: Tensor | None,  # [1] int64
+    bias: Tensor | None = None,  # [heads, max_seqlen_q or more, max_seqlen_k or more]
 ) -> tuple[Tensor, Tensor]:
     """(out `[Tq, heads, head_dim]`, log-sum-exp `[heads, Tq]`)."""
     acc = accumulator_dtype(q.dtype)
@@ -67,7 +75,7 @@ def attention_forward(
             lses.append(lses[0].new_full((heads, rows_q.stop - rows_q.start), -math.inf))
             continue
         qs, ks, vs = (t.transpose(0, 1).to(acc) for t in (q[rows_q], k[rows_k], v[rows_k]))
-        scores = scale * (qs @ ks.transpose(1, 2))
+        scores = _scores(qs, ks, scale, bias)
         visible = _visible(rows_q, rows_k, causal, key_mask, q.device)
         if visible is not None:
             scores = scores.masked_fill(~visible, -math.inf)
@@ -99,11 +107,13 @@ def attention_backward(
     key_mask: Tensor | None,  # [Tk] bool
     dropout_p: float,
     seed: Tensor | None,  # [1] int64
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, each contiguous."""
+    bias: Tensor | None = None,  # [heads, max_seqlen_q or more, max_seqlen_k or more]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and bias, each contiguous; of no bias an empty `[0]`."""
     acc = accumulator_dtype(q.dtype)
     # Pieces, in order, and not places in one tensor: so torch.func.vmap can map over this.
     grads = [[t.new_zeros(0, *t.shape[1:])] for t in (q, k, v)]
+    grad_bias = q.new_zeros(0, dtype=acc) if bias is None else torch.zeros_like(bias, dtype=acc)
     for rows_q, rows_k in _sequences(cu_seqlens_q, cu_seqlens_k):
         len_k = rows_k.stop - rows_k.start
         if rows_q.start == rows_q.stop or len_k == 0:
@@ -113,7 +123,7 @@ def attention_backward(
         qs, ks, vs, gs, os = (
             t.transpose(0, 1).to(acc) for t in (q[rows_q], k[rows_k], v[rows_k], grad_out[rows_q], out[rows_q])
         )
-        scores = scale * (qs @ ks.transpose(1, 2))
+        scores = _scores(qs, ks, scale, bias)
         visible = _visible(rows_q, rows_k, causal, key_mask, q.device)
         if visible is not None:
             scores = scores.masked_fill(~visible, -math.inf)
@@ -128,7 +138,10 @@ def attention_backward(
             grad_probabilities = grad_probabilities * multiplier
         delta = (gs * os).sum(-1, keepdim=True)
         grad_scores = probabilities * (grad_probabilities - delta)
+        if bias is not None:
+            room = bias.shape[2] - len_k, bias.shape[1] - qs.shape[1]
+            grad_bias = grad_bias + F.pad(grad_scores, (0, room[0], 0, room[1]))
         values = scale * (grad_scores @ ks), scale * (grad_scores.transpose(1, 2) @ qs), dropped.transpose(1, 2) @ gs
         for pieces, value in zip(grads, values, strict=True):
             pieces.append(value.transpose(0, 1).to(q.dtype))
-    return torch.cat(grads[0]), torch.cat(grads[1]), torch.cat(grads[2])
+    return torch.cat(grads[0]), torch.cat(grads[1]), torch.cat(grads[2]), grad_bias.to(q.dtype)

@@ -1,4 +1,4 @@
-"""Attention over packed sequences: softmax(scale * q @ k^T) @ v, no `[S, S]` matrix in memory.
+"""Attention over packed sequences: softmax(scale * q @ k^T + bias) @ v, no `[S, S]` matrix in memory.
 
 FlashAttention-2 (Dao 2023, algorithms 1 and 2) with variable lengths. All sums are float32.
 
@@ -12,7 +12,8 @@ a head.
 Backward recomputes the probabilities from the log-sum-exp, in two kernels, so that every gradient has one owner and
 no atomics are needed: a program of one owns a tile of keys and sums dk and dv over the queries, a program of the
 other owns a tile of queries and sums dq over the keys (7 products instead of 5, and bitwise the same result every
-time). A small kernel first writes delta = rowsum(grad_out * out).
+time). A small kernel first writes delta = rowsum(grad_out * out). The gradient of a bias on the scores has a third: a
+program owns a tile of one head's bias and walks the sequences, in their order (2 products more).
 
 Programs are laid out flat: tile fastest, then head, then sequence; those past the end of their sequence leave at
 once. Lengths and counts are plain arguments that no compilation is keyed on. Strides are passed in units of 8
@@ -33,6 +34,7 @@ from roberta_kernels.triton.attention_backward import (
     attention_grad_q_kernel,
 )
 from roberta_kernels.triton.attention_forward import attention_forward_kernel
+from roberta_kernels.triton.attention_grad_bias import attention_grad_bias_kernel
 from roberta_kernels.triton.philox import keep_scale, threshold
 
 _DELTA_ROWS = 32
@@ -80,6 +82,23 @@ def grad_q_config(block_d: int, dtype: torch.dtype, asynchronous: bool, short: b
     return (128, 64, 8, 2) if asynchronous else (128, 32, 8, 2)
 
 
+class Biased:
+    """Tiles of the same kernels with a bias on the scores, and of the one for its gradient. An element of the bias
+    takes an address of its own, so tiles are small.
+    """
+
+    def __init__(self, block_d: int, dtype: torch.dtype, asynchronous: bool) -> None:
+        if dtype == torch.float32:
+            self.forward: _Config = (32, 16, 8, 2)
+            self.grad_kv: _Config = grad_kv_config(block_d, dtype, False, False, False)
+            self.grad_q: _Config = grad_q_config(block_d, dtype, False, False)
+            self.grad_bias: _Config = (32, 32, 8, 1) if block_d > 64 else (32, 32, 4, 1)
+        else:
+            self.forward = self.grad_q = (64, 32, 8, 2)
+            self.grad_kv = (32, 64 if asynchronous else 32, 8, 2)
+            self.grad_bias = (64 if asynchronous else 32, 32, 8, 1)
+
+
 _SHORT = 64
 
 
@@ -103,6 +122,10 @@ def _strides(unit: int, *tensors: Tensor) -> list[int]:
     return [t.stride(axis) // unit for t in tensors for axis in (0, 1)]
 
 
+def _bias_sizes(bias: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if bias is None else (bias.shape[1], bias.shape[2])
+
+
 def attention_forward(
     q: Tensor,  # [Tq, heads, head_dim]
     k: Tensor,  # [Tk, heads, head_dim]
@@ -116,6 +139,7 @@ def attention_forward(
     key_mask: Tensor | None,  # [Tk] bool
     dropout_p: float,
     seed: Tensor | None,  # [1] int64
+    bias: Tensor | None = None,  # [heads, max_seqlen_q or more, max_seqlen_k or more]
 ) -> tuple[Tensor, Tensor]:
     """(out `[Tq, heads, head_dim]`, log-sum-exp `[heads, Tq]` float32). Without unit stride in head_dim: a copy."""
     tokens_q, heads, head_dim = q.shape
@@ -128,17 +152,17 @@ def attention_forward(
         return out, lse
     block_d = max(16, triton.next_power_of_2(head_dim))
     asynchronous = device_facts.has_asynchronous_products(q.device)
-    block_m, block_n, warps, stages = forward_config(
-        block_d, q.dtype, asynchronous, max_seqlen_q <= _SHORT, dropout_p > 0
-    )
+    bias = None if bias is None else bias.contiguous()
+    config = forward_config(block_d, q.dtype, asynchronous, max_seqlen_q <= _SHORT, dropout_p > 0)
+    block_m, block_n, warps, stages = config if bias is None else Biased(block_d, q.dtype, asynchronous).forward
     tiles = triton.cdiv(max_seqlen_q, block_m)
     unit = _stride_unit(q, k, v)
     with device_facts.on_device(q):
         attention_forward_kernel[(tiles * heads * sequences,)](
-            q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, key_mask, seed if dropout_p > 0 else None,
-            *_strides(unit, q, k, v), heads, tokens_q, tiles, scale, threshold(dropout_p), keep_scale(dropout_p),
-            CAUSAL=causal, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, STRIDE_UNIT=unit,
-            PRECISION=device_facts.dot_precision(q.dtype), num_warps=warps, num_stages=stages,
+            q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, key_mask, bias, seed if dropout_p > 0 else None,
+            *_strides(unit, q, k, v), heads, tokens_q, tiles, *_bias_sizes(bias), scale, threshold(dropout_p),
+            keep_scale(dropout_p), CAUSAL=causal, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n,
+            STRIDE_UNIT=unit, PRECISION=device_facts.dot_precision(q.dtype), num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return out, lse
 
@@ -159,13 +183,17 @@ def attention_backward(
     key_mask: Tensor | None,  # [Tk] bool
     dropout_p: float,
     seed: Tensor | None,  # [1] int64
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, each contiguous."""
+    bias: Tensor | None = None,  # [heads, max_seqlen_q or more, max_seqlen_k or more]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and bias, each contiguous; of no bias an empty `[0]`."""
     tokens_q, heads, head_dim = q.shape
     sequences = cu_seqlens_q.shape[0] - 1
     grad_q, grad_k, grad_v = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    if bias is not None:
+        bias = bias.contiguous()
+    grad_bias = q.new_empty(0) if bias is None else torch.empty_like(bias)
     if tokens_q == 0 or max_seqlen_q == 0:
-        return grad_q, grad_k.zero_(), grad_v.zero_()
+        return grad_q, grad_k.zero_(), grad_v.zero_(), grad_bias.zero_()
     grad_out, q, k, v = _rows(grad_out, q, k, v)
     cu_seqlens_q, cu_seqlens_k, key_mask = _vectors(cu_seqlens_q, cu_seqlens_k, key_mask)
     out, lse = out.contiguous(), lse.contiguous()
@@ -174,9 +202,10 @@ def attention_backward(
     unit = _stride_unit(grad_out, q, k, v)
     strides = _strides(unit, grad_out, q, k, v)
     delta = torch.empty_like(lse)
+    biased = None if bias is None else Biased(block_d, q.dtype, asynchronous)
     if dropout_p == 0:
         seed = None
-    shared = (scale, threshold(dropout_p), keep_scale(dropout_p))
+    shared = (*_bias_sizes(bias), scale, threshold(dropout_p), keep_scale(dropout_p))
     constants = {
         "CAUSAL": causal,
         "HEAD_DIM": head_dim,
@@ -190,20 +219,28 @@ def attention_backward(
             BLOCK_M=_DELTA_ROWS, STRIDE_UNIT=unit, num_warps=4,
         )  # fmt: skip
         if max_seqlen_k > 0:
-            block_m, block_n, warps, stages = grad_kv_config(
-                block_d, q.dtype, asynchronous, max_seqlen_k <= _SHORT, dropout_p > 0
-            )
+            config = grad_kv_config(block_d, q.dtype, asynchronous, max_seqlen_k <= _SHORT, dropout_p > 0)
+            block_m, block_n, warps, stages = config if biased is None else biased.grad_kv
             tiles = triton.cdiv(max_seqlen_k, block_n)
             attention_grad_kv_kernel[(tiles * heads * sequences,)](
-                grad_out, q, k, v, lse, delta, grad_k, grad_v, cu_seqlens_q, cu_seqlens_k, key_mask, seed, *strides,
-                heads, tokens_q, tiles, *shared, BLOCK_M=block_m, BLOCK_N=block_n, **constants, num_warps=warps,
-                num_stages=stages,
+                grad_out, q, k, v, lse, delta, grad_k, grad_v, cu_seqlens_q, cu_seqlens_k, key_mask, bias, seed,
+                *strides, heads, tokens_q, tiles, *shared, BLOCK_M=block_m, BLOCK_N=block_n, **constants,
+                num_warps=warps, num_stages=stages,
             )  # fmt: skip
-        block_m, block_n, warps, stages = grad_q_config(block_d, q.dtype, asynchronous, max_seqlen_q <= _SHORT)
+        config = grad_q_config(block_d, q.dtype, asynchronous, max_seqlen_q <= _SHORT)
+        block_m, block_n, warps, stages = config if biased is None else biased.grad_q
         tiles = triton.cdiv(max_seqlen_q, block_m)
         attention_grad_q_kernel[(tiles * heads * sequences,)](
-            grad_out, q, k, v, lse, delta, grad_q, cu_seqlens_q, cu_seqlens_k, key_mask, seed, *strides, heads,
-            tokens_q, tiles, *shared, BLOCK_M=block_m, BLOCK_N=block_n, **constants, num_warps=warps,
+            grad_out, q, k, v, lse, delta, grad_q, cu_seqlens_q, cu_seqlens_k, key_mask, bias, seed, *strides,
+            heads, tokens_q, tiles, *shared, BLOCK_M=block_m, BLOCK_N=block_n, **constants, num_warps=warps,
             num_stages=stages,
         )  # fmt: skip
-    return grad_q, grad_k, grad_v
+        if biased is not None and bias is not None and bias.numel() > 0:
+            block_m, block_n, warps, stages = biased.grad_bias
+            tiles = triton.cdiv(bias.shape[2], block_n)
+            attention_grad_bias_kernel[(triton.cdiv(bias.shape[1], block_m) * tiles, heads)](
+                grad_out, q, k, v, lse, delta, bias, grad_bias, cu_seqlens_q, cu_seqlens_k, key_mask, seed, *strides,
+                tokens_q, tiles, *shared[:2], sequences, *shared[2:], BLOCK_M=block_m, BLOCK_N=block_n, **constants,
+                num_warps=warps, num_stages=stages,
+            )  # fmt: skip
+    return grad_q, grad_k, grad_v, grad_bias

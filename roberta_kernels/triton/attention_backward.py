@@ -9,7 +9,9 @@ from roberta_kernels.triton.attention_common import (
     LOG2E,
     PLAIN_INTEGERS,
     PLAIN_POINTERS,
+    load_bias,
     load_rows,
+    lse_log2,
     sequence_of,
     store_rows,
     visible_keys,
@@ -46,13 +48,6 @@ def attention_delta_kernel(
 
 
 @triton.jit
-def _lse_log2(lse_ptr, rows, in_rows):
-    """Log-sum-exp in units of log2; +inf, which makes every probability zero, for a row that saw nothing."""
-    lse = tl.load(lse_ptr + rows, mask=in_rows, other=float("inf"))
-    return tl.where(lse == float("-inf"), float("inf"), lse) * LOG2E
-
-
-@triton.jit
 def _grad_kv_tiles(
     grad_k,  # [BLOCK_N, BLOCK_D]
     grad_v,  # [BLOCK_N, BLOCK_D]
@@ -62,6 +57,8 @@ def _grad_kv_tiles(
     g_base,
     lse_ptr,
     delta_ptr,
+    bias_ptr,
+    bias_columns,
     columns,
     first_column,
     first_row,
@@ -69,6 +66,7 @@ def _grad_kv_tiles(
     first_query,
     last_query,
     len_q,
+    len_k,
     shift,
     stride_q,
     stride_g,
@@ -93,10 +91,12 @@ def _grad_kv_tiles(
         in_rows = rows < len_q
         q = load_rows(q_base + m * stride_q64, stride_q, in_rows, BLOCK_M, True, HEAD_DIM, BLOCK_D, STRIDE_UNIT)
         g = load_rows(g_base + m * stride_g64, stride_g, in_rows, BLOCK_M, True, HEAD_DIM, BLOCK_D, STRIDE_UNIT)
-        lse = _lse_log2(lse_ptr, rows, in_rows)
+        lse = lse_log2(lse_ptr, rows, in_rows)
         delta = tl.load(delta_ptr + rows, mask=in_rows, other=0.0)
-        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        p = tl.exp2(scores * score_scale - lse[None, :])
+        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * score_scale
+        if bias_ptr is not None:
+            scores += tl.trans(load_bias(bias_ptr, bias_columns, rows, columns, len_q, len_k))
+        p = tl.exp2(scores - lse[None, :])
         if DIAGONAL:
             p = tl.where(columns[:, None] <= rows[None, :] + shift, p, 0.0)
         grad_p = tl.dot(v, tl.trans(g), input_precision=PRECISION)
@@ -124,6 +124,7 @@ def attention_grad_kv_kernel(
     cu_seqlens_q_ptr,  # [B + 1] int32
     cu_seqlens_k_ptr,  # [B + 1] int32
     key_mask_ptr,  # [Tk] bool, or None
+    bias_ptr,  # [heads, bias_rows, bias_columns], or None
     seed_ptr,  # [1] int64, or None without dropout
     stride_gt,
     stride_gh,
@@ -136,6 +137,8 @@ def attention_grad_kv_kernel(
     heads,
     tokens_q,
     tiles,  # of keys, in the longest sequence
+    bias_rows,
+    bias_columns,
     scale: tl.float32,
     dropout_threshold: tl.uint32,
     dropout_scale: tl.float32,
@@ -172,6 +175,9 @@ def attention_grad_kv_kernel(
     v = load_rows(v_base, stride_vt, in_columns, BLOCK_N, True, HEAD_DIM, BLOCK_D, STRIDE_UNIT)
     lse_base = lse_ptr + head64 * tokens_q + start_q
     delta_base = delta_ptr + head64 * tokens_q + start_q
+    bias_base = bias_ptr
+    if bias_ptr is not None:
+        bias_base = bias_ptr + head64 * bias_rows * bias_columns
     score_scale = scale * LOG2E
 
     grad_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -182,14 +188,15 @@ def attention_grad_kv_kernel(
         everyone = tl.maximum(first + BLOCK_N - 1 - shift, 0)
         everyone = tl.minimum((everyone + BLOCK_M - 1) // BLOCK_M * BLOCK_M, len_q)
         grad_k, grad_v = _grad_kv_tiles(
-            grad_k, grad_v, k, v, q_base, g_base, lse_base, delta_base, columns, first, start_q, head, first_query,
-            everyone, len_q, shift, stride_qt, stride_gt, score_scale, seed, dropout_threshold, dropout_scale, True,
-            DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, STRIDE_UNIT, PRECISION,
+            grad_k, grad_v, k, v, q_base, g_base, lse_base, delta_base, bias_base, bias_columns, columns, first,
+            start_q, head, first_query, everyone, len_q, len_k, shift, stride_qt, stride_gt, score_scale, seed,
+            dropout_threshold, dropout_scale, True, DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, STRIDE_UNIT,
+            PRECISION,
         )  # fmt: skip
     grad_k, grad_v = _grad_kv_tiles(
-        grad_k, grad_v, k, v, q_base, g_base, lse_base, delta_base, columns, first, start_q, head, everyone,
-        len_q, len_q, shift, stride_qt, stride_gt, score_scale, seed, dropout_threshold, dropout_scale, False,
-        DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, STRIDE_UNIT, PRECISION,
+        grad_k, grad_v, k, v, q_base, g_base, lse_base, delta_base, bias_base, bias_columns, columns, first, start_q,
+        head, everyone, len_q, len_q, len_k, shift, stride_qt, stride_gt, score_scale, seed, dropout_threshold,
+        dropout_scale, False, DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, STRIDE_UNIT, PRECISION,
     )  # fmt: skip
     grad_k = grad_k * scale
     if DROPOUT:
@@ -214,11 +221,14 @@ def _grad_q_tiles(
     k_base,
     v_base,
     key_mask_ptr,
+    bias_ptr,
+    bias_columns,
     rows,
     first_row,
     head,
     first_key,
     last_key,
+    len_q,
     len_k,
     shift,
     stride_k,
@@ -244,8 +254,10 @@ def _grad_q_tiles(
         in_rows = columns < len_k
         k = load_rows(k_base + n * stride_k64, stride_k, in_rows, BLOCK_N, MASKED, HEAD_DIM, BLOCK_D, STRIDE_UNIT)
         v = load_rows(v_base + n * stride_v64, stride_v, in_rows, BLOCK_N, MASKED, HEAD_DIM, BLOCK_D, STRIDE_UNIT)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        p = tl.exp2(scores * score_scale - lse[:, None])
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * score_scale
+        if bias_ptr is not None:
+            scores += load_bias(bias_ptr, bias_columns, rows, columns, len_q, len_k)
+        p = tl.exp2(scores - lse[:, None])
         if MASKED:
             p = tl.where(visible_keys(rows, columns, len_k, shift, key_mask_ptr, CAUSAL), p, 0.0)
         grad_p = tl.dot(g, tl.trans(v), input_precision=PRECISION)
@@ -269,6 +281,7 @@ def attention_grad_q_kernel(
     cu_seqlens_q_ptr,  # [B + 1] int32
     cu_seqlens_k_ptr,  # [B + 1] int32
     key_mask_ptr,  # [Tk] bool, or None
+    bias_ptr,  # [heads, bias_rows, bias_columns], or None
     seed_ptr,  # [1] int64, or None without dropout
     stride_gt,
     stride_gh,
@@ -281,6 +294,8 @@ def attention_grad_q_kernel(
     heads,
     tokens_q,
     tiles,  # of queries, in the longest sequence
+    bias_rows,
+    bias_columns,
     scale: tl.float32,
     dropout_threshold: tl.uint32,
     dropout_scale: tl.float32,
@@ -318,9 +333,12 @@ def attention_grad_q_kernel(
     mask_base = key_mask_ptr
     if key_mask_ptr is not None:
         mask_base = key_mask_ptr + start_k
+    bias_base = bias_ptr
+    if bias_ptr is not None:
+        bias_base = bias_ptr + head64 * bias_rows * bias_columns
     q = load_rows(q_base, stride_qt, in_rows, BLOCK_M, True, HEAD_DIM, BLOCK_D, STRIDE_UNIT)
     g = load_rows(g_base, stride_gt, in_rows, BLOCK_M, True, HEAD_DIM, BLOCK_D, STRIDE_UNIT)
-    lse = _lse_log2(lse_ptr + head64 * tokens_q + start_q, rows, in_rows)
+    lse = lse_log2(lse_ptr + head64 * tokens_q + start_q, rows, in_rows)
     delta = tl.load(delta_ptr + head64 * tokens_q + start_q + rows, mask=in_rows, other=0.0)
     score_scale = scale * LOG2E
 
@@ -336,14 +354,14 @@ def attention_grad_q_kernel(
     grad_q = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if key_mask_ptr is None:
         grad_q = _grad_q_tiles(
-            grad_q, q, g, lse, delta, k_base, v_base, mask_base, rows, start_q, head, 0, unmasked, len_k, shift,
-            stride_kt, stride_vt, score_scale, seed, dropout_threshold, dropout_scale, False, CAUSAL, DROPOUT,
-            HEAD_DIM, BLOCK_D, BLOCK_N, STRIDE_UNIT, PRECISION,
+            grad_q, q, g, lse, delta, k_base, v_base, mask_base, bias_base, bias_columns, rows, start_q, head, 0,
+            unmasked, len_q, len_k, shift, stride_kt, stride_vt, score_scale, seed, dropout_threshold, dropout_scale,
+            False, CAUSAL, DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_N, STRIDE_UNIT, PRECISION,
         )  # fmt: skip
     grad_q = _grad_q_tiles(
-        grad_q, q, g, lse, delta, k_base, v_base, mask_base, rows, start_q, head, unmasked, last, len_k, shift,
-        stride_kt, stride_vt, score_scale, seed, dropout_threshold, dropout_scale, True, CAUSAL, DROPOUT,
-        HEAD_DIM, BLOCK_D, BLOCK_N, STRIDE_UNIT, PRECISION,
+        grad_q, q, g, lse, delta, k_base, v_base, mask_base, bias_base, bias_columns, rows, start_q, head, unmasked,
+        last, len_q, len_k, shift, stride_kt, stride_vt, score_scale, seed, dropout_threshold, dropout_scale, True,
+        CAUSAL, DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_N, STRIDE_UNIT, PRECISION,
     )  # fmt: skip
     offset = (row64 * heads + head) * HEAD_DIM
     store_rows(grad_q_ptr + offset, grad_q * scale, in_rows, heads, BLOCK_M, HEAD_DIM, BLOCK_D)

@@ -11,9 +11,10 @@ LOG2E = tl.constexpr(1.0 / math.log(2.0))
 LN2 = tl.constexpr(math.log(2.0))
 
 # Arguments that no compilation is keyed on.
-PLAIN_INTEGERS = ["heads", "tokens_q", "tiles", "dropout_threshold"]
+PLAIN_INTEGERS = ["heads", "tokens_q", "tiles", "dropout_threshold", "bias_rows", "bias_columns", "sequences"]
 PLAIN_INTEGERS += [f"stride_{t}{axis}" for t in "qkvg" for axis in "th"]
 PLAIN_POINTERS = ["lse_ptr", "delta_ptr", "cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "key_mask_ptr", "seed_ptr"]
+PLAIN_POINTERS += ["bias_ptr", "grad_bias_ptr"]
 
 
 @triton.jit
@@ -52,10 +53,32 @@ def store_rows(base, tile, in_rows, heads, ROWS: tl.constexpr, HEAD_DIM: tl.cons
 
 
 @triton.jit
+def load_bias(
+    base,  # pointer to a head's [bias_rows, bias_columns]
+    bias_columns,
+    rows,  # [BLOCK_M], within the sequence
+    columns,  # [BLOCK_N], within the sequence
+    len_q,
+    len_k,
+):
+    """`[BLOCK_M, BLOCK_N]` in units of log2, zeros outside of the sequence."""
+    inside = (rows < len_q)[:, None] & (columns < len_k)[None, :]
+    bias = tl.load(base + rows[:, None] * bias_columns + columns[None, :], mask=inside, other=0.0)
+    return bias.to(tl.float32) * LOG2E
+
+
+@triton.jit
 def sequence_of(cu_seqlens_ptr, b):
     """(first row, length) of sequence b."""
     start = tl.load(cu_seqlens_ptr + b)
     return start, tl.load(cu_seqlens_ptr + b + 1) - start
+
+
+@triton.jit
+def lse_log2(lse_ptr, rows, in_rows):
+    """Log-sum-exp in units of log2; +inf, which makes every probability zero, for a row that saw nothing."""
+    lse = tl.load(lse_ptr + rows, mask=in_rows, other=float("inf"))
+    return tl.where(lse == float("-inf"), float("inf"), lse) * LOG2E
 
 
 @triton.jit

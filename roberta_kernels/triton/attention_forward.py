@@ -10,6 +10,7 @@ from roberta_kernels.triton.attention_common import (
     LOG2E,
     PLAIN_INTEGERS,
     PLAIN_POINTERS,
+    load_bias,
     load_rows,
     sequence_of,
     store_rows,
@@ -27,11 +28,14 @@ def _forward_tiles(
     k_base,
     v_base,
     key_mask_ptr,
+    bias_ptr,
+    bias_columns,
     rows,
     first_row,
     head,
     first_key,
     last_key,
+    len_q,
     len_k,
     shift,
     stride_k,
@@ -57,16 +61,20 @@ def _forward_tiles(
         k = load_rows(k_base + n * stride_k64, stride_k, in_rows, BLOCK_N, MASKED, HEAD_DIM, BLOCK_D, STRIDE_UNIT)
         v = load_rows(v_base + n * stride_v64, stride_v, in_rows, BLOCK_N, MASKED, HEAD_DIM, BLOCK_D, STRIDE_UNIT)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        unit = score_scale
+        if bias_ptr is not None:
+            scores = scores * score_scale + load_bias(bias_ptr, bias_columns, rows, columns, len_q, len_k)
+            unit = 1.0
         if MASKED:
             visible = visible_keys(rows, columns, len_k, shift, key_mask_ptr, CAUSAL)
-            scores = tl.where(visible, scores * score_scale, float("-inf"))
+            scores = tl.where(visible, scores * unit, float("-inf"))
             new_max = tl.maximum(row_max, tl.max(scores, 1))
             reference = tl.where(new_max == float("-inf"), 0.0, new_max)  # a row that has seen no key yet
             p = tl.exp2(scores - reference[:, None])
         else:
-            new_max = tl.maximum(row_max, tl.max(scores, 1) * score_scale)
+            new_max = tl.maximum(row_max, tl.max(scores, 1) * unit)
             reference = new_max
-            p = tl.exp2(scores * score_scale - reference[:, None])
+            p = tl.exp2(scores * unit - reference[:, None])
         decay = tl.exp2(row_max - reference)
         row_sum = row_sum * decay + tl.sum(p, 1)
         row_max = new_max
@@ -86,6 +94,7 @@ def attention_forward_kernel(
     cu_seqlens_q_ptr,  # [B + 1] int32
     cu_seqlens_k_ptr,  # [B + 1] int32
     key_mask_ptr,  # [Tk] bool, or None
+    bias_ptr,  # [heads, bias_rows, bias_columns], or None
     seed_ptr,  # [1] int64, or None without dropout
     stride_qt,
     stride_qh,
@@ -96,6 +105,8 @@ def attention_forward_kernel(
     heads,
     tokens_q,
     tiles,  # of queries, in the longest sequence
+    bias_rows,
+    bias_columns,
     scale: tl.float32,
     dropout_threshold: tl.uint32,
     dropout_scale: tl.float32,
@@ -132,6 +143,9 @@ def attention_forward_kernel(
     mask_base = key_mask_ptr
     if key_mask_ptr is not None:
         mask_base = key_mask_ptr + start_k
+    bias_base = bias_ptr
+    if bias_ptr is not None:
+        bias_base = bias_ptr + head64 * bias_rows * bias_columns
     q = load_rows(q_base, stride_qt, in_rows, BLOCK_M, True, HEAD_DIM, BLOCK_D, STRIDE_UNIT)
     # The running maximum assumes a scale that is not negative; the sign goes to q, where it is exact.
     q = (q.to(tl.float32) * tl.where(scale < 0, -1.0, 1.0)).to(q.dtype)
@@ -151,14 +165,14 @@ def attention_forward_kernel(
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     if key_mask_ptr is None:
         acc, row_sum, row_max = _forward_tiles(
-            acc, row_sum, row_max, q, k_base, v_base, mask_base, rows, start_q, head, 0, unmasked, len_k, shift,
-            stride_kt, stride_vt, score_scale, seed, dropout_threshold, False, CAUSAL, DROPOUT, HEAD_DIM, BLOCK_D,
-            BLOCK_N, STRIDE_UNIT, PRECISION,
+            acc, row_sum, row_max, q, k_base, v_base, mask_base, bias_base, bias_columns, rows, start_q, head, 0,
+            unmasked, len_q, len_k, shift, stride_kt, stride_vt, score_scale, seed, dropout_threshold, False, CAUSAL,
+            DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_N, STRIDE_UNIT, PRECISION,
         )  # fmt: skip
     acc, row_sum, row_max = _forward_tiles(
-        acc, row_sum, row_max, q, k_base, v_base, mask_base, rows, start_q, head, unmasked, last, len_k, shift,
-        stride_kt, stride_vt, score_scale, seed, dropout_threshold, True, CAUSAL, DROPOUT, HEAD_DIM, BLOCK_D,
-        BLOCK_N, STRIDE_UNIT, PRECISION,
+        acc, row_sum, row_max, q, k_base, v_base, mask_base, bias_base, bias_columns, rows, start_q, head, unmasked,
+        last, len_q, len_k, shift, stride_kt, stride_vt, score_scale, seed, dropout_threshold, True, CAUSAL, DROPOUT,
+        HEAD_DIM, BLOCK_D, BLOCK_N, STRIDE_UNIT, PRECISION,
     )  # fmt: skip
 
     empty = row_sum == 0.0

@@ -52,7 +52,8 @@ def check(kernels, q, k, v, lengths_q, lengths_k=None, causal=False, key_mask=No
     rest = arguments(q, k, lengths_q, lengths_k, causal, key_mask, dropout_p, seed)
     out, lse = kernels.attention_forward(q, k, v, *rest)
     grad_out = torch.randn(q.shape).to(q.dtype)
-    grads = kernels.attention_backward(grad_out, q, k, v, out, lse, *rest)
+    *grads, of_no_bias = kernels.attention_backward(grad_out, q, k, v, out, lse, *rest)
+    assert of_no_bias.shape == (0,)
     results = []
     for dtype in (q.dtype, torch.float64):
         inputs = [t.detach().to(dtype).requires_grad_() for t in (q, k, v)]
@@ -136,8 +137,11 @@ def test_no_tokens(kernels, lengths):
     out, lse = kernels.attention_forward(q, k, v, *rest)
     assert out.shape == (0, 4, 16)
     assert lse.shape == (4, 0)
-    for grad in kernels.attention_backward(out, q, k, v, out, lse, *rest):
+    *grads, _ = kernels.attention_backward(out, q, k, v, out, lse, *rest)
+    for grad in grads:
         assert grad.shape == (0, 4, 16)
+    bias = torch.ones(4, 2, 3)  # of rows that no sequence has
+    assert torch.equal(kernels.attention_backward(out, q, k, v, out, lse, *rest, bias)[3], torch.zeros(4, 2, 3))
 
 
 def test_large_scores_and_many_keys(kernels):

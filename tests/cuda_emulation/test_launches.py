@@ -108,7 +108,7 @@ def call(
         given = {key: make(tokens, heads, width, dtype=dtype) for key in ("q", "k", "v", "out", "grad_out")}
         given |= {"lse": make(heads, tokens, dtype=FLOAT32), "key_mask": make(tokens, dtype=torch.bool)}
         given |= {"cu_seqlens_q": ends, "cu_seqlens_k": ends.clone(), "max_seqlen_q": longest, "max_seqlen_k": longest}
-        given |= {"scale": 0.125, "causal": False}
+        given |= {"scale": 0.125, "causal": False, "bias": None}  # which it refuses
     elif name.startswith("add_layer_norm"):
         given = rows | vectors | statistics
     elif name.startswith("gelu_ffn"):
@@ -141,7 +141,10 @@ FIRST = {"attention": "q", "add_layer_norm": "x", "gelu_ffn": "x", "embedding_la
 
 
 def tensors_of(name: str) -> list[str]:
-    return [a.name for a in op_of(name)._schema.arguments if "Tensor" in str(a.type)] if backends.emulating() else []
+    if not backends.emulating():
+        return []
+    given = call(name, dropout_p=0.25)
+    return [a.name for a in op_of(name)._schema.arguments if isinstance(given[a.name], Tensor)]
 
 
 EACH_TENSOR = [(name, argument) for name in NAMES for argument in tensors_of(name)]
@@ -211,6 +214,7 @@ def test_dropout(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["attention_forward", "attention_backward"])
 def test_what_attention_refuses(name: str) -> None:
+    refused(name, call(name) | {"bias": torch.zeros(2, 99, 99)}, "bias")
     for width in (8, 12, 20, 136, 256):
         refused(name, call(name, width=width), "head_dim")
     for argument in ("q", "k", "v"):

@@ -71,8 +71,8 @@ PREFIX = {
     "xlm_roberta_xl": "XLMRobertaXL",
     "xmod": "Xmod",
 }
-# Families that are handed no sequences: what runs fused of them does so by itself.
-BY_PARTS = {"mpnet": "MPNet"}
+# Families that have no other attention than eager.
+EAGER_ONLY = {"mpnet": "MPNet"}
 # What these families' configs need beside what all take.
 FAMILY_CONFIG: dict[str, dict[str, Any]] = {
     "electra": {"embedding_size": 24, "summary_last_dropout": 0.0},
@@ -83,7 +83,7 @@ FAMILY_CONFIG: dict[str, dict[str, Any]] = {
         **{"shape_embed_dim": 20, "shape_vocab_size": 97},
     },
     "distilbert": {"type_vocab_size": 1, "seq_classif_dropout": 0.0, "qa_dropout": 0.0},
-    "mpnet": {"type_vocab_size": 1, "attn_implementation": "eager"},  # it has no other
+    "mpnet": {"type_vocab_size": 1, "attn_implementation": "eager"},
     "xmod": {"languages": ["en_XX", "de_DE"], "default_language": "de_DE"},
 }
 # Other names of what all have.
@@ -150,7 +150,7 @@ class Case:
 
 
 def hf_class(family: str, head: str) -> type:
-    return getattr(transformers, OWN_NAMES.get((family, head), (PREFIX | BY_PARTS)[family] + HEADS[head]))
+    return getattr(transformers, OWN_NAMES.get((family, head), (PREFIX | EAGER_ONLY)[family] + HEADS[head]))
 
 
 def heads_of(family: str) -> list[str]:

@@ -193,20 +193,130 @@ def test_every_model_from_now_on(family):
     assert_promise(ours, original, batches_for(case, original.config, 2), head="single_label")
 
 
-# --- a family whose attention is another one --------------------------------------------------------------------------
+# --- a family with a bias on the scores -------------------------------------------------------------------------------
+
+PADDED_ROWS_DIFFER = "the bias on the scores makes padded rows differ"
+NOT_AT_THE_END = "padding that is not at the end, and a bias on the scores, by position"
+
+
+def mpnet_pair(head="no_pooler", mask="right", options=None, **kwargs):
+    """A model, a patched copy, its report, and batches without labels."""
+    case = Case(seed=7, family="mpnet", head=head, mask=mask, config=SMALL | kwargs.pop("config", {}), **kwargs)
+    original = build(case)
+    ours = patched(original, **(options or {}))
+    batches = [
+        {name: t for name, t in batch.items() if name in ("input_ids", "attention_mask")}
+        for batch in batches_for(case, original.config, 3)
+    ]
+    return original, ours, rk.patch(ours, **(options or {})), batches
 
 
 @pytest.mark.parametrize(
-    ("head", "mask"), [(head, "right") for head in heads_of("mpnet")] + [("pooler", "left"), ("pooler", "none")]
+    ("head", "mask"),
+    [(head, "right") for head in heads_of("mpnet")]
+    + [("pooler", mask) for mask in ("left", "holes", "none", "full")]
+    + [(head, mask) for head in ("single_label", "masked_lm") for mask in ("left", "holes")],
 )
 def test_mpnet(head, mask):
+    """Trained: every gradient, that of the bias too."""
     case = Case(seed=7, family="mpnet", head=head, mask=mask, train=True, config=SMALL)
     original = build(case)
     ours = patched(original)
     report = rk.patch(ours)
     assert_case(case, ours, original)
     assert report.fallbacks() == {}
-    assert set(report.padded()) == {"the attention of this family is not fused"}
+    base = ours if head.endswith("pooler") else ours.mpnet
+    assert base.encoder.relative_attention_bias.weight.grad.abs().max() > 0
+    reads_all = head in ("pooler", "no_pooler", "span")
+    if mask in ("none", "full") or (mask == "right" and not reads_all):
+        assert report.padded() == {}
+    else:
+        assert set(report.padded()) == {PADDED_ROWS_DIFFER if reads_all else NOT_AT_THE_END}
+
+
+@pytest.mark.parametrize("padded_rows", ["exact", "zeros"])
+@pytest.mark.parametrize("mask", ["right", "left", "holes"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_mpnet_at_every_position(dtype, mask, padded_rows):
+    original, ours, report, batches = mpnet_pair("pooler", mask, {"padded_rows": padded_rows}, dtype=dtype)
+    assert_promise(ours, original, batches, everywhere=padded_rows == "exact")
+    assert report.fallbacks() == {}
+    unpadded = padded_rows == "zeros" and mask == "right"
+    assert bool(report.padded()) != unpadded
+    if unpadded:
+        with torch.no_grad():
+            got = ours(**batches[0]).last_hidden_state
+        assert not got[:, 1:][~batches[0]["attention_mask"][:, 1:].bool()].any()
+    assert_promise(ours, original, batches, everywhere=padded_rows == "exact", output_hidden_states=True)
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_mpnet_in_one_call(quantization):
+    """Without gradients on a CPU: all layers in one op, with the bias; the same bits alone and in a batch."""
+    original, ours, report, batches = mpnet_pair(options={"padded_rows": "zeros", "quantization": quantization})
+    with torch.no_grad(), Ops() as ops:
+        got = ours(**batches[0]).last_hidden_state
+    op = "roberta_kernels_cpu::encoder" if quantization is None else "roberta_kernels_cpu::packed_encoder"
+    assert sum(name == op for name in ops.names) == 1
+    assert report.fallbacks() == {}
+    for row, (ids, mask) in enumerate(zip(batches[0]["input_ids"], batches[0]["attention_mask"], strict=True)):
+        length = int(mask.sum())
+        with torch.no_grad():
+            alone = ours(ids[None, :length]).last_hidden_state[0]
+        assert torch.equal(got[row, :length], alone)
+    if quantization is None:
+        assert_promise(ours, original, batches)
+    else:
+        with torch.no_grad():
+            want = original(**batches[0]).last_hidden_state[batches[0]["attention_mask"].bool()]
+        error = (got[batches[0]["attention_mask"].bool()] - want).abs().max()
+        assert 0 < error < 0.05 * want.abs().max()
+
+
+@pytest.mark.parametrize("what", ["another number of buckets", "a bias in place of the table's", "frozen"])
+def test_the_bias_is_what_the_original_makes(what):
+    """It is asked in every call: what is done to its table, or to who looks it up, counts at once."""
+    original, ours, report, batches = mpnet_pair(train=what == "frozen")
+    assert_promise(ours, original, batches)
+    for model in (original, ours):
+        table = model.encoder.relative_attention_bias
+        if what == "frozen":
+            table.weight.requires_grad_(False)
+        elif what == "another number of buckets":
+            model.encoder.relative_attention_bias = torch.nn.Embedding(64, 2)
+            torch.nn.init.constant_(model.encoder.relative_attention_bias.weight, 0.5)
+            model.encoder.relative_attention_bias.weight.data[40:] = -2.0
+            table.weight.data.mul_(9.0)
+        else:
+            table.register_forward_hook(lambda module, args, out: out * 3.0 - args[0][..., None] * 0.1)
+    assert_promise(ours, original, batches, everywhere=True, backward=what == "frozen")
+    assert report.fallbacks() == {}
+
+
+def test_what_mpnet_alone_is_asked():
+    """None for an output is no answer there: the config's counts. And a tuple has a place for the pooled output."""
+    for head in ("pooler", "no_pooler"):
+        original, ours, _, batches = mpnet_pair(head)
+        for asked in ({"return_dict": False}, {"return_dict": False, "output_hidden_states": True}):
+            with torch.no_grad():
+                got, want = (model(**batches[0], **asked) for model in (ours, original))
+            assert [type(one) for one in got] == [type(one) for one in want]
+        for name in ("output_hidden_states", "output_attentions"):
+            for model in (ours, original):
+                setattr(model.config, name, True)
+            with torch.no_grad():
+                got, want = (model(**batches[0], **{name: None}) for model in (ours, original))
+            assert list(got) == list(want)
+            for model in (ours, original):
+                setattr(model.config, name, False)
+
+
+def test_an_all_padded_sequence_of_mpnet():
+    original, ours, report, batches = mpnet_pair("single_label")
+    batches[0]["attention_mask"][1] = 0
+    batches[0]["input_ids"][1] = 1
+    assert_promise(ours, original, batches, head="single_label")
+    assert any("sees no key" in reason for reason in report.fallbacks())
 
 
 def test_mpnet_compiled():
@@ -224,16 +334,14 @@ def test_what_of_mpnet_runs_fused():
     ours = patched(original)
     report = rk.patch(ours)
     fused = {replaced.original: replaced.fused for replaced in report.replaced}
-    assert fused["MPNetLayer"] == "GELU feed-forward, bias + dropout + residual + LayerNorm"
-    assert fused["MPNetAttention"] == "dropout + residual + LayerNorm"
+    assert fused["MPNetLayer"] == "attention, GELU feed-forward, bias + dropout + residual + LayerNorm"
     assert fused["MPNetEmbeddings"] == "embeddings + LayerNorm + dropout"
-    assert {left.original for left in report.left} == {"MPNetSelfAttention"}
-    assert "runs the original code" in report.left[0].reason
+    assert report.left == []
     inputs = batch_for(case, ours.config)
-    with torch.no_grad(), Ops() as ops:
+    with Ops() as ops:
         ours(**inputs)
     ran = [name.split("::")[1] for name in ops.names if name.endswith("_forward") and "roberta_kernels" in name]
-    layer = ["add_layer_norm_forward", "gelu_ffn_forward", "add_layer_norm_forward"]
+    layer = ["attention_forward", "add_layer_norm_forward", "gelu_ffn_forward", "add_layer_norm_forward"]
     assert ran == ["embedding_layer_norm_forward", *layer * SMALL["num_hidden_layers"]]
     with torch.no_grad():
         weights = [model(**inputs, output_attentions=True).attentions for model in (ours, original)]
@@ -255,7 +363,7 @@ def test_a_hook_in_mpnet_runs_the_original(where):
     for model in (ours, original):
         model.get_submodule(where).register_forward_hook(lambda module, args, out: out * 1.5)
     assert_promise(ours, original, batches_for(case, original.config, 2))
-    assert bool(report.fallbacks()) == (where != "embeddings")  # a hook on the whole sees what the whole gives
+    assert report.fallbacks()
 
 
 def test_other_ways_into_mpnet():
@@ -271,8 +379,6 @@ def test_other_ways_into_mpnet():
         reference(**batches[0])
     ran = {name.split("::")[0] for name in ops.names if name.endswith("_forward") and "roberta_kernels" in name}
     assert ran == {"roberta_kernels_reference"}
-    with logged("not quantised"):
-        assert any("not quantised" in left.reason for left in rk.patch(original, quantization="int8").left)
 
 
 def test_dropout_in_mpnet():

@@ -162,8 +162,9 @@ def test_a_method_of_other_families(family, part, when):
         *(("distilbert", name) for name in ("TransformerBlock.forward", "Transformer.forward", "Embeddings.forward")),
         *(
             ("mpnet", f"MPNet{name}.forward")
-            for name in ("SelfAttention", "Attention", "Layer", "Output", "Embeddings")
+            for name in ("SelfAttention", "Attention", "Layer", "Output", "Embeddings", "Encoder", "Model")
         ),
+        *(("mpnet", f"MPNetEncoder.{name}") for name in ("compute_position_bias", "relative_position_bucket")),
     ],
     ids=lambda value: value,
 )

@@ -223,7 +223,7 @@ def output_and_gradients(
     return {"output": out.detach(), **named}
 
 
-def score_floor(q: Tensor, k: Tensor, scale: float) -> float:
+def score_floor(q: Tensor, k: Tensor, scale: float, bias: Tensor | None = None) -> float:
     """Attention's rounding floor, in ulps of the inputs' dtype: the usual two, and those of the exponent.
 
     An error of a score s, or of the log-sum-exp that backward starts from, is a relative error of the softmax weight.
@@ -234,6 +234,8 @@ def score_floor(q: Tensor, k: Tensor, scale: float) -> float:
     if q.numel() == 0 or k.numel() == 0:
         return 2.0
     largest = abs(scale) * float(torch.einsum("qhd,khd->hqk", q.double(), k.double()).abs().max())
+    if bias is not None and bias.numel() > 0:
+        largest += float(bias.double().abs().max())
     exponent = largest * (1.0 + math.sqrt(q.shape[-1]) / 2.0) + math.log(k.shape[0])
     return 2.0 + exponent * torch.finfo(FLOAT32).eps / torch.finfo(q.dtype).eps
 

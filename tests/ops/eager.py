@@ -49,6 +49,7 @@ def attention(
     key_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """One scaled_dot_product_attention per sequence; with dropout, the same written out."""
     heads, head_dim = q.shape[1], q.shape[2]
@@ -69,14 +70,16 @@ def attention(
             mask = visible_keys(length_q, length_k, causal, None if key_mask is None else key_mask[rows_k], q.device)
             sees_a_key = mask.any(-1)
             mask = mask | ~sees_a_key[:, None]  # softmax over nothing is nan; such a row is set to zero below
+        if bias is not None:  # hidden keys by the same summand
+            added = bias[:, :length_q, :length_k]
+            mask = added if mask is None else added.masked_fill(~mask, float("-inf"))
         if dropout_p == 0.0:
-            out = F.scaled_dot_product_attention(
-                qs[None], ks[None], vs[None], attn_mask=None if mask is None else mask[None, None], scale=scale
-            )[0]
+            added = None if mask is None else mask[None] if mask.dim() == 3 else mask[None, None]
+            out = F.scaled_dot_product_attention(qs[None], ks[None], vs[None], attn_mask=added, scale=scale)[0]
         else:
             scores = (qs @ ks.transpose(1, 2)) * (head_dim**-0.5 if scale is None else scale)
             if mask is not None:
-                scores = scores.masked_fill(~mask, float("-inf"))
+                scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
             rows = torch.arange(rows_q.start, rows_q.stop, device=q.device)
             keep = keep_mask(rows, length_k, torch.arange(heads, device=q.device), dropout_p, seed)
             out = dropped(scores.softmax(-1), keep, dropout_p) @ vs

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from roberta_kernels import ops
+from roberta_kernels import backends, ops
 
 from .cases import Draw, Served, cumulative
 
@@ -49,7 +49,10 @@ def _attention(draw: Draw, dtype: torch.dtype, tokens: int, *, every_option: boo
             "dropout_p": 0.25,
             "seed": draw.seed(),
         }
-        return Sample(ops.attention, {"q": q, "k": k, "v": v}, rest)
+        tensors = {"q": q, "k": k, "v": v}
+        if backends.current_backend() != "cuda":  # which takes none
+            tensors["bias"] = draw.normal(2, max(lengths), max(lengths_k), dtype=dtype)
+        return Sample(ops.attention, tensors, rest)
     q, k, v = draw.normal(tokens, 3, 2, 16, dtype=dtype).unbind(1)
     rest = {"cu_seqlens_q": cumulative(lengths, draw.device), "max_seqlen_q": max(lengths, default=0)}
     return Sample(ops.attention, {"q": q, "k": k, "v": v}, rest)
@@ -118,7 +121,7 @@ def registered_calls(served: Served, call: Sample, draw: Draw) -> dict[str, tupl
     if call.op == "attention":
         ends = (rest["cu_seqlens_q"], rest.get("cu_seqlens_k", rest["cu_seqlens_q"]))
         lengths = (rest["max_seqlen_q"], rest.get("max_seqlen_k", rest["max_seqlen_q"]))
-        options = (rest.get("scale", 0.25), rest.get("causal", False), rest.get("key_mask"), *dropout)
+        options = (rest.get("scale", 0.25), rest.get("causal", False), rest.get("key_mask"), *dropout, t.get("bias"))
         qkv = (t["q"], t["k"], t["v"])
         forward: tuple[Any, ...] = (*qkv, *ends, *lengths, *options)
         out, lse = kernels.attention_forward(*forward)

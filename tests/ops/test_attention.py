@@ -29,6 +29,8 @@ from .cases import (
     uninitialised_is_nan,
 )
 
+BIASED = ("triton", "cpu", "reference")  # backends that take a bias
+
 
 @dataclass(frozen=True)
 class Case:
@@ -47,6 +49,7 @@ class Case:
     scale: float | None = None
     spread: float = 1.0  # of q and k: large makes the softmax sharp
     slack: int = 0  # how much longer max_seqlen is than the longest
+    bias: bool = False  # on the scores
     heavy: bool = False
     only: torch.dtype | None = None
 
@@ -94,6 +97,18 @@ CASES = [
     Case("dropout-0.5", (33, 0, 20), 3, 24, dropout_p=0.5, grad="expanded"),
     Case("dropout-0.999", (40, 33), 1, 16, dropout_p=0.999),
     Case("dropout-all", (20, 12), 3, 80, keys=(33, 64), causal=True, mask="holes", dropout_p=0.25, layout="columns"),
+    Case("bias-1", (1,), 1, 16, bias=True),
+    Case("bias", (97, 7, 1, 33), 3, 64, layout="projection", bias=True),
+    Case("bias-heads12", (50, 129), 12, 64, layout="projection", heavy=True, bias=True),
+    Case("bias-empty", (0, 5, 0), 3, 24, grad="expanded", bias=True),
+    Case("bias-no-sequences", (), 3, 32, bias=True),
+    Case("bias-slack", (33, 2), 1, 80, slack=70, scale=0.3, layout="columns", bias=True),
+    Case("bias-negative-scale", (33, 20), 1, 32, scale=-0.2, bias=True),
+    Case("bias-cross-causal", (20, 5, 97), 2, 32, keys=(33, 97, 7), causal=True, bias=True),
+    Case("bias-left-padding", (70, 70, 70), 2, 40, mask="left", layout="projection", bias=True),
+    Case("bias-holes", (33, 97), 2, 24, mask="holes", grad="transposed", bias=True),
+    Case("bias-sees-nothing", (20, 20, 20), 3, 32, mask="none of some", bias=True),
+    Case("bias-dropout-all", (33, 0, 40), 2, 64, causal=True, mask="holes", dropout_p=0.25, bias=True),
     Case("heads12-batch", (97, 7, 1, 33, 64, 12), 12, 64, layout="projection", heavy=True),
 ]
 
@@ -118,6 +133,11 @@ def key_mask_of(kind: str | None, lengths: list[int], draw: Draw) -> Tensor | No
 def draw_inputs(case: Case, draw: Draw, dtype: torch.dtype) -> dict[str, Tensor]:
     total_q, total_k = sum(case.lengths), sum(case.lengths_k())
     heads, head_dim = case.heads, case.head_dim
+    more = {}
+    if case.bias:  # with more rows and columns than any sequence has
+        longest = (max(lengths, default=0) + case.slack for lengths in (case.lengths, case.lengths_k()))
+        room_q, room_k = longest
+        more["bias"] = poisoned(draw.normal(heads, room_q + 2, room_k + 3, dtype=dtype), "columns")
     if case.layout == "projection":
         assert case.keys is None
         qkv = draw.normal(total_q, 3, heads, head_dim, dtype=dtype)
@@ -125,11 +145,11 @@ def draw_inputs(case: Case, draw: Draw, dtype: torch.dtype) -> dict[str, Tensor]
         room = qkv.new_full((total_q + 5, 3, heads, head_dim), float("nan"))
         room[2:-3] = qkv
         q, k, v = room[2:-3].unbind(1)
-        return {"q": q, "k": k, "v": v}
+        return {"q": q, "k": k, "v": v, **more}
     q = draw.normal(total_q, heads, head_dim, dtype=dtype, std=case.spread)
     k = draw.normal(total_k, heads, head_dim, dtype=dtype, std=case.spread)
     v = draw.normal(total_k, heads, head_dim, dtype=dtype)
-    return {name: poisoned(t, case.layout) for name, t in {"q": q, "k": k, "v": v}.items()}
+    return {name: poisoned(t, case.layout) for name, t in {"q": q, "k": k, "v": v}.items()} | more
 
 
 def draw_grad(kind: str, shape: torch.Size, draw: Draw, dtype: torch.dtype) -> Tensor:
@@ -172,6 +192,7 @@ def cancelling(case: Case, inputs: dict[str, Tensor], grad: Tensor) -> dict[str,
     return {
         "gradient of q": products * largest(inputs["k"]),
         "gradient of k": products * largest(inputs["q"]) * rows,
+        "gradient of bias": products / scale * max(1, len(case.lengths)),
     }
 
 
@@ -180,17 +201,21 @@ def run_case(case: Case, draw: Draw, dtype: torch.dtype) -> dict[str, Tensor]:
     grad = draw_grad(case.grad, inputs["q"].shape, draw, dtype)
     ours, original = arguments(case, draw)
     return check_three_way(
-        lambda q, k, v: ops.attention(q, k, v, **ours),
-        lambda q, k, v: eager.attention(q, k, v, **original),
+        lambda q, k, v, bias=None: ops.attention(q, k, v, bias=bias, **ours),
+        lambda q, k, v, bias=None: eager.attention(q, k, v, bias=bias, **original),
         inputs,
         grad,
         cancelling=cancelling(case, inputs, grad),
-        floor_ulps=score_floor(inputs["q"], inputs["k"], case.head_dim**-0.5 if case.scale is None else case.scale),
+        floor_ulps=score_floor(
+            inputs["q"], inputs["k"], case.head_dim**-0.5 if case.scale is None else case.scale, inputs.get("bias")
+        ),
     )
 
 
 @cases_on_every_backend(CASES)
 def test_three_way(served: Served, case: Case, draw: Draw) -> None:
+    if case.bias and served.backend not in BIASED:
+        pytest.skip("these kernels take no bias, which selection knows: test_backends.py")
     got = run_case(case, draw, served.dtype)
     assert got["output"].is_contiguous()
 
@@ -214,6 +239,7 @@ def test_three_way_random_shapes(served: Served, data: st.DataObject) -> None:
         dropout_p=data.draw(st.sampled_from([0.0, 0.0, 0.1, 0.5]), "dropout_p"),
         layout=data.draw(st.sampled_from(["contiguous", "rows", "columns", "transposed"]), "layout"),
         grad=data.draw(st.sampled_from(["random", "expanded", "transposed"]), "grad"),
+        bias=served.backend in BIASED and data.draw(st.booleans(), "bias"),
     )
     run_case(case, Draw(data.draw(st.integers(0, 2**32 - 1), "seed"), served.device), served.dtype)
 

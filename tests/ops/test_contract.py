@@ -140,6 +140,12 @@ REFUSED = [
     Refused(
         "attention", "k-falls", given(cu_seqlens_k=ends(0, 10, 9), max_seqlen_k=99), ValueError, "cu_seqlens_k falls"
     ),
+    Refused("attention", "bias-rank", given(bias=torch.zeros(6, 6)), ValueError, "bias"),
+    Refused("attention", "bias-heads", given(bias=torch.zeros(1, 6, 6)), ValueError, "bias"),
+    Refused("attention", "bias-few-queries", given(bias=torch.zeros(2, 5, 6)), ValueError, "bias"),
+    Refused("attention", "bias-few-keys", given(bias=torch.zeros(2, 6, 5)), ValueError, "bias"),
+    Refused("attention", "bias-dtype", given(bias=torch.zeros(2, 6, 6, dtype=FLOAT64)), TypeError, "bias"),
+    Refused("attention", "bias-device", given(bias=torch.zeros(2, 6, 6, device="meta")), ValueError, "bias"),
     Refused("attention", "mask-int", given(key_mask=torch.ones(9, dtype=torch.int64)), TypeError, "key_mask"),
     Refused("attention", "mask-float", given(key_mask=torch.zeros(9)), TypeError, "key_mask"),
     Refused("attention", "mask-size", given(key_mask=torch.ones(8, dtype=torch.bool)), ValueError, "key_mask"),

@@ -144,7 +144,9 @@ def test_gradcheck(op: str, every_option: bool, draw: Draw) -> None:
         )
 
 
-@pytest.mark.parametrize("options", [{"causal": True}, {"dropout_p": 0.4}, {"key_mask": True}, {"scale": 2.0}, {}])
+@pytest.mark.parametrize(
+    "options", [{"causal": True}, {"dropout_p": 0.4}, {"key_mask": True}, {"scale": 2.0}, {"bias": True}, {}]
+)
 def test_gradcheck_attention_options(options: dict[str, Any], draw: Draw) -> None:
     with backends.backend("reference"):
         call = sample("attention", draw, FLOAT64, tokens=7)
@@ -152,9 +154,14 @@ def test_gradcheck_attention_options(options: dict[str, Any], draw: Draw) -> Non
             options = {"key_mask": torch.tensor([True, False, True, True, False, True, True], device=draw.device)}
         if "dropout_p" in options:
             options = {**options, "seed": draw.seed()}
-        call.rest |= options
+        if options.get("bias"):
+            options = {"bias": draw.normal(2, 5, 6, dtype=FLOAT64)}
+            call.tensors |= options
+        call.rest |= {name: value for name, value in options.items() if name not in call.tensors}
         assert torch.autograd.gradcheck(
-            lambda q, k, v: call(q=q, k=k, v=v), [leaf(call.tensors[name]) for name in ("q", "k", "v")], fast_mode=True
+            lambda *values: call(**dict(zip(call.tensors, values, strict=True))),
+            [leaf(t) for t in call.tensors.values()],
+            fast_mode=True,
         )
 
 

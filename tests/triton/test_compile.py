@@ -48,6 +48,7 @@ def attention(
     *,
     causal: bool = False,
     masked: bool = False,
+    bias: bool = False,
     tokens: int = 4096,
     sequences: int = 8,
     max_seqlen: int = 512,
@@ -60,11 +61,12 @@ def attention(
     lse = empty(heads, tokens, dtype=torch.float32)
     cu_seqlens = empty(sequences + 1, dtype=torch.int32)
     key_mask = empty(tokens, dtype=torch.bool) if masked else None
+    on_scores = empty(heads, max_seqlen, max_seqlen, dtype=dtype) if bias else None
     rest = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, head_dim**-0.5, causal, key_mask, dropout_p)
 
     def launch() -> None:
-        KERNELS["attention_forward"](q, k, v, *rest, seed_for(dropout_p))
-        KERNELS["attention_backward"](out, q, k, v, out, lse, *rest, seed_for(dropout_p))
+        KERNELS["attention_forward"](q, k, v, *rest, seed_for(dropout_p), on_scores)
+        KERNELS["attention_backward"](out, q, k, v, out, lse, *rest, seed_for(dropout_p), on_scores)
 
     return launch
 
@@ -124,6 +126,10 @@ def cases() -> dict[str, Launch]:
         "attention 128 bf16": attention(128, bf16),
         "attention 80 fp16 dropout causal masked": attention(80, fp16, 0.1, causal=True, masked=True),
         "attention 64 fp32 dropout": attention(64, fp32, 0.1),
+        "attention 64 bf16 bias": attention(64, bf16, bias=True),
+        "attention 64 bf16 bias dropout masked": attention(64, bf16, 0.1, masked=True, bias=True),
+        "attention 128 fp16 bias": attention(128, fp16, bias=True),
+        "attention 64 fp32 bias": attention(64, fp32, bias=True),
         "add_layer_norm 768 bf16 dropout": add_layer_norm(768, bf16, 0.1),
         "add_layer_norm 1024 fp32": add_layer_norm(1024, fp32),
         "add_layer_norm 4096 fp16 dropout": add_layer_norm(4096, fp16, 0.1),
@@ -146,6 +152,7 @@ def same_keys() -> dict[str, list[Launch]]:
             attention(64, bf16, 0.1, tokens=t, sequences=b, max_seqlen=s, masked=True, causal=True) for t, b, s in sizes
         ],
         "attention short": [attention(64, bf16, 0.1, tokens=t, sequences=b, max_seqlen=s) for t, b, s in short_sizes],
+        "attention bias": [attention(64, bf16, tokens=t, sequences=b, max_seqlen=s, bias=True) for t, b, s in sizes],
         "attention one head": [attention(24, bf16, tokens=t, sequences=b, max_seqlen=s, heads=1) for t, b, s in sizes],
         "add_layer_norm": [
             add_layer_norm(768, bf16, p, tokens=t) for t, p in ((1, 0.1), (7, 0.9), (16, 0.1), (4096, 0.5))
@@ -280,7 +287,7 @@ def test_tiles_are_copied_16_bytes_at_a_time(compiled: dict[int, list[dict[str, 
     for k in compiled[architecture]:
         if "fp32" in k["case"] or re.search("delta|partials|pieces", k["kernel"]):
             continue
-        if re.match("attention|gelu_ffn", k["kernel"]):
+        if re.match("attention|gelu_ffn", k["kernel"]) and "grad_bias" not in k["kernel"]:  # which is not pipelined
             assert k["asynchronous_16_byte_copies"] > 0, k
         else:
             assert k["vector_loads"] > 0, k
