@@ -234,15 +234,13 @@ def test_the_order_of_threads_does_not_matter(library: ctypes.CDLL) -> None:
             assert torch.equal(t, expected)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case("few-queries", (16,) * 9, keys=(640,) * 9),
-        Case("ring-refilled", (640,), heads=1),
-        Case("head128", (384,), heads=1, head_dim=128),
-    ],
-    ids=lambda case: case.id,
-)
+FEW_QUERIES = [
+    Case("head64", (16,) * 6, keys=(640,) * 6),
+    Case("head128", (16,) * 6, keys=(384,) * 6, head_dim=128),
+]
+
+
+@pytest.mark.parametrize("case", FEW_QUERIES, ids=lambda case: case.id)
 def test_a_warpgroup_that_had_no_tile_waits_for_its_own_phase(library: ctypes.CDLL, case: Case) -> None:
     """Its next chunk may come into a slot whose last load, which it had no part in, is still under way: by the parity
     of the barrier alone it would read that.
@@ -250,11 +248,10 @@ def test_a_warpgroup_that_had_no_tile_waits_for_its_own_phase(library: ctypes.CD
     inputs = draw(case)
     exact, exact_lse = exactly(inputs)
     for order in range(1, 5):
-        for blocks in (3, 7):
-            out, _ = forward(library, inputs, blocks=blocks, order=order)
-            torch.testing.assert_close(out.double(), exact, rtol=0.0, atol=0.03)
-            if case.head_dim <= 64:
-                backward(library, inputs, exact.to(case.dtype), exact_lse.float(), blocks=blocks, order=order)
+        out, _ = forward(library, inputs, order=order)
+        torch.testing.assert_close(out.double(), exact, rtol=0.0, atol=0.03)
+        if case.head_dim <= 64:
+            backward(library, inputs, exact.to(case.dtype), exact_lse.float(), order=order)
 
 
 def test_sequences_do_not_see_each_other(library: ctypes.CDLL) -> None:

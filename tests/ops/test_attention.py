@@ -268,8 +268,8 @@ def test_rows_that_belong_to_no_sequence(served: Served, draw: Draw, max_seqlens
     """
     lengths, capacity, heads = ([5, 21, 9], [7, 30, 4]), (41, 48), 3
     ends = [cumulative(list(of), served.device) for of in lengths]
-    q, grad = (draw.normal(capacity[0], heads, 24, dtype=served.dtype) for _ in range(2))
-    k, v = (draw.normal(capacity[1], heads, 24, dtype=served.dtype) for _ in range(2))
+    q, grad = (draw.normal(capacity[0], heads, 32, dtype=served.dtype) for _ in range(2))
+    k, v = (draw.normal(capacity[1], heads, 32, dtype=served.dtype) for _ in range(2))
     rest = (0.25, False, None, 0.0, None)
     if served.backend == "cpu":
         with pytest.raises(RuntimeError, match="cu_seqlens"):
