@@ -11,6 +11,7 @@ SOURCES := setup.py roberta_kernels/schemas.def $(wildcard csrc/*.cpp csrc/*.h c
 PYTHON_FILES := roberta_kernels tests benchmarks csrc setup.py noxfile.py
 CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cpp csrc/cuda/*.cu csrc/cuda/*.h csrc/cuda/*.cuh tests/cuda_emulation/*.h tests/cuda_emulation/*.cuh tests/cuda_emulation/*.cpp tests/cpu/*.cpp benchmarks/*.cpp)
 PYTEST := $(BIN)/python -m pytest
+export ROBERTA_KERNELS_CUTLASS ?= $(abspath $(VENV)/cutlass/cutlass_library/source)
 WORKERS ?= 2
 # What test-cuda-source and test-cuda-library run.
 NOT_CUDA := --ignore=tests/cuda --ignore=tests/cuda_emulation
@@ -21,22 +22,32 @@ NOT_CUDA := --ignore=tests/cuda --ignore=tests/cuda_emulation
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
 
-# torch comes first and by its pinned version: the build compiles against it, without isolation. Of CUTLASS only the
-# headers are needed, and none of what its package depends on.
+# torch comes first and by its pinned version: the build compiles against it, without isolation.
 $(VENV)/.packages: constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.10 is needed, and this is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch setuptools wheel ninja packaging numpy
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps nvidia-cutlass
 	touch $@
 
+# The kernels, and what the demo needs.
 $(VENV)/.built: $(VENV)/.packages $(SOURCES)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[demo]'
+	touch $@
+
+# What the tests and linters need beside that. What is compiled is not compiled again.
+$(VENV)/.tools: $(VENV)/.built $(VENV)/.cutlass
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev,demo,bench,test,pretrained]'
 	touch $@
 
-setup: $(VENV)/.built  ## make .venv, install what constraints.txt pins, build the kernels
+# Of CUTLASS the headers alone, in a folder of their own: its package depends on much that no header needs, and pip would
+# complain of that at every installation.
+$(VENV)/.cutlass: constraints.txt $(VENV)/.packages
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target $(VENV)/cutlass nvidia-cutlass
+	touch $@
 
-demo: setup  ## a RoBERTa-size model on real text, original against patched; pictures in demo-output/
+setup: $(VENV)/.tools  ## make .venv, install what constraints.txt pins, build the kernels
+
+demo: $(VENV)/.built  ## a RoBERTa-size model on real text, original against patched; pictures in demo-output/
 	$(BIN)/roberta-kernels demo
 
 test: lint test-fast test-slow test-releases test-cuda-source  ## all checks and all tests
@@ -110,7 +121,7 @@ bench: setup  ## kernel benchmarks: JSON, a table and plots in benchmarks/result
 	$(BIN)/python -m benchmarks run
 
 # No part of what .venv holds for the tests: 300 MB.
-$(VENV)/.peers: $(VENV)/.built
+$(VENV)/.peers: $(VENV)/.tools
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[bench-models]'
 	touch $@
 

@@ -128,7 +128,7 @@ def _fill_document(document: Path, results: dict[str, Any]) -> None:
     if results.get("whole_models"):
         images = model_plots.write(results, folder / "images")
         links = [str(image.relative_to(folder)) for image in images]
-        report.insert(document, "cpu-models", model_report.body(results, links))
+        report.insert(document, f"{model_report.kind(results)}-models", model_report.body(results, links))
     else:
         device = results["machine_info"]["device"]
         images = plots.write(results, folder / "images")
@@ -142,7 +142,8 @@ def _fill_documents(results: dict[str, Any], console: Console) -> None:
     if results["quick"]:
         raise ValueError("a smoke run measures nothing: it is not for the documents")
     _fill_document(DOCUMENT, results)
-    report.insert(README, "cpu-models", model_report.readme(results, "docs/images/models-cpu-speed.png"))
+    kind = model_report.kind(results)
+    report.insert(README, f"{kind}-models", model_report.readme(results, f"docs/images/models-{kind}-speed.png"))
     for path in (DOCUMENT, README):
         console.print(f"filled {os.path.relpath(path)}", markup=False, highlight=False)
 

@@ -53,16 +53,93 @@ _IN_CORPUS = _IN_SCALING = ("ours", "HF sdpa", "ONNX Runtime")
 
 
 def _ours(quantization: str | None, *, smoke: bool) -> Runner:
-    missing = ""
-    available = backends.available_backends()["cpu"]
-    if not available and not smoke:
-        missing = f"the backend cpu is missing: {available.detail}"
     options = {} if quantization is None else {"quantization": quantization}
-    if options and not missing:
-        missing = _refused(options)
-    kept = None if quantization is None else quantization.partition("-")[0]
-    note = "patched" + (f", quantization={quantization!r}" if quantization else "")
-    return Runner(functools.partial(patched, **options), note, ours=True, weights=kept, missing=missing)
+    missing = _no_kernels(smoke) or (_refused(options) if options else "")
+    if quantization is None:
+        return Runner(patched, "patched", ours=True, instead_of="HF sdpa", missing=missing)
+    return Runner(
+        functools.partial(patched, **options),
+        f"patched, quantization={quantization!r}",
+        ours=True,
+        weights=quantization.partition("-")[0],
+        # Weights alone are rounded: products are float32's, or no less.
+        arithmetic="int8" if quantization == "int8-dynamic" else None,
+        trains=False,
+        missing=missing,
+    )
+
+
+def _no_kernels(smoke: bool) -> str:
+    available = backends.available_backends()["cpu"]
+    return "" if available or smoke else f"the backend cpu is missing: {available.detail}"
+
+
+def _in_precision(precision: str) -> Callable[[Any], Callable[..., Any]]:
+    """Patched, and called with this torch.set_float32_matmul_precision."""
+
+    def prepare(model: Any) -> Callable[..., Any]:
+        fast = patched(model)
+
+        def run(**arguments: Any) -> Any:
+            before = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision(precision)
+            try:
+                return fast(**arguments)
+            finally:
+                torch.set_float32_matmul_precision(before)
+
+        return run
+
+    return prepare
+
+
+def _autocast(prepare: Callable[[Any], Callable[..., Any]]) -> Callable[[Any], Callable[..., Any]]:
+    def prepare_it(model: Any) -> Callable[..., Any]:
+        inside = prepare(model)
+
+        def run(**arguments: Any) -> Any:
+            with torch.autocast("cpu", torch.bfloat16):
+                return inside(**arguments)
+
+        return run
+
+    return prepare_it
+
+
+def _as_it_comes(model: Any) -> Any:
+    return model
+
+
+def _lower_precision(*, smoke: bool) -> dict[str, Runner]:
+    """The same model with less than float32's precision, by the ways that torch has: ours, then transformers'."""
+    missing = _no_kernels(smoke)
+    rounded = {"weights": "bfloat16", "arithmetic": "bfloat16"}
+    found = {}
+    for precision, arithmetic in (("high", "three parts"), ("medium", "bfloat16")):
+        # Where there are no tiles, these take float32's products, and are as exact.
+        note = f'patched, torch.set_float32_matmul_precision("{precision}")'
+        found[f"ours {precision}"] = Runner(
+            _in_precision(precision), note, ours=True, arithmetic=arithmetic, trains=False, missing=missing
+        )
+    found["ours, bfloat16 model"] = Runner(
+        lambda model: patched(model.to(torch.bfloat16)),
+        "the model in bfloat16, patched",
+        ours=True,
+        instead_of="HF bfloat16 model",
+        missing=missing,
+        **rounded,
+    )
+    found["ours, autocast"] = Runner(
+        _autocast(patched),
+        "patched, under torch.autocast in bfloat16",
+        ours=True,
+        arithmetic="bfloat16",
+        instead_of="HF autocast",
+        missing=missing,
+    )
+    found["HF bfloat16 model"] = Runner(lambda model: model.to(torch.bfloat16), "the model in bfloat16", **rounded)
+    found["HF autocast"] = Runner(_autocast(_as_it_comes), "under torch.autocast in bfloat16", arithmetic="bfloat16")
+    return found
 
 
 def _refused(options: dict[str, Any]) -> str:
@@ -91,15 +168,26 @@ def _engine(engine: Engine, exported: Path | None, threads: int) -> Runner:
 
         return run
 
-    return Runner(prepare, engine.note, engine=True, weights=engine.weights, missing=engine.missing())
+    return Runner(
+        prepare,
+        engine.note,
+        engine=True,
+        weights=engine.weights,
+        arithmetic=engine.arithmetic,
+        trains=False,
+        missing=engine.missing(),
+    )
 
 
 def contenders(exported: Path | None, threads: int, *, smoke: bool) -> dict[str, Runner]:
     """By name, those under test first. exported: the folder of benchmarks.engines, once there is one."""
     found = {"ours": _ours(None, smoke=smoke)}
     found |= {f"ours {name}": _ours(name, smoke=smoke) for name in QUANTIZED}
-    found["HF eager"] = Runner(lambda model: model, "transformers, attention in plain torch", attention="eager")
-    found["HF sdpa"] = Runner(lambda model: model, "transformers as it comes")
+    lower = _lower_precision(smoke=smoke)
+    found |= {name: runner for name, runner in lower.items() if runner.ours}
+    found["HF eager"] = Runner(_as_it_comes, "transformers, attention in plain torch", attention="eager")
+    found["HF sdpa"] = Runner(_as_it_comes, "transformers as it comes")
+    found |= {name: runner for name, runner in lower.items() if not runner.ours}
     found["torch.compile"] = Runner(
         compiled(None),
         "the same under torch.compile, shapes dynamic, compile time not counted",
@@ -220,7 +308,7 @@ class CpuSuite:
     # -- parts --------------------------------------------------------------------------------------------------------
 
     def _roofs(self) -> None:
-        self.results["roofs"] = measure_roofs("cpu", ("float32",), Clock("cpu"), quick=self.smoke)
+        self.results["roofs"] = measure_roofs("cpu", ("float32", "bfloat16"), Clock("cpu"), quick=self.smoke)
 
     def _export(self) -> None:
         """Without it, the engines are not there, and why."""
@@ -254,7 +342,7 @@ class CpuSuite:
                 self._done(next(names).name)
 
     def _training(self) -> None:
-        known = {n: r for n, r in self._known.items() if not r.engine and not r.compiled and not r.weights}
+        known = {n: r for n, r in self._known.items() if r.trains and not r.compiled}
         every = SMOKE_MODEL_BATCHES if self.smoke else [b for b in CPU_MODEL_BATCHES if b.name in _TRAINED]
         for event in self._run(every, directions=["forward_backward"], known=known):
             self._take(event)

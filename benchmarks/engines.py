@@ -38,6 +38,7 @@ class Engine:
     packages: tuple[str, ...]
     note: str
     weights: str | None = None  # how they are kept, where not in float32
+    arithmetic: str | None = None  # what products take, where not float32
 
     def missing(self) -> str:
         """Why it cannot be measured here, or ""."""
@@ -57,16 +58,20 @@ def _onnxruntime(path: Path, threads: int) -> Session:
     return lambda arguments: session.run(None, arguments)[0]
 
 
-def _openvino(path: Path, threads: int) -> Session:
+def _openvino(path: Path, threads: int, precision: str = "f32") -> Session:
     import openvino
 
     settings = {
-        "INFERENCE_PRECISION_HINT": "f32",  # it would take bfloat16 where the CPU has it
+        "INFERENCE_PRECISION_HINT": precision,  # it would take bfloat16 where the CPU has it
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": threads,
     }
     compiled = openvino.Core().compile_model(str(path), "CPU", settings)
     return lambda arguments: compiled(arguments, share_inputs=True, share_outputs=True)[0]
+
+
+def _openvino_bfloat16(path: Path, threads: int) -> Session:
+    return _openvino(path, threads, "bf16")
 
 
 ENGINES = {
@@ -83,6 +88,15 @@ ENGINES = {
         ("onnx", "onnxruntime"),
         "the fused model, dynamically quantised, weights per channel",
         weights="int8",
+        arithmetic="int8",
+    ),
+    "OpenVINO bfloat16": Engine(
+        "model.onnx",
+        _openvino_bfloat16,
+        ("onnx", "openvino"),
+        "the same export, precision set to bfloat16",
+        weights="bfloat16",
+        arithmetic="bfloat16",
     ),
 }
 

@@ -8,8 +8,9 @@ from typing import Any
 from matplotlib import pyplot as plt
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from benchmarks.model_report import kind
 from benchmarks.plots import PALETTE, draw_roofs, machine_name
-from benchmarks.report import Row
+from benchmarks.report import Row, operations
 from benchmarks.roofs import compute_roof
 
 _BASIS = "HF sdpa"
@@ -22,14 +23,14 @@ def write(results: dict[str, Any], folder: Path) -> list[Path]:
     names = list(dict.fromkeys(row["contender"] for row in results["models"] + results["scaling"]))
     colours = {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(names)}
     forward = [row for row in results["models"] if row["direction"] == "forward"]
-    written = []
+    written, prefix = [], f"models-{kind(results)}"
     if forward:
-        written.append(_speed(forward, colours, results, folder / "models-cpu-speed.png"))
-    intensive = [row for row in forward if "bytes" in row]
+        written.append(_speed(forward, results, folder / f"{prefix}-speed.png"))
+    intensive = [row for row in forward if "bytes" in row and row["contender"] in _ROOFLINE]
     if intensive:
-        written.append(_roofline(intensive, colours, results, folder / "models-cpu-roofline.png"))
+        written.append(_roofline(intensive, results, folder / f"{prefix}-roofline.png"))
     if results["scaling"]:
-        written.append(_scaling(results["scaling"], colours, results, folder / "models-cpu-scaling.png"))
+        written.append(_scaling(results["scaling"], colours, results, folder / f"{prefix}-scaling.png"))
     return written
 
 
@@ -39,82 +40,143 @@ def _save(figure: Any, path: Path) -> Path:
     return path
 
 
-def _speed(rows: list[Row], colours: dict[str, str], results: dict[str, Any], path: Path) -> Path:
-    """Bars of useful tokens per second over those of transformers as it comes (or of the first contender)."""
+# What is shown beside what: five contenders at most, the float32 ones first.
+_PANELS = {
+    "float32": ("ours", "HF sdpa", "torch.compile", "ONNX Runtime", "OpenVINO"),
+    "bfloat16": (
+        "ours, bfloat16 model",
+        "ours, autocast",
+        "HF bfloat16 model",
+        "HF autocast",
+        "OpenVINO bfloat16",
+    ),
+    "less than float32, of a float32 model": (
+        "ours high",
+        "ours bfloat16",
+        "ours int8",
+        "ours int8-dynamic",
+        "ONNX Runtime int8",
+    ),
+}
+
+
+def _panels(rows: list[Row]) -> dict[str, list[str]]:
+    """Titles -> contenders that were measured."""
+    measured = {row["contender"] for row in rows}
+    panels = {title: [name for name in names if name in measured] for title, names in _PANELS.items()}
+    return {title: names for title, names in panels.items() if names}
+
+
+def _speed(rows: list[Row], results: dict[str, Any], path: Path) -> Path:
+    """Times over those of transformers as it comes (or of the first contender): a dot for each contender, with the
+    range of its turns, a panel for each precision."""
     workloads = list(dict.fromkeys(row["batch"]["name"] for row in rows))
-    names = [name for name in colours if any(row["contender"] == name for row in rows)]
-    basis = _BASIS if _BASIS in names else names[0]
-    width = 0.86 / len(names)
-    figure, axis = plt.subplots(figsize=(max(8.0, 1.9 * len(workloads) + 1.5), 5.2), layout="constrained")
-    shown = []
-    for place, workload in enumerate(workloads):
-        found = {row["contender"]: row for row in rows if row["batch"]["name"] == workload}
-        if basis not in found:
-            continue
-        for index, name in enumerate(names):
-            if name not in found:
-                continue
-            row, unit = found[name], found[basis]["median_s"]
-            x, height = place + (index - (len(names) - 1) / 2) * width, unit / row["median_s"]
-            hatch = "//" if row["weights"] else ""
-            axis.bar(x, height, width * 0.94, color=colours[name], hatch=hatch, edgecolor="white", linewidth=0.3)
-            axis.plot([x, x], [unit / row["p80_s"], unit / row["p20_s"]], color="black", linewidth=0.8)
-            shown += [height, unit / row["p20_s"]]
-            axis.annotate(
-                f"{height:.1f}",
-                (x, max(height, unit / row["p20_s"])),
-                (0, 2),
-                textcoords="offset points",
-                ha="center",
-                fontsize=7,
-            )
-    for name in names:
-        lossy = any(row["weights"] for row in rows if row["contender"] == name)
-        axis.bar(0, 0, color=colours[name], hatch="//" if lossy else "", edgecolor="white", label=name)
-    axis.set_yscale("log")
-    marks = [
-        m for m in (0.25, 0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24) if min(shown) / 1.3 <= m <= max(shown) * 1.3
-    ]
-    axis.set_ylim(min(*shown, 0.9) / 1.1, max(shown) * 1.25)
-    axis.yaxis.set_major_locator(FixedLocator(marks))
-    axis.yaxis.set_minor_locator(NullLocator())
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} x"))
-    axis.axhline(1.0, color="black", linewidth=1.0)
-    axis.set_xticks(range(len(workloads)), workloads)
-    axis.grid(axis="y", alpha=0.3, linewidth=0.6)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.set_title(
-        f"{machine_name(results)}: whole models, speed over {basis}\nhatched: weights in bfloat16 or int8", fontsize=11
+    panels = _panels(rows) or {"": list(dict.fromkeys(row["contender"] for row in rows))[:5]}
+    basis = _BASIS if any(row["contender"] == _BASIS for row in rows) else rows[0]["contender"]
+    by_case = {(row["batch"]["name"], row["contender"]): row for row in rows}
+    figure, axes = plt.subplots(
+        1,
+        len(panels),
+        figsize=(1.0 + 4.6 * len(panels), 1.6 + 0.62 * len(workloads)),
+        sharey=True,
+        sharex=True,
+        squeeze=False,
+        layout="constrained",
     )
-    figure.legend(loc="outside lower center", ncols=min(5, len(names)), frameon=False, fontsize=9)
+    for axis, (title, names) in zip(axes[0], panels.items(), strict=True):
+        for index, name in enumerate(names):
+            ours = name.startswith("ours")
+            drawn = {"label": name}
+            for place, workload in enumerate(workloads):
+                row, base = by_case.get((workload, name)), by_case.get((workload, basis))
+                if row is None or base is None:
+                    continue
+                unit, y = base["median_s"], place + (index - (len(names) - 1) / 2) * 0.15
+                colour = PALETTE[index]
+                axis.plot([unit / row["p80_s"], unit / row["p20_s"]], [y, y], color=colour, linewidth=1.5)
+                axis.plot(
+                    unit / row["median_s"],
+                    y,
+                    "o" if ours else "D",
+                    color=colour,
+                    markerfacecolor=colour if ours else "white",
+                    markersize=6,
+                    **drawn,
+                )
+                drawn = {}
+        axis.axvline(1.0, color="black", linewidth=0.9)
+        axis.set_xscale("log")
+        axis.grid(axis="x", alpha=0.3, linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_title(title, fontsize=10)
+        axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.09), ncols=2, frameon=False)
+    low, high = axes[0, 0].get_xlim()
+    marks = [m for m in (0.25, 0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24) if low <= m <= high]
+    axes[0, 0].xaxis.set_major_locator(FixedLocator(marks))
+    axes[0, 0].xaxis.set_minor_locator(NullLocator())
+    axes[0, 0].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} x"))
+    axes[0, 0].set_yticks(range(len(workloads)), workloads)
+    axes[0, 0].set_ylim(len(workloads) - 0.5, -0.5)
+    figure.suptitle(f"{machine_name(results)}: whole models, speed over {basis} in float32", fontsize=11)
     return _save(figure, path)
 
 
-def _roofline(rows: list[Row], colours: dict[str, str], results: dict[str, Any], path: Path) -> Path:
-    """Useful operations per second over operations per byte that has to move; a marker for each workload."""
+def _roofline(rows: list[Row], results: dict[str, Any], path: Path) -> Path:
+    """Useful operations per second over operations per byte that has to move, under the roof of what is multiplied; a
+    marker for each workload."""
+    shown = {name: PALETTE[i] for i, name in enumerate(_ROOFLINE) if any(row["contender"] == name for row in rows)}
+    # Of rounded weights it has to be known what their products take.
+    rows = [row for row in rows if row["contender"] in shown and (row.get("arithmetic") or not row["weights"])]
     workloads = list(dict.fromkeys(row["batch"]["name"] for row in rows))
     markers = dict(zip(workloads, _MARKERS * 2, strict=False))
     figure, axis = plt.subplots(figsize=(9, 6), layout="constrained")
-    compute = compute_roof(results["roofs"], "float32")
-    draw_roofs(axis, results["roofs"], compute, [row["flops"] / row["bytes"] for row in rows], "multiply-adds")
+    roofs = {what: compute_roof(results["roofs"], what) for what in dict.fromkeys(map(_arithmetic, rows))}
+    roofs = {what: roof for what, roof in roofs.items() if roof}
+    rows = [row for row in rows if _arithmetic(row) in roofs]
+    top = max(roofs, key=lambda what: roofs[what])
+    draw_roofs(axis, results["roofs"], roofs[top], [row["flops"] / row["bytes"] for row in rows], _ROOFS[top])
+    for what, roof in roofs.items():
+        if what != top:
+            axis.axhline(roof, linestyle=":", color="#555555", linewidth=1.1)
+            axis.annotate(
+                f"{_ROOFS[what]}: {operations(roof)}",
+                (axis.get_xlim()[0], roof),
+                (4, 2),
+                textcoords="offset points",
+                fontsize=8,
+            )
     for row in rows:
         axis.plot(
             row["flops"] / row["bytes"],
             row["flops_per_s"],
             markers[row["batch"]["name"]],
-            color=colours[row["contender"]],
-            markerfacecolor=colours[row["contender"]] if row["ours"] else "none",
+            color=shown[row["contender"]],
+            markerfacecolor=shown[row["contender"]] if row["ours"] else "none",
             markersize=8 if row["ours"] else 7,
         )
     for workload, marker in markers.items():
         axis.plot([], [], marker, color="#333333", label=workload)
-    for name in dict.fromkeys(row["contender"] for row in rows):
-        axis.plot([], [], "s", color=colours[name], label=name)
-    axis.set_ylim(min(row["flops_per_s"] for row in rows) / 2, max(compute, *(r["flops_per_s"] for r in rows)) * 1.6)
+    for name, colour in shown.items():
+        if not any(row["contender"] == name for row in rows):
+            continue
+        axis.plot([], [], "s", color=colour, label=name)
+    axis.set_ylim(min(row["flops_per_s"] for row in rows) / 2, roofs[top] * 1.6)
     axis.set_title(f"{machine_name(results)}: whole models under the roofs of the same run\nfilled: ours", fontsize=11)
     axis.legend(fontsize=8, loc="lower right", ncols=2)
     return _save(figure, path)
+
+
+_ROOFLINE = ("ours", "ours, bfloat16 model", "ours int8-dynamic", "HF sdpa", "OpenVINO bfloat16")
+_ROOFS = {
+    "float32": "float32 products",
+    "three parts": "products in three parts",
+    "bfloat16": "bfloat16 products",
+    "int8": "int8 products",
+}
+
+
+def _arithmetic(row: Row) -> str:
+    return row.get("arithmetic") or "float32"
 
 
 def _scaling(rows: list[Row], colours: dict[str, str], results: dict[str, Any], path: Path) -> Path:

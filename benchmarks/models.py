@@ -57,8 +57,11 @@ class Runner:
 
     prepare: what is done to a copy of the original; returns what is called.
     engine: an engine's, which has no need of that copy: prepare gets None. Forward only.
-    weights: how they are kept, where that is with less than the run's dtype. Such a model does not keep the promise;
-        its error is told.
+    weights: how they are kept, where that is with less than the run's dtype.
+    arithmetic: what products take, where that is less than the run's dtype: as in roofs.compute_roof. A model with
+        either does not keep the promise of the run's dtype; its error is told.
+    instead_of: the contender that somebody who patches had before, in the same precision.
+    trains: whether gradients of its parameters can be had.
     missing: why it cannot run here.
     """
 
@@ -70,7 +73,14 @@ class Runner:
     backend: str | None = None
     engine: bool = False
     weights: str | None = None
+    arithmetic: str | None = None
+    instead_of: str | None = None
+    trains: bool = True
     missing: str = ""
+
+    @property
+    def rounded(self) -> bool:
+        return bool(self.weights or self.arithmetic)
 
 
 def patched(model: nn.Module, **options: Any) -> nn.Module:
@@ -183,7 +193,7 @@ def _call(run: Callable[..., Any], model: nn.Module | None, inputs: Inputs, dire
     def forward_backward() -> tuple[Tensor | None, ...]:
         torch.compiler.cudagraph_mark_step_begin()
         hidden = run(**inputs.arguments).last_hidden_state
-        return torch.autograd.grad(hidden, parameters, inputs.grad, allow_unused=True)
+        return torch.autograd.grad(hidden, parameters, inputs.grad.to(hidden.dtype), allow_unused=True)
 
     return forward if direction == "forward" else forward_backward
 
@@ -231,6 +241,8 @@ def figures(
         "backend": runner.backend,
         "note": runner.note,
         "weights": runner.weights,
+        "arithmetic": runner.arithmetic,
+        "instead_of": runner.instead_of,
         "median_s": seconds,
         "p20_s": percentile(samples.calls, 20),
         "p80_s": percentile(samples.calls, 80),
@@ -241,8 +253,9 @@ def figures(
         "useful_tokens": batch.tokens,
         "useful_tokens_per_s": batch.tokens / seconds,
     }
-    if roofs is not None:
-        found["roof_fraction"] = work / compute_roof(roofs, dtype) / seconds
+    roof = 0.0 if roofs is None else compute_roof(roofs, runner.arithmetic or dtype)
+    if roof:
+        found["roof_fraction"] = work / roof / seconds
     if direction == "forward":
         found["bytes"] = least_bytes(batch, config, DTYPES.get(runner.weights or dtype, torch.int8).itemsize)
         if roofs is not None:
@@ -340,7 +353,7 @@ def run_models(
                     plain = answers
                 if check:
                     # What is kept with less is held to no promise, only to make sense.
-                    wrong, error = _wrong(answers, None if runner.weights else plain, exact)
+                    wrong, error = _wrong(answers, None if runner.rounded else plain, exact)
                     if wrong:
                         yield failed(f"wrong answers: {wrong}", gap=not runner.ours)
                         if not error < _NONSENSE:
@@ -350,7 +363,7 @@ def run_models(
                             f"its answers are float32's: the weights are not kept in {runner.weights}", gap=False
                         )
                         continue
-                    within = None if runner.weights or plain is None else not wrong
+                    within = None if runner.rounded or plain is None else not wrong
                     checked[name] = {"error": error, "within_promise": within, **_peak(call, device)}
                 calls[name] = Call(call, functools.partial(announced, begin, case, name), slow)
             if effort is None:

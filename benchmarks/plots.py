@@ -129,7 +129,7 @@ def _roofline(found: list[Row], results: dict[str, Any], dtype: str, path: Path)
     """Useful operations per second over useful operations per byte; filled: the kernels, hollow: eager torch."""
     roofs = results["roofs"]
     compute = compute_roof(roofs, dtype)
-    what = "torch.mm" if compute == roofs["matmul"][dtype] else "multiply-adds"
+    what = "torch.mm" if compute == roofs["matmul"][dtype] else "arithmetic units"
     shown = [row for row in found if row["ours"] or row["contender"] == "eager"]
     backends = list(dict.fromkeys(row["contender"] for row in shown if row["ours"]))
     colours = {backend: PALETTE[i] for i, backend in enumerate(backends)}
@@ -164,7 +164,7 @@ def _roofline(found: list[Row], results: dict[str, Any], dtype: str, path: Path)
 def draw_roofs(axis: Axes, roofs: dict[str, Any], compute: float, intensities: list[float], what: str) -> None:
     """Logarithmic axes with the machine's roofs on them, wide enough for these operations per byte.
 
-    compute: the roof of arithmetic, `what` of which it is.
+    compute: the roof of arithmetic, the highest that is drawn; `what` of which it is.
     """
     memory = memory_roof(roofs)
     cached = max(block["bytes_per_s"] for block in roofs["copy"])

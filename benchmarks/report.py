@@ -77,6 +77,8 @@ def conditions(results: dict[str, Any]) -> str:
     else:
         hardware += f"; instruction set {machine['isa_kernels'] or 'none compiled'} (torch: {machine['isa_torch']})"
     products = ", ".join(f"{name} {operations(flops)}" for name, flops in roofs["matmul"].items())
+    units = {"float32": roofs.get("fma"), **(roofs.get("units") or {})}
+    registers = ", ".join(f"{name} {operations(rate)}" for name, rate in units.items() if rate)
     cached = max(block["bytes_per_s"] for block in roofs["copy"])
     dirty = " with local changes" if commit.get("dirty") else ""
     lines = [
@@ -85,7 +87,7 @@ def conditions(results: dict[str, Any]) -> str:
         f"Commit {commit.get('id', 'unknown')[:12]}{dirty}, {results['datetime'][:10]}.",
         f"Roofs measured in the same run: copy {memory_roof(roofs) / 1e9:.3g} GB/s from memory, "
         f"{cached / 1e9:.3g} GB/s at best from cache; largest torch.mm {products}"
-        + (f"; multiply-adds in registers, float32 {operations(roofs['fma'])}." if roofs.get("fma") else "."),
+        + (f"; the units, in registers: {registers}." if registers else "."),
         f"Noise: three calls of five lie within {noise(results):.0%} (the median over all rows).",
     ]
     if noise(results) > _NOISY:

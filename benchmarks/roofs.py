@@ -5,9 +5,13 @@ small blocks stay in cache and move faster, and so do the operands of a small ca
 copy among the blocks that move at least as many bytes as the case does. On a GPU the calls take turns on sets of inputs
 larger than the cache, and the roof is that of device memory, of the largest block.
 
-Products: the best `torch.mm` over a few large shapes, for each dtype. On a CPU with a C++ compiler also the rate of
-float32 multiply-adds that the cores reach with all threads and no memory at all (fma.cpp, built for this machine),
-which no product can exceed; without one, the products stand for it.
+Products: the best `torch.mm` over a few large shapes, for each dtype. On a CPU with a C++ compiler also the rates that
+the cores' units reach with all threads and no memory at all (units.cpp, built for this machine): float32 multiply-adds,
+and dot products of bfloat16 and int8, on tiles where the processor has AMX. No product can exceed these; without a
+compiler, the products stand for them.
+
+A float32 product can be had from six bfloat16 ones, and one with the precision of "high" from three: so where there are
+tiles, a sixth or a third of their rate may be the roof.
 """
 
 from __future__ import annotations
@@ -30,7 +34,8 @@ from benchmarks.workloads import DTYPES, Cost
 
 
 def measure_roofs(device: str, dtypes: Iterable[str], clock: Clock, *, quick: bool = False) -> dict[str, Any]:
-    """{"copy": [{"bytes", "bytes_per_s"}, ...], "matmul": {dtype: flop/s}, "how": ...}"""
+    """{"copy": [{"bytes", "bytes_per_s"}, ...], "matmul": {dtype: flop/s}, "fma": flop/s or None, "units": {dtype: op/s
+    or None}, "how": ...}"""
     largest = 22 if quick else (30 if device == "cuda" else 28)
     seconds = 0.01 if quick else 0.1
     smallest = largest if device == "cuda" else 16
@@ -42,13 +47,15 @@ def measure_roofs(device: str, dtypes: Iterable[str], clock: Clock, *, quick: bo
     else:
         shapes = [(1024, 1024, 1024), (2048, 2048, 2048), (2048, 1024, 4096)]
     matmul = {name: max(_matmul(device, name, shape, clock) for shape in shapes) for name in dtypes}
-    multiply_add = _multiply_add(torch.get_num_threads(), seconds) if device == "cpu" else None
+    units = _units(torch.get_num_threads(), seconds) if device == "cpu" else {}
     return {
         "copy": copy,
         "matmul": matmul,
-        "fma": multiply_add,
+        "fma": units.get("float32"),
+        "units": {name: rate for name, rate in units.items() if name != "float32"},
         "how": "copy: best b.copy_(a), bytes read + written; matmul: best torch.mm of large random matrices, by "
-        "dtype; fma: float32 multiply-adds in registers, all threads (null: no C++ compiler, or a GPU)",
+        "dtype; fma and units: float32 multiply-adds, and dot products by dtype, in registers, all threads (null: no "
+        "such instruction, no C++ compiler, or a GPU)",
     }
 
 
@@ -75,26 +82,35 @@ def _matmul(device: str, dtype: str, shape: tuple[int, int, int], clock: Clock) 
     return 2 * m * k * n / _fastest(clock, lambda: torch.mm(a, b, out=out), 5 if device == "cpu" else 50)
 
 
-def _multiply_add(threads: int, seconds: float) -> float | None:
-    """Operations per second of so many threads at once; None without a compiler that builds fma.cpp."""
+_UNITS = {"float32": "multiply_add", "bfloat16": "dot_bfloat16", "int8": "dot_int8"}
+
+
+def _units(threads: int, seconds: float) -> dict[str, float | None]:
+    """Operations per second of so many threads at once, by dtype; None: no such instruction. {} without a compiler that
+    builds units.cpp."""
     with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "fma.so"
+        library = Path(folder) / "units.so"
         command = [*shlex.split(os.environ.get("CXX", "g++")), "-O3", "-march=native", "-ffp-contract=fast"]
-        command += ["-shared", "-fPIC", str(Path(__file__).with_name("fma.cpp")), "-o", str(library)]
+        command += ["-shared", "-fPIC", str(Path(__file__).with_name("units.cpp")), "-o", str(library)]
         try:
             subprocess.run(command, check=True, capture_output=True, timeout=60)
-            function = ctypes.CDLL(str(library)).multiply_add
+            loaded = ctypes.CDLL(str(library))
         except (OSError, subprocess.SubprocessError):
-            return None
+            return {}
+    return {name: _rate(loaded[function], threads, seconds) for name, function in _UNITS.items()}
+
+
+def _rate(function: Any, threads: int, seconds: float) -> float | None:
     function.argtypes, function.restype = (ctypes.c_longlong, ctypes.c_void_p), ctypes.c_longlong
     out = ctypes.c_float()  # written by all threads, read by none
 
     def run(rounds: int) -> int:
         return function(rounds, ctypes.addressof(out))  # without the interpreter's lock
 
-    rounds = 1_000_000
+    rounds = 100_000
     began = time.perf_counter()
-    run(rounds)
+    if run(rounds) == 0:
+        return None
     rounds = max(1, round(rounds * seconds / (time.perf_counter() - began)))
     best = 0.0
     with ThreadPoolExecutor(threads) as pool:
@@ -105,10 +121,20 @@ def _multiply_add(threads: int, seconds: float) -> float | None:
     return best
 
 
-def compute_roof(roofs: dict[str, Any], dtype: str) -> float:
-    """Operations per second that products in this dtype could reach."""
-    measured = roofs["matmul"][dtype]
-    return max(measured, roofs.get("fma") or 0.0) if dtype == "float32" else measured
+def compute_roof(roofs: dict[str, Any], arithmetic: str) -> float:
+    """Operations per second that products could reach: "float32", "three parts" (each float32 number in three bfloat16
+    products of parts), "bfloat16", "float16" or "int8". 0.0: not known. A product may always be taken in float32.
+    """
+    units, products = roofs.get("units") or {}, roofs["matmul"]
+    if arithmetic == "int8":
+        return units.get("int8") or 0.0
+    dots = units.get("bfloat16") or 0.0
+    float32 = max(products.get("float32", 0.0), roofs.get("fma") or 0.0, dots / 6)
+    if arithmetic == "float32":
+        return float32
+    if arithmetic == "three parts":
+        return max(float32, dots / 3)
+    return max(float32, products.get(arithmetic, 0.0), dots if arithmetic == "bfloat16" else 0.0)
 
 
 def copy_roof(roofs: dict[str, Any], size: float) -> float:

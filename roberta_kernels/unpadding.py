@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -105,6 +106,10 @@ class Padding:
         """Whether some row has no key to see."""
         return not all(self.lengths) or (causal and not all(self.starts))
 
+    def holds(self, value: int, ids: Tensor) -> bool:
+        """Whether `value` is the id at all padded positions of ids `[batch, length]`. One read on the host."""
+        return not bool((ids.ne(value) > self.real).any())  # of two booleans, "and not"
+
     def alike(self, per_row: Sequence[Tensor], causal: bool) -> list[bool]:
         """Of each tensor `[batch, length]`, whether it is the same at all padded positions of a sequence; and, last,
         whether these see the same keys. One read on the host."""
@@ -133,8 +138,7 @@ class Padding:
     def _layout(self, kept: Tensor, lengths: list[int], causal: bool, stand_ins: bool = False) -> Unpadding:
         batch, length = kept.shape
         total = sum(lengths)
-        cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32, device=kept.device)
-        torch.cumsum(kept.sum(1, dtype=torch.int32), 0, dtype=torch.int32, out=cu_seqlens[1:])
+        cu_seqlens = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32, device=kept.device)
         indices = torch.nonzero_static(kept.reshape(-1), size=total).squeeze(1)
         seen = None if total == sum(self.lengths) else self.real.reshape(-1).index_select(0, indices)
         # All rows before the first padded one are kept.
@@ -149,4 +153,4 @@ def look(mask: Tensor) -> Padding | None:
     lengths, starts = torch.stack([real.sum(1), real[:, 0]]).tolist()
     if sum(lengths) == real.numel():
         return None
-    return Padding(real, lengths, starts, real.to(torch.uint8).argmin(1, keepdim=True))
+    return Padding(real, lengths, starts, real.view(torch.uint8).argmin(1, keepdim=True))

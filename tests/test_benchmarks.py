@@ -346,6 +346,42 @@ def test_targets_say_what_was_reached_and_what_was_missed(command_line):
     assert any("1.25 x (1.25 to 1.25), **error 0.67 of it** | **missed**" in line for line in lines)
 
 
+def test_targets_on_tiles_take_the_fastest_of_several_others(command_line):
+    from benchmarks.model_report import outcomes, replaced, targets
+
+    rows = [
+        _model_row("8x128", "ours", 0.4),
+        _model_row("8x128", "ours high", 0.2, error=1e-6, weights="bfloat16"),
+        _model_row("8x128", "OpenVINO bfloat16", 0.3, error=1e-2, weights="bfloat16"),
+        _model_row("8x128", "ours, bfloat16 model", 0.1, weights="bfloat16"),
+        _model_row("8x128", "HF bfloat16 model", 0.2, weights="bfloat16"),
+        _model_row("8x128", "ours int8-dynamic", 0.1, error=0.01, weights="int8"),
+        _model_row("8x128", "ONNX Runtime int8", 0.35, error=0.03, weights="int8"),
+    ]
+    rows[3]["instead_of"] = "HF bfloat16 model"
+    results = _model_results(rows)
+    results["machine_info"]["isa_kernels"] = "amx"
+    found = {(o.target.ours[0], o.target.other): o for o in outcomes(results)}
+    assert found["ours", ("OpenVINO bfloat16",)].missed == ("time",)
+    assert found["ours", None].missed is None  # no peer in float32 was measured
+    assert found["ours high", ("OpenVINO bfloat16",)].missed == ("time",)
+    half = found["ours, bfloat16 model", ("HF bfloat16 model", "OpenVINO bfloat16")]
+    assert half.other["contender"] == "HF bfloat16 model"
+    assert half.missed == ("time", "roof")
+    int8 = found["ours int8-dynamic", ("ONNX Runtime int8", "OpenVINO bfloat16")]
+    assert int8.other["contender"] == "OpenVINO bfloat16"
+    assert int8.missed == ()
+    assert int8.error == pytest.approx(1 / 3)
+    assert "| 2.5 x, error below 0.5 of ONNX Runtime int8's | 3.00 x (3.00 to 3.00), error 0.33 of it |" in targets(
+        results
+    )
+    assert replaced(results).splitlines() == [
+        "| workload | ours, bfloat16 model, against HF bfloat16 model |",
+        "|---|---|",
+        "| 8x128 | 2.00 x (2.00 to 2.00) |",
+    ]
+
+
 def test_of_several_of_ours_the_fastest_that_reaches_a_target_counts():
     from benchmarks.model_report import outcomes
 
@@ -436,7 +472,8 @@ def test_smoke_results_are_not_for_the_documents(command_line):
         command._fill_documents({"quick": True}, Console())
     assert (command.DOCUMENT.read_text(), command.README.read_text()) == before
     for text in before:
-        assert text.count("<!-- results:cpu-models -->") == text.count("<!-- /results:cpu-models -->") == 1
+        for kind in ("cpu", "cpu-amx"):
+            assert text.count(f"<!-- results:{kind}-models -->") == text.count(f"<!-- /results:{kind}-models -->") == 1
 
 
 def test_peers_of_the_corpus_answer_in_the_order_of_the_texts(command_line):
@@ -481,8 +518,24 @@ def test_multiply_add_roof_is_above_no_product(command_line, monkeypatch):
     assert roofs.compute_roof({"matmul": {"float32": 2.0}, "fma": 3.0}, "float32") == 3.0
     assert roofs.compute_roof({"matmul": {"float32": 2.0}, "fma": None}, "float32") == 2.0
     assert roofs.compute_roof({"matmul": {"float32": 2.0, "bfloat16": 9.0}, "fma": 3.0}, "bfloat16") == 9.0
+    tiles = {"matmul": {"float32": 2.0}, "fma": 3.0, "units": {"bfloat16": 30.0, "int8": 60.0}}
+    kinds = ("float32", "three parts", "bfloat16", "int8")
+    assert [roofs.compute_roof(tiles, kind) for kind in kinds] == [5.0, 10.0, 30.0, 60.0]
+    assert roofs.compute_roof({"matmul": {"float32": 2.0}, "fma": 3.0}, "int8") == 0.0  # not known
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert roofs._multiply_add(1, 0.001) is None
+    assert roofs._units(1, 0.001) == {}
+
+
+def test_units_are_measured_where_there_is_a_compiler(command_line):
+    from benchmarks import roofs
+
+    rates = roofs._units(1, 0.02)
+    if not rates:
+        pytest.skip("needs a C++ compiler that builds for this machine")
+    assert set(rates) == {"float32", "bfloat16", "int8"}
+    # A hundredth of what any core does: sums that have decayed to denormal numbers take that long.
+    assert rates["float32"] > 1e9
+    assert all(rate is None or rate > 1e9 for rate in rates.values())
 
 
 def _models(folder: Path, *arguments: str) -> dict:
@@ -507,12 +560,13 @@ def test_models_are_checked_timed_and_related(tmp_path):
         assert row["roof_fraction"] > 0
         assert row["memory_fraction"] > 0
     assert set(rows["ours"]["ratios"]) == {"HF sdpa"}
-    assert (tmp_path / "models-cpu-speed.png").is_file()
+    assert list(tmp_path.glob("models-cpu*-speed.png"))
     assert "| 1x8 | ours |" in (tmp_path / "models.md").read_text()
 
 
 @pytest.mark.slow
 def test_every_peer_that_is_installed_is_measured(tmp_path, command_line):
+    from benchmarks import model_report
     from benchmarks.engines import ENGINES
 
     results = _models(tmp_path)
@@ -534,6 +588,7 @@ def test_every_peer_that_is_installed_is_measured(tmp_path, command_line):
         assert set(here) <= set(memory)
         assert all(row["peak_bytes"] >= row["base_bytes"] > 0 for row in memory.values())
     images = {path.name for path in tmp_path.glob("*.png")}
-    assert images == {"models-cpu-speed.png", "models-cpu-roofline.png", "models-cpu-scaling.png"}
+    kind = model_report.kind(results)
+    assert images == {f"models-{kind}-{what}.png" for what in ("speed", "roofline", "scaling")}
     if absent:
         pytest.skip("; ".join(f"{name} is {why}" for name, why in absent.items()))

@@ -100,7 +100,7 @@ class FastTokenHead(FastHead):
         if labels.shape != mask.shape:
             return False
         read = labels[:, shift:].to(mask.device) != kwargs.get("ignore_index", -100)
-        return bool((read & (mask[:, : length - shift] == 0)).any())
+        return bool((read > mask[:, : length - shift].bool()).any())  # of two booleans, "and not"
 
     def _rk_unknown_tensor(self, kwargs: dict[str, Any]) -> bool:
         """Whether a tensor was given that may be labels under another name."""

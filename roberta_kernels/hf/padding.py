@@ -71,6 +71,8 @@ def _differ(model: Any, padding: Padding, kwargs: dict[str, Any], causal: bool) 
     input_ids, types = kwargs["input_ids"], kwargs.get("token_type_ids")
     positions = kwargs.get("position_ids")
     positions_given = positions is not None
+    if types is None and not positions_given and not causal and padding.holds(model.embeddings.padding_idx, input_ids):
+        return None  # the usual case: one id, which has one position, and so one type
     if positions is None:
         positions = model.embeddings.positions(input_ids)
     per_row = [input_ids, positions.expand(input_ids.shape)]

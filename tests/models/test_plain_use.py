@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -248,3 +250,14 @@ def test_trainer_counts_items_and_drops_columns(folder, tokenizer, tmp_path, ord
         torch.testing.assert_close(got, want, rtol=1e-2, atol=2e-3, msg=name)
     assert report.fallbacks() == {}
     assert report.padded() == {}
+
+
+def test_the_readme_s_first_snippet_runs_as_it_stands(folder, capsys):
+    text = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    snippet = re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1)
+    lines = [f"path = {str(folder)!r}" if line.startswith("path = ") else line for line in snippet.splitlines()]
+    assert sum(line.startswith("path = ") for line in lines) == 1
+    exec(compile("\n".join(lines), "README.md", "exec"), {})
+    told = capsys.readouterr().out
+    assert "torch.Size([2, " in told
+    assert "holds" in told
