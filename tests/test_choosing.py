@@ -17,6 +17,7 @@ from roberta_kernels import backends, ops
 from roberta_kernels.backends import choosing, op_namespaces, selection
 from roberta_kernels.backends.choosing import ChoicesError, Entry
 from roberta_kernels.cli import environment
+from roberta_kernels.hf.fusable import unserved
 
 ENTRY = Entry(
     op="attention",
@@ -182,6 +183,8 @@ def pretend(monkeypatch) -> Iterator:
         monkeypatch.setattr(torch.ops, "roberta_kernels_cuda", library, raising=False)
         monkeypatch.setattr(selection, "_table", choosing.checked(table))
         monkeypatch.setattr(selection, "_gpus", dict(enumerate(archs)))
+        monkeypatch.setattr(selection, "_broken", {})
+        monkeypatch.setattr(selection, "_unprobed", set())
         selection._follow_gpus()
         return library
 
@@ -292,6 +295,7 @@ def test_the_table_is_followed_once_cuda_is_initialised(pretend, monkeypatch):
     assert served("attention", 100) == "triton", "as fake tensors are served before that"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, index))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)  # so that nothing is launched
     selection._on_cuda()
     assert served("attention", 100) == "cuda"
     assert library.active["attention"] == "sm90"
@@ -321,6 +325,75 @@ def test_use_cuda_variant(pretend):
     assert backends.cuda_variant("attention") is None
     with pytest.raises(backends.BackendError, match="pretended"), backends.use_cuda_variant("attention", "sm90"):
         pass
+
+
+# ------------------------------------------------------------------------------------------- what a GPU cannot run
+
+
+@pytest.fixture
+def cards(pretend, monkeypatch) -> Iterator:
+    """cards(archs, broken): GPUs that CUDA finds when it is initialised; a launch of these backends fails."""
+
+    def start(*archs: int, broken: tuple[str, ...] = (), table: tuple[Entry, ...] = ()) -> list[str]:
+        launches: list[str] = []
+
+        def launch(name: str):
+            launches.append(name)
+            if name in broken:
+                raise RuntimeError(f"{name}: no kernel image is available\nfor execution on the device")
+
+        pretend(table, archs=())
+        for name in ("cuda", "triton"):
+            kernels = SimpleNamespace(name=name, add_layer_norm_forward=lambda *_, name=name: launch(name))
+            monkeypatch.setitem(op_namespaces._kernels, name, kernels)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(archs))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: divmod(archs[index], 10))
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        ones = torch.ones
+        monkeypatch.setattr(torch, "ones", lambda *args, device=None, **rest: ones(*args, **rest))
+        selection._on_cuda()
+        return launches
+
+    return start
+
+
+def test_a_gpu_below_sm_80_gets_the_reference(cards):
+    launches = cards(75, 90)
+    assert served("attention", 100, index=0) == "reference"
+    assert served("attention", 100, index=1) == "triton"
+    assert launches == ["cuda", "triton"], "each once, on the GPU that may run them"
+    serving = backends.serving(gpu(index=0))
+    assert str(serving) == "reference"
+    assert "triton cannot run on this GPU: compute capability 7.5 is below 8.0" in serving.detail
+    assert "7.5" in (unserved(torch.bfloat16, torch.device("cuda", 0)) or "")
+    assert unserved(torch.bfloat16, torch.device("cuda", 1)) is None
+    with backends.backend("triton"), pytest.raises(backends.BackendError, match=r"cuda:0: compute capability 7\.5"):
+        served("attention", 100, index=0)
+    with backends.backend("triton"):
+        assert served("attention", 100, index=1) == "triton"
+    with backends.backend("reference"):
+        assert unserved(torch.bfloat16, torch.device("cuda", 0)) is None, "who asks for it gets it"
+
+
+def test_a_backend_whose_launch_fails_serves_no_call(cards):
+    launches = cards(90, 90, broken=("cuda",), table=(ENTRY,))
+    assert served("attention", 100) == "triton", "though the table names the other"
+    assert served("attention", 100, index=1) == "triton"
+    assert launches == ["cuda", "triton"], "once for both GPUs, which are alike"
+    assert backends.serving(gpu()).broken == {"cuda": "cuda: no kernel image is available"}
+    assert unserved(torch.bfloat16, torch.device("cuda", 0)) is None
+    cards(90, broken=("cuda", "triton"))
+    assert served("gelu_ffn", 7) == "reference"
+    assert unserved(torch.bfloat16, torch.device("cuda", 0)) == "cuda: no kernel image is available"
+
+
+def test_nothing_is_launched_into_a_capture(cards, monkeypatch):
+    launches = cards(90, broken=("triton",))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert served("attention", 100) == "triton"
+    assert launches == []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert served("attention", 100) == "cuda"
 
 
 # ------------------------------------------------------------------------------------------- what it costs a trace

@@ -141,6 +141,11 @@ __global__ void __launch_bounds__(kMostBackwardThreads, 1)
     const int head = static_cast<int>(work % pairs % a.heads);
     const Sequence s = sequence(a, work % pairs / a.heads);
     const int len_rows = OwnsKeys ? s.len_k : s.len_q;
+    if (OwnsKeys) {
+        clear_rows<T>(a, a.grad_k, s.start_k + s.len_k, s.end_k, head, tile, row_tiles);
+        clear_rows<T>(a, a.grad_v, s.start_k + s.len_k, s.end_k, head, tile, row_tiles);
+    }
+    if (owner != Owner::keys) clear_rows<T>(a, a.grad_q, s.start_q + s.len_q, s.end_q, head, tile, row_tiles);
     if (!Whole && static_cast<int64_t>(tile) * block_rows >= len_rows) return;
     const int start_rows = OwnsKeys ? s.start_k : s.start_q;
     const int start_columns = OwnsKeys ? s.start_q : s.start_k;

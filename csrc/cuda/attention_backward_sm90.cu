@@ -294,7 +294,6 @@ __global__ void __launch_bounds__(KeyPlan<HeadDim>::kThreads, 1)
 
 template <typename T, int HeadDim>
 void backward(const AttentionArgs& a) {
-    Problem p = problem_of(a);
     const HeadsView out{a.out, a.heads * a.head_dim, a.head_dim};
     CUtensorMap q{}, k{}, v{}, grad_out{};
     if (a.total_q > 0) {
@@ -309,13 +308,12 @@ void backward(const AttentionArgs& a) {
     if (a.total_k == 0) k = v = q;
     if (a.total_q == 0) q = grad_out = k;
     if (a.total_q > 0) {
+        Problem p = problem_of(a, false);
         p.tiles[0] = q;
         p.tiles[1] = grad_out;
         p.tiles[2] = encode(boxes(out, a.total_q, a));
         p.chunks[0] = k;
         p.chunks[1] = v;
-        p.tile_seqlens = a.cu_seqlens_q;
-        p.chunk_seqlens = a.cu_seqlens_k;
         p.out[0] = a.grad_q;
         using P = QueryPlan<HeadDim>;
         const Launch how = launch_of<Shared<P>>(a, a.total_q, P::kThreads);
@@ -325,12 +323,11 @@ void backward(const AttentionArgs& a) {
             launch(attention_sm90_grad_query_kernel<T, HeadDim, false>, how, p);
     }
     if (a.total_k > 0) {
+        Problem p = problem_of(a, true);
         p.tiles[0] = k;
         p.tiles[1] = v;
         p.chunks[0] = q;
         p.chunks[1] = grad_out;
-        p.tile_seqlens = a.cu_seqlens_k;
-        p.chunk_seqlens = a.cu_seqlens_q;
         p.out[0] = a.grad_k;
         p.out[1] = a.grad_v;
         using P = KeyPlan<HeadDim>;

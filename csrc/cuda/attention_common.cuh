@@ -44,15 +44,40 @@ __device__ inline float negative_infinity() {
     return __int_as_float(static_cast<int>(0xff800000u));
 }
 
-// One sequence: its first packed rows, its lengths; query i sees key j <= i + shift when causal.
+// One sequence: its first packed rows, its lengths; query i sees key j <= i + shift when causal. Rows after
+// it, up to end_q and end_k, belong to no sequence: it is longer than max_seqlen, or it is the last one.
 struct Sequence {
-    int start_q, start_k, len_q, len_k, shift;
+    int start_q, start_k, len_q, len_k, shift, end_q, end_k;
 };
 
 __device__ inline Sequence sequence(const AttentionArgs& a, int64_t b) {
     const int start_q = a.cu_seqlens_q[b], start_k = a.cu_seqlens_k[b];
-    const int len_q = a.cu_seqlens_q[b + 1] - start_q, len_k = a.cu_seqlens_k[b + 1] - start_k;
-    return {start_q, start_k, len_q, len_k, len_k - len_q};
+    const int next_q = a.cu_seqlens_q[b + 1], next_k = a.cu_seqlens_k[b + 1];
+    const int len_q = min(next_q - start_q, static_cast<int>(a.max_seqlen_q));
+    const int len_k = min(next_k - start_k, static_cast<int>(a.max_seqlen_k));
+    const bool last = b + 1 == a.batch;
+    return {start_q,
+            start_k,
+            len_q,
+            len_k,
+            len_k - len_q,
+            last ? static_cast<int>(a.total_q) : next_q,
+            last ? static_cast<int>(a.total_k) : next_k};
+}
+
+// By a block, `part` of `parts` that share the work: rows from `from` up to `end` of one head of a contiguous
+// [T, heads, head_dim] become zeros. There are none where a call keeps to its max_seqlen and has no room left.
+template <typename T>
+__device__ inline void clear_rows(const AttentionArgs& a, void* tensor, int from, int end, int head, int part,
+                                  int parts) {
+    if (from >= end) return;
+    constexpr int kElements = 16 / static_cast<int>(sizeof(T));
+    const int pieces = static_cast<int>(a.head_dim) / kElements, threads = static_cast<int>(blockDim.x);
+    for (int64_t i = part * threads + static_cast<int>(threadIdx.x); i < int64_t{end - from} * pieces;
+         i += parts * threads) {
+        T* row = static_cast<T*>(tensor) + ((from + i / pieces) * a.heads + head) * a.head_dim;
+        reinterpret_cast<uint4*>(row)[i % pieces] = make_uint4(0, 0, 0, 0);
+    }
 }
 
 // One past the last key that any of the queries before `end_q` sees.
@@ -442,9 +467,17 @@ __device__ inline void store_rows(T* to, int64_t row_stride, const float (&rows)
 
 // ------------------------------------------------------------------------------- launching
 
+// Where there are rows there are blocks, though it be to clear them.
 inline Sizes sizes_of(const AttentionArgs& a) {
-    return {a.batch,        a.heads, a.head_dim, a.max_seqlen_q,
-            a.max_seqlen_k, a.dtype, a.causal,   a.dropout.seed != nullptr};
+    const auto longest = [](int64_t most, int64_t total) { return most < 1 && total > 0 ? 1 : most; };
+    return {a.batch,
+            a.heads,
+            a.head_dim,
+            longest(a.max_seqlen_q, a.total_q),
+            longest(a.max_seqlen_k, a.total_k),
+            a.dtype,
+            a.causal,
+            a.dropout.seed != nullptr};
 }
 
 // Launches blocks for all of a plan's work. kernel(a, first, ...): its block i does piece first + i of the

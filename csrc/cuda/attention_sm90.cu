@@ -160,13 +160,12 @@ __global__ void __launch_bounds__(ForwardPlan<HeadDim>::kThreads, 1)
 
 template <typename T, int HeadDim>
 void forward(const AttentionArgs& a) {
-    Problem p = problem_of(a);
+    Problem p = problem_of(a, false);
+    p.clears_lse = true;
     p.tiles[0] = encode(boxes(a.q, a.total_q, a));
     // Without keys nothing is loaded through their maps, but they must be maps.
     p.chunks[0] = a.total_k > 0 ? encode(boxes(a.k, a.total_k, a)) : p.tiles[0];
     p.chunks[1] = a.total_k > 0 ? encode(boxes(a.v, a.total_k, a)) : p.tiles[0];
-    p.tile_seqlens = a.cu_seqlens_q;
-    p.chunk_seqlens = a.cu_seqlens_k;
     p.out[0] = a.out;
     const Launch how = launch_of<Shared<ForwardPlan<HeadDim>>>(a, a.total_q, ForwardPlan<HeadDim>::kThreads);
     if (a.dropout.seed != nullptr)

@@ -41,6 +41,9 @@ constexpr int kTile = 64;        // rows of tiles and chunks
 constexpr int kWarpgroup = 128;  // threads
 constexpr int kWarpsOfGroup = kWarpgroup / kWarp;
 constexpr int kTileWeight = 2;  // what a tile costs besides its chunks, in chunks
+// Of a multiprocessor: 64 K registers, and what a block may take of its shared memory. The swizzled layouts
+// repeat every 8 rows of 128 bytes, where wgmma's matrices must begin.
+constexpr int kRegisters = 65536, kMostShared = 227 * 1024, kPattern = 1024;
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 // TileTensors: how many tensors a tile is rows of (a chunk is rows of two). Consumers: warpgroups. Buffers:
@@ -59,6 +62,15 @@ struct Plan {
     static constexpr int kThreads = (1 + Consumers) * kWarpgroup;
     static constexpr int kProducerRegisters = 40;
     static constexpr int kConsumerRegisters = Consumers == 2 ? 232 : 152;
+    static constexpr int kEntryRegisters = kRegisters / kThreads / 8 * 8;
+
+    static_assert(kPanelBytes % kPattern == 0, "every panel begins where the swizzle's pattern does");
+    static_assert(kPanels * kPanel == HeadDim && kSteps * 16 == HeadDim, "whole panels and steps");
+    static_assert(kProducerRegisters <= kEntryRegisters && kConsumerRegisters >= kEntryRegisters,
+                  "setmaxnreg.dec gives, .inc takes");
+    static_assert(kProducerRegisters + Consumers * kConsumerRegisters <= (1 + Consumers) * kEntryRegisters,
+                  "the block has no more registers than it was launched with");
+    static_assert(TileTensors * kTileBytes < 1 << 20, "bytes that a phase of an mbarrier can expect");
 };
 
 // What a consumer does with a tile.
@@ -80,7 +92,7 @@ struct alignas(16) Unit {
 };
 
 template <class P>
-struct Shared {
+struct alignas(kPattern) Shared {
     unsigned char chunks[2][P::kSlots][P::kTileBytes];
     unsigned char tiles[P::kConsumers][P::kBuffers][P::kTileTensors][P::kTileBytes];
     Unit units[P::kConsumers][P::kBuffers];
@@ -88,29 +100,32 @@ struct Shared {
     uint64_t chunk_full[2][P::kSlots], slot_free[P::kSlots];
 };
 
-struct Problem {
+struct Problem {  // an argument of the kernels: maps must lie in parameter space
     CUtensorMap tiles[3], chunks[2];
     const int32_t *tile_seqlens, *chunk_seqlens;  // cu_seqlens of either side
     const bool* key_mask;
     int32_t batch, heads;
-    float score_scale;  // |scale| * log2(e), or 1 where the scale is 0
+    int32_t tile_rows;                // of the tensors on the tiles' side
+    int32_t most_tiles, most_chunks;  // rows of a sequence: more belong to none
+    float score_scale;                // |scale| * log2(e), or 1 where the scale is 0
     uint32_t and_bits,
         negative_bits;  // what gives one factor of the scores the sign of the scale, or makes it 0
     bool causal;
     Dropout dropout;
     float scale;
     float* lse;
+    bool clears_lse;  // forward, which writes it
     float2* statistics;
     int64_t total_q;
     void* out[2];  // [T, heads, head_dim]
 };
 
-// The n-th use of one of `count` places in a row, and the parity of the barrier phases that belong to it.
+// The n-th use of one of `count` places in a row, and the phase of the place's barriers that belongs to it.
 struct Turn {
-    int place, parity;
+    int place, phase;
 };
 __device__ __forceinline__ Turn turn(int n, int count) {
-    return {n % count, n / count & 1};
+    return {n % count, n / count};
 }
 
 __device__ __forceinline__ int tiles_of(int length) {
@@ -128,7 +143,35 @@ struct Sequence {
 
 __device__ __forceinline__ Sequence sequence(const Problem& p, int b) {
     const int t = __ldg(p.tile_seqlens + b), c = __ldg(p.chunk_seqlens + b);
-    return {t, __ldg(p.tile_seqlens + b + 1) - t, c, __ldg(p.chunk_seqlens + b + 1) - c};
+    return {t, min(__ldg(p.tile_seqlens + b + 1) - t, p.most_tiles), c,
+            min(__ldg(p.chunk_seqlens + b + 1) - c, p.most_chunks)};
+}
+
+// By the producer's warpgroup but for its first warp: rows of the output that belong to no sequence (past the
+// most rows of one, or past the last one) become zeros, and their log-sum-exp -inf. Blocks take rows in turn.
+template <int HeadDim>
+__device__ __forceinline__ void clear_rest(const Problem& p) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp - 1;
+    for (int first = warp * kWarp; first < p.batch; first += (kWarpsOfGroup - 1) * kWarp) {
+        int from = 0, end = 0;
+        if (const int b = first + lane; b < p.batch) {
+            const Sequence s = sequence(p, b);
+            from = s.first_tile_row + s.tile_rows;
+            end = b + 1 == p.batch ? p.tile_rows : __ldg(p.tile_seqlens + b + 1);
+        }
+        for (unsigned left = __ballot_sync(kAllLanes, from < end); left != 0; left &= left - 1) {
+            const int at = __ffs(static_cast<int>(left)) - 1;
+            const int last = __shfl_sync(kAllLanes, end, at), pieces = p.heads * HeadDim / 8;
+            int row = __shfl_sync(kAllLanes, from, at) + static_cast<int>(blockIdx.x);
+            for (; row < last; row += static_cast<int>(gridDim.x)) {
+                for (void* out : p.out)
+                    for (int i = lane; out != nullptr && i < pieces; i += kWarp)
+                        static_cast<uint4*>(out)[int64_t{row} * pieces + i] = make_uint4(0, 0, 0, 0);
+                for (int head = lane; p.clears_lse && head < p.heads; head += kWarp)
+                    p.lse[head * p.total_q + row] = -INFINITY;
+            }
+        }
+    }
 }
 
 // A block's share of all units: those whose weights begin in [from, to) of the running total; the first of
@@ -176,8 +219,9 @@ template <class P, bool OfKeys>
 struct Producer {
     const Problem& problem;
     Shared<P>& shared;
-    int loaded = 0;  // chunks, so far
-    int handed = 0;  // tiles, so far: tile n goes to consumer n % kConsumers
+    int loaded = 0;    // chunks, so far
+    int unwaited = 0;  // of those before this one, some may have a consumer that did not wait for them
+    int handed = 0;    // tiles, so far: tile n goes to consumer n % kConsumers
 
     __device__ void load(unsigned char* to, const CUtensorMap& map, int head, int row, uint32_t barrier) {
 #pragma unroll
@@ -191,7 +235,7 @@ struct Producer {
         const int consumer = handed % P::kConsumers;
         const Turn mine = turn(handed / P::kConsumers, P::kBuffers);
         handed += 1;
-        ptx::mbarrier_wait(ptx::shared_address(&shared.tile_free[consumer][mine.place]), mine.parity ^ 1);
+        ptx::mbarrier_wait(ptx::shared_address(&shared.tile_free[consumer][mine.place]), mine.phase - 1);
         shared.units[consumer][mine.place] = unit;
         const uint32_t full = ptx::shared_address(&shared.tile_full[consumer][mine.place]);
         if (unit.rows == 0) {
@@ -208,13 +252,26 @@ struct Producer {
         const Turn mine = turn(loaded, P::kSlots);
         loaded += 1;
         const uint32_t free = ptx::shared_address(&shared.slot_free[mine.place]);
-        ptx::mbarrier_wait(free, mine.parity ^ 1);
+        ptx::mbarrier_wait(free, mine.phase - 1);
         if (idle_consumers > 0) ptx::mbarrier_arrive(free, idle_consumers * kWarpsOfGroup);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const uint32_t full = ptx::shared_address(&shared.chunk_full[i][mine.place]);
             ptx::mbarrier_arrive_expect_bytes(full, P::kTileBytes);
             load(shared.chunks[i][mine.place], problem.chunks[i], head, row, full);
+        }
+    }
+
+    // Invariant: no waiter is more than one phase ahead of a barrier, since a wait knows its phase by parity
+    // alone. Everyone who waits for each phase in turn keeps it. A consumer without a tile in an item does
+    // not: it may wait for the next load of a slot while the load before is still under way, and would go on
+    // at once. So it gets no tile whose chunks go where such loads are: those before them are over. (All
+    // earlier ones are, since the slot was free again.) Where every consumer had a tile, nobody waits here.
+    __device__ void await_unwaited(int chunks) {
+        for (int use = max(loaded - P::kSlots, 0); use < min(unwaited, loaded + chunks - P::kSlots); ++use) {
+            const Turn before = turn(use, P::kSlots);
+            for (int i = 0; i < 2; ++i)
+                ptx::mbarrier_wait(ptx::shared_address(&shared.chunk_full[i][before.place]), before.phase);
         }
     }
 
@@ -254,9 +311,11 @@ struct Producer {
         };
         // A tile after the first of its consumer waits for that to be done with, and so for the chunks.
         const int at_once = min(tiles, P::kConsumers);
+        await_unwaited(most.chunks);
         for (int i = 0; i < at_once; ++i) hand(i);
         for (int c = 0; c < most.chunks; ++c)
             load_chunk(head, s.first_chunk_row + (most.first_chunk + c) * kTile, P::kConsumers - at_once);
+        if (at_once < P::kConsumers) unwaited = loaded;
         for (int i = at_once; i < tiles; ++i) hand(i);
     }
 
@@ -345,13 +404,16 @@ struct Consumer {
     __device__ __forceinline__ void each_tile(const Tile& tile) const {
         for (int n = 0;; ++n) {
             const Turn mine = turn(n, P::kBuffers);
-            ptx::mbarrier_wait(ptx::shared_address(&shared.tile_full[consumer][mine.place]), mine.parity);
+            ptx::mbarrier_wait(ptx::shared_address(&shared.tile_full[consumer][mine.place]), mine.phase);
             const Unit unit = shared.units[consumer][mine.place];
             if (unit.rows == 0) return;
             tile(unit, mine.place);
         }
     }
+    // The loads were ordinary ones, and a bulk copy is what overwrites the buffer: another proxy, which the
+    // barrier alone does not hold back.
     __device__ __forceinline__ void tile_read(int buffer) const {
+        ptx::fence_shared_async();
         arrive(shared.tile_free[consumer][buffer]);
     }
 
@@ -380,7 +442,7 @@ struct Consumer {
 
     __device__ __forceinline__ void wait_for(int tensor, int use) const {
         const Turn mine = turn(use, P::kSlots);
-        ptx::mbarrier_wait(ptx::shared_address(&shared.chunk_full[tensor][mine.place]), mine.parity);
+        ptx::mbarrier_wait(ptx::shared_address(&shared.chunk_full[tensor][mine.place]), mine.phase);
     }
     __device__ __forceinline__ void release(int use) const {
         arrive(shared.slot_free[turn(use, P::kSlots).place]);
@@ -563,6 +625,8 @@ __device__ __forceinline__ void run_block(const Problem& problem, Shared<P>& sha
         if (threadIdx.x < kWarp) {
             const Share share = share_of_block(problem);
             if (threadIdx.x == 0) Producer<P, OfKeys>{problem, shared}.run(share);
+        } else {
+            clear_rest<P::kHeadDim>(problem);
         }
     } else {
         ptx::take_registers<P::kConsumerRegisters>();
@@ -613,8 +677,14 @@ inline bool supports(const AttentionArgs& a) {
            weights_fit(a, a.total_q, a.max_seqlen_k) && weights_fit(a, a.total_k, a.max_seqlen_q);
 }
 
-inline Problem problem_of(const AttentionArgs& a) {
+// The tiles are of keys, or of queries.
+inline Problem problem_of(const AttentionArgs& a, bool of_keys) {
     Problem p{};
+    p.tile_seqlens = of_keys ? a.cu_seqlens_k : a.cu_seqlens_q;
+    p.chunk_seqlens = of_keys ? a.cu_seqlens_q : a.cu_seqlens_k;
+    p.tile_rows = static_cast<int32_t>(of_keys ? a.total_k : a.total_q);
+    p.most_tiles = static_cast<int32_t>(of_keys ? a.max_seqlen_k : a.max_seqlen_q);
+    p.most_chunks = static_cast<int32_t>(of_keys ? a.max_seqlen_q : a.max_seqlen_k);
     p.key_mask = a.key_mask;
     p.batch = static_cast<int32_t>(a.batch);
     p.heads = static_cast<int32_t>(a.heads);
@@ -634,6 +704,7 @@ inline Problem problem_of(const AttentionArgs& a) {
 
 template <class S>
 Launch launch_of(const AttentionArgs& a, int64_t tokens, int threads) {
+    static_assert(sizeof(S) <= kMostShared && alignof(S) == kPattern, "shared memory of a block");
     const int64_t blocks = std::min<int64_t>(current_device().multiprocessors, most_units(a, tokens));
     return {dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)), sizeof(S), a.stream};
 }

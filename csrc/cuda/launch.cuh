@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 namespace rk::cuda {
 
@@ -23,27 +24,30 @@ struct Device {
     size_t shared_bytes_per_block;  // with the opt-in above 48 KiB
 };
 
-// The current device's. Read once per device: these are driver calls of some microseconds.
+// The current device's. All are read once, by whoever comes first, and others wait for it: these are driver
+// calls of some microseconds.
 inline const Device& current_device() {
-    constexpr int kMost = 64;
-    static Device devices[kMost] = {};
+    static const std::vector<Device> devices = [] {
+        int count = 0;
+        check(cudaGetDeviceCount(&count), "cudaGetDeviceCount");
+        std::vector<Device> all;
+        for (int index = 0; index < count; ++index) {
+            const auto attribute = [&](cudaDeviceAttr which, const char* what) {
+                int value = 0;
+                check(cudaDeviceGetAttribute(&value, which, index), what);
+                return value;
+            };
+            all.push_back({10 * attribute(cudaDevAttrComputeCapabilityMajor, "compute capability") +
+                               attribute(cudaDevAttrComputeCapabilityMinor, "compute capability"),
+                           attribute(cudaDevAttrMultiProcessorCount, "multiprocessor count"),
+                           static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                                                         "shared memory per block"))});
+        }
+        return all;
+    }();
     int index = 0;
     check(cudaGetDevice(&index), "cudaGetDevice");
-    if (index >= kMost) throw std::runtime_error("roberta_kernels: device index above 63");
-    Device& device = devices[index];
-    if (device.arch == 0) {
-        int major = 0, minor = 0, multiprocessors = 0, shared = 0;
-        check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index), "compute capability");
-        check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index), "compute capability");
-        check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index),
-              "multiprocessor count");
-        check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index),
-              "shared memory per block");
-        device.multiprocessors = multiprocessors;
-        device.shared_bytes_per_block = static_cast<size_t>(shared);
-        device.arch = 10 * major + minor;  // last: two threads may fill it, with the same values
-    }
-    return device;
+    return devices.at(static_cast<size_t>(index));
 }
 
 struct Launch {

@@ -38,8 +38,10 @@ __device__ inline void mbarrier_arrive_expect_bytes(uint32_t barrier, int bytes)
                  : "memory");
 }
 
-// Waits until the phase of this parity is over: 0 for the first, third, ... phase of the barrier.
-__device__ inline void mbarrier_wait(uint32_t barrier, int parity) {
+// Waits until a phase of the barrier is over, numbered from 0 (-1: does not wait). The instruction knows its
+// parity alone, so the phase must be the one under way or the one before it: a waiter that is further ahead
+// would go on too early. The emulation checks that.
+__device__ inline void mbarrier_wait(uint32_t barrier, int phase) {
     uint32_t over;
     do {
         asm volatile(
@@ -49,7 +51,7 @@ __device__ inline void mbarrier_wait(uint32_t barrier, int parity) {
             "selp.u32 %0, 1, 0, over;\n"
             "}"
             : "=r"(over)
-            : "r"(barrier), "r"(parity)
+            : "r"(barrier), "r"(phase & 1)
             : "memory");
     } while (over == 0);
 }

@@ -1,8 +1,8 @@
 """The kernels that there are, and which of them serve.
 
 op_namespaces.py: the namespaces, how they are loaded, whether they can serve. override.py: which backend was asked for.
-selection.py: which one serves a call. choosing.py, choices.json: what was measured on which GPU. library_ops.py: what a
-compiled library has beside the ops of schemas.def.
+selection.py: which one serves a call. gpus.py: what cannot run on a GPU. choosing.py, choices.json: what was measured
+on which GPU. library_ops.py: what a compiled library has beside the ops of schemas.def.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from roberta_kernels.backends.selection import (
     cpu_serves,
     select,
     serving,
+    unserved,
 )
 from roberta_kernels.schemas import schemas
 
@@ -62,6 +63,7 @@ __all__ = [
     "select",
     "serving",
     "set_backend",
+    "unserved",
     "use_cpu_isa",
     "use_cuda_variant",
 ]

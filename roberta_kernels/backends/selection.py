@@ -3,7 +3,8 @@
 Where one was asked for (override.py), that one or none. Else, on a GPU, the choosing table (choosing.py) decides
 between the CUDA C++ and the Triton kernels where they were measured; elsewhere Triton serves, and the compiled kernels
 where Triton is missing: neither was timed there, and of the two Triton's code is made for the card at hand by a
-compiler that checks it. On a CPU the compiled kernels serve, and the reference where they cannot.
+compiler that checks it. Where neither can run (an older GPU, a library that was not built for it: gpus.py) the
+reference serves. On a CPU the compiled kernels serve, and the reference where they cannot.
 
 All answers are laid out ahead of the calls, for every backend that can be asked for, so that a call looks one up.
 """
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from roberta_kernels import triton
-from roberta_kernels.backends import choosing, op_namespaces, override
+from roberta_kernels.backends import choosing, gpus, op_namespaces, override
 from roberta_kernels.backends.choosing import OPS
 from roberta_kernels.backends.op_namespaces import BackendError, Kernels, available_backends, emulating, namespaces
 from roberta_kernels.backends.override import current_backend
@@ -57,6 +58,11 @@ class _Answers:
 
 _table: tuple[choosing.Entry, ...] = choosing.load()
 _answers: dict[str, _Answers] = {}  # by what is asked for
+_gpus: dict[int, int] = {}  # device index -> compute capability (9.0 as 90); empty until CUDA is initialised
+# By compute capability, which with the driver decides it: what cannot run there, and why; and of which GPUs nothing is
+# known but the number, as nothing has run on one yet.
+_broken: dict[int, dict[str, str]] = {}
+_unprobed: set[int] = set()
 
 
 def _serves(name: str, op: str, device_type: str, dtype: torch.dtype) -> str | None:
@@ -99,6 +105,8 @@ def select(tensor: Tensor, op: str, size: int) -> Kernels:
 
     Raises BackendError when the backend that was asked for cannot, or when none can.
     """
+    if _unprobed and tensor.is_cuda:
+        _probe(tensor.device)
     asked = current_backend()
     # tensor.device.type makes a string anew, which takes longer than all the rest.
     device_type = "cuda" if tensor.is_cuda else "cpu" if tensor.is_cpu else tensor.device.type
@@ -110,6 +118,8 @@ def _select_by_size(asked: str, tensor: Tensor, op: str, size: int) -> Kernels:
     for end, kernels in _answers[asked].by_size.get((op, tensor.device, tensor.dtype), ()):
         if size < end:
             return kernels
+    if (why := _broken_on(tensor.device).get(asked)) is not None:
+        raise BackendError(f"backend {asked!r} cannot serve on {tensor.device}: {why}")
     return _choose(asked, op, tensor.device.type, tensor.dtype)
 
 
@@ -130,9 +140,13 @@ def check_environment() -> None:
 
 @dataclass(frozen=True)
 class Serving:
-    """Which backends serve some tensors: str() is for a reader, "triton", or "attention: cuda; others: triton"."""
+    """Which backends serve some tensors: str() is for a reader, "triton", or "attention: cuda; others: triton".
+
+    broken: those that cannot run on the tensors' GPU, and why.
+    """
 
     by_op: dict[str, tuple[str, ...]]
+    broken: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         told = {
@@ -146,11 +160,13 @@ class Serving:
     def detail(self) -> str:
         """What available_backends says of them."""
         names = dict.fromkeys(name for names in self.by_op.values() for name in names)
-        return "; ".join(available_backends()[name].detail for name in names)
+        told = [available_backends()[name].detail for name in names]
+        return "; ".join([*told, *(f"{name} cannot run on this GPU: {why}" for name, why in self.broken.items())])
 
 
 def serving(tensor: Tensor) -> Serving:
     """Which backends serve tensors like this one. Raises BackendError when none can."""
+    _probe(tensor.device)
     answers = _answers[current_backend()]
     by_op = {}
     for op in OPS:
@@ -159,7 +175,41 @@ def serving(tensor: Tensor) -> Serving:
             found = answers.by_size.get((op, tensor.device, tensor.dtype))
         kernels = [select(tensor, op, 0)] if found is None else [one for _, one in found]
         by_op[op] = tuple(dict.fromkeys(one.name for one in kernels))
-    return Serving(by_op)
+    return Serving(by_op, _broken_on(tensor.device))
+
+
+def _arch(device: torch.device) -> int:
+    """Of a GPU here, else 0."""
+    return _gpus.get(device.index if device.type == "cuda" else -1, 0)
+
+
+def _broken_on(device: torch.device) -> dict[str, str]:
+    return _broken.get(_arch(device), {})
+
+
+def unserved(device: torch.device) -> str | None:
+    """Why no kernels but the reference's can run on this GPU, or None. Only where no backend was asked for: who asks
+    for the reference gets it.
+    """
+    _probe(device)
+    if not _broken or current_backend() != "auto":
+        return None
+    broken = _broken_on(device)
+    if not broken or any(name not in broken and op_namespaces.status_of(name) for name in ("cuda", "triton")):
+        return None
+    return next(iter(broken.values()))
+
+
+def _probe(device: torch.device) -> None:
+    """Runs each kind of kernel once on GPUs of this one's compute capability, before the first call on one."""
+    if not _unprobed or (arch := _arch(device)) not in _unprobed or not gpus.can_probe():
+        return
+    _unprobed.discard(arch)
+    there = [name for name in ("cuda", "triton") if _serves(name, "attention", "cuda", torch.float32) is None]
+    found = gpus.probe([namespaces()[name] for name in there], device)
+    if found:
+        _broken[arch] = found
+        _lay_out()
 
 
 def _lay_out() -> None:
@@ -177,37 +227,41 @@ def _answers_to(asked: str) -> _Answers:
             for op in _SELECTED:
                 with contextlib.suppress(BackendError):
                     answers.chosen[op, device_type, dtype] = _choose(asked, op, device_type, dtype)
-    if asked == "auto":
-        for op in OPS:
+    if asked == "auto" or any(asked in broken for broken in _broken.values()):
+        for op in _SELECTED:
             for dtype in _DTYPES["cuda"]:
-                _follow_table(answers, op, dtype)
+                _follow_gpus_here(answers, asked, op, dtype)
     return answers
 
 
-def _follow_table(answers: _Answers, op: str, dtype: torch.dtype) -> None:
-    """Enters what the choosing table says of the GPUs here in place of what serves unmeasured."""
-    unmeasured = _choose("auto", op, "cuda", dtype)
+def _follow_gpus_here(answers: _Answers, asked: str, op: str, dtype: torch.dtype) -> None:
+    """Enters what the choosing table says of the GPUs here, and what cannot run on them, in place of what serves
+    unmeasured. Of a backend that was asked for and cannot run on a GPU, there is no answer there.
+    """
 
-    def kernels(name: str | None) -> Kernels:
-        return unmeasured if name is None or _serves(name, op, "cuda", dtype) else namespaces()[name]
+    def kernels(name: str | None, arch: int) -> Kernels | None:
+        for one in (name, *_PREFERENCE["cuda"]) if asked == "auto" else (asked,):
+            if one is not None and _serves(one, op, "cuda", dtype) is None and one not in _broken.get(arch, {}):
+                return namespaces()[one]
+        return None
 
-    found: dict[int, list[tuple[float, Kernels]]] = {}
+    found: dict[int, list[tuple[float, Kernels | None]]] = {}
     for index, arch in _gpus.items():
         found[index] = []
-        for end, name in choosing.ranges(_table, op, str(dtype).removeprefix("torch."), arch) or ((None, None),):
-            if found[index] and found[index][-1][1] is kernels(name):
+        ranges = choosing.ranges(_table, op, str(dtype).removeprefix("torch."), arch) if asked == "auto" else ()
+        for end, name in ranges or ((None, None),):
+            if found[index] and found[index][-1][1] is kernels(name, arch):
                 found[index].pop()
-            found[index].append((float("inf") if end is None else end, kernels(name)))
-    everywhere = {one.name: one for steps in found.values() for _, one in steps}
-    if len(everywhere) == 1:
-        [answers.chosen[op, "cuda", dtype]] = everywhere.values()
+            found[index].append((float("inf") if end is None else end, kernels(name, arch)))
+    everywhere = {one.name if one else None: one for steps in found.values() for _, one in steps}
+    if len(everywhere) == 1 and (one := next(iter(everywhere.values()))) is not None:
+        answers.chosen[op, "cuda", dtype] = one
     elif everywhere:
-        del answers.chosen[op, "cuda", dtype]
+        answers.chosen.pop((op, "cuda", dtype), None)
         for index, steps in found.items():
-            answers.by_size[op, torch.device("cuda", index), dtype] = tuple(steps)
-
-
-_gpus: dict[int, int] = {}  # device index -> compute capability (9.0 as 90); empty until CUDA is initialised
+            known = tuple((end, one) for end, one in steps if one is not None)
+            if known:
+                answers.by_size[op, torch.device("cuda", index), dtype] = known
 
 
 def _on_cuda() -> None:
@@ -216,7 +270,11 @@ def _on_cuda() -> None:
     """
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
-        _gpus[index] = 10 * major + minor
+        arch = _gpus[index] = 10 * major + minor
+        if broken := gpus.too_old(arch):
+            _broken[arch] = broken
+        else:
+            _unprobed.add(arch)
     _follow_gpus()
 
 

@@ -33,6 +33,8 @@ def show() -> None:
     if torch.cuda.is_available():
         gpu = backends.serving(torch.empty(0, device="cuda", dtype=torch.bfloat16))
         out.print(f"bfloat16 on the GPU runs on: {gpu}")
+        for name, why in gpu.broken.items():
+            out.print(f"{name} cannot run on this GPU: {why}")
 
     table = Table("op", "GPU", "dtype", "size", "backend", "from", box=SIMPLE_HEAD, pad_edge=False)
     for row in backends.choices():

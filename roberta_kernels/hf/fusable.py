@@ -10,6 +10,8 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
+from roberta_kernels import backends
+
 FUSABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -49,9 +51,11 @@ def transform() -> str | None:
 
 
 def unserved(dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why no kernel serves this dtype, or None."""
+    """Why no kernel serves this dtype on this device, or None."""
     if dtype not in FUSABLE_DTYPES:
         return f"no kernels for {dtype}"
+    if device.type == "cuda":
+        return backends.unserved(device)
     # Only the reference has it there: 1.1 to 2 times the time of the original.
     return "float16 on a CPU, where the original is faster" if dtype == torch.float16 and device.type == "cpu" else None
 

@@ -17,10 +17,14 @@ from roberta_kernels.reference.philox import keep_mask
 from roberta_kernels.reference.precision import accumulator_dtype
 
 
-def _sequences(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Iterator[tuple[slice, slice]]:
-    q_ends, k_ends = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    for b in range(len(q_ends) - 1):
-        yield slice(q_ends[b], q_ends[b + 1]), slice(k_ends[b], k_ends[b + 1])
+def _sequences(ends: Tensor, max_seqlen: int, tokens: int) -> Iterator[tuple[slice, slice]]:
+    """Of each sequence, its rows, and the rows after it that belong to none: a sequence has no more than max_seqlen,
+    and the last one may end before the tensor does.
+    """
+    places = ends.tolist()
+    for b in range(len(places) - 1):
+        end = min(places[b + 1], places[b] + max_seqlen)
+        yield slice(places[b], end), slice(end, places[b + 1] if b + 2 < len(places) else tokens)
 
 
 def _visible(
@@ -68,11 +72,14 @@ def attention_forward(
     acc = accumulator_dtype(q.dtype)
     heads = q.shape[1]
     outs, lses = [q.new_zeros(0, *q.shape[1:])], [q.new_zeros((heads, 0), dtype=acc)]  # pieces, in order
-    for rows_q, rows_k in _sequences(cu_seqlens_q, cu_seqlens_k):
+    sequences_q = _sequences(cu_seqlens_q, max_seqlen_q, q.shape[0])
+    sequences_k = _sequences(cu_seqlens_k, max_seqlen_k, k.shape[0])
+    for (rows_q, rest_q), (rows_k, _) in zip(sequences_q, sequences_k, strict=True):
         len_k = rows_k.stop - rows_k.start
         if rows_q.start == rows_q.stop or len_k == 0:
-            outs.append(torch.zeros_like(q[rows_q]))
-            lses.append(lses[0].new_full((heads, rows_q.stop - rows_q.start), -math.inf))
+            rest_q = slice(rows_q.start, rest_q.stop)
+            outs.append(torch.zeros_like(q[rest_q]))
+            lses.append(lses[0].new_full((heads, rest_q.stop - rest_q.start), -math.inf))
             continue
         qs, ks, vs = (t.transpose(0, 1).to(acc) for t in (q[rows_q], k[rows_k], v[rows_k]))
         scores = _scores(qs, ks, scale, bias)
@@ -86,8 +93,8 @@ def attention_forward(
         if dropout_p > 0:
             assert seed is not None
             probabilities = probabilities * _dropout(rows_q, len_k, heads, dropout_p, seed, acc)
-        outs.append((probabilities @ vs).transpose(0, 1).to(q.dtype))
-        lses.append(row_lse)
+        outs += [(probabilities @ vs).transpose(0, 1).to(q.dtype), torch.zeros_like(q[rest_q])]
+        lses += [row_lse, lses[0].new_full((heads, rest_q.stop - rest_q.start), -math.inf)]
     return torch.cat(outs), torch.cat(lses, dim=1)
 
 
@@ -114,10 +121,13 @@ def attention_backward(
     # Pieces, in order, and not places in one tensor: so torch.func.vmap can map over this.
     grads = [[t.new_zeros(0, *t.shape[1:])] for t in (q, k, v)]
     grad_bias = q.new_zeros(0, dtype=acc) if bias is None else torch.zeros_like(bias, dtype=acc)
-    for rows_q, rows_k in _sequences(cu_seqlens_q, cu_seqlens_k):
+    sequences_q = _sequences(cu_seqlens_q, max_seqlen_q, q.shape[0])
+    sequences_k = _sequences(cu_seqlens_k, max_seqlen_k, k.shape[0])
+    for (rows_q, rest_q), (rows_k, rest_k) in zip(sequences_q, sequences_k, strict=True):
         len_k = rows_k.stop - rows_k.start
         if rows_q.start == rows_q.stop or len_k == 0:
-            for pieces, t in zip(grads, (q[rows_q], k[rows_k], v[rows_k]), strict=True):
+            rest_q, rest_k = slice(rows_q.start, rest_q.stop), slice(rows_k.start, rest_k.stop)
+            for pieces, t in zip(grads, (q[rest_q], k[rest_k], v[rest_k]), strict=True):
                 pieces.append(torch.zeros_like(t))
             continue
         qs, ks, vs, gs, os = (
@@ -142,6 +152,7 @@ def attention_backward(
             room = bias.shape[2] - len_k, bias.shape[1] - qs.shape[1]
             grad_bias = grad_bias + F.pad(grad_scores, (0, room[0], 0, room[1]))
         values = scale * (grad_scores @ ks), scale * (grad_scores.transpose(1, 2) @ qs), dropped.transpose(1, 2) @ gs
-        for pieces, value in zip(grads, values, strict=True):
-            pieces.append(value.transpose(0, 1).to(q.dtype))
+        rests = q[rest_q], k[rest_k], v[rest_k]
+        for pieces, value, rest in zip(grads, values, rests, strict=True):
+            pieces += [value.transpose(0, 1).to(q.dtype), torch.zeros_like(rest)]
     return torch.cat(grads[0]), torch.cat(grads[1]), torch.cat(grads[2]), grad_bias.to(q.dtype)

@@ -148,21 +148,22 @@ def attention_forward(
     out = torch.empty((tokens_q, heads, head_dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((heads, tokens_q), dtype=torch.float32, device=q.device)
     sequences = cu_seqlens_q.shape[0] - 1
-    if tokens_q == 0 or sequences == 0 or max_seqlen_q == 0:
+    if tokens_q == 0 or sequences == 0:
         return out, lse
     block_d = max(16, triton.next_power_of_2(head_dim))
     asynchronous = device_facts.has_asynchronous_products(q.device)
     bias = None if bias is None else bias.contiguous()
     config = forward_config(block_d, q.dtype, asynchronous, max_seqlen_q <= _SHORT, dropout_p > 0)
     block_m, block_n, warps, stages = config if bias is None else Biased(block_d, q.dtype, asynchronous).forward
-    tiles = triton.cdiv(max_seqlen_q, block_m)
+    tiles = triton.cdiv(max(max_seqlen_q, 1), block_m)
     unit = _stride_unit(q, k, v)
     with device_facts.on_device(q):
         attention_forward_kernel[(tiles * heads * sequences,)](
             q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, key_mask, bias, seed if dropout_p > 0 else None,
-            *_strides(unit, q, k, v), heads, tokens_q, tiles, *_bias_sizes(bias), scale, threshold(dropout_p),
-            keep_scale(dropout_p), CAUSAL=causal, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n,
-            STRIDE_UNIT=unit, PRECISION=device_facts.dot_precision(q.dtype), num_warps=warps, num_stages=stages,
+            *_strides(unit, q, k, v), heads, tokens_q, max_seqlen_q, max_seqlen_k, tiles, *_bias_sizes(bias), scale,
+            threshold(dropout_p), keep_scale(dropout_p), CAUSAL=causal, HEAD_DIM=head_dim, BLOCK_D=block_d,
+            BLOCK_M=block_m, BLOCK_N=block_n, STRIDE_UNIT=unit, PRECISION=device_facts.dot_precision(q.dtype),
+            num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return out, lse
 
@@ -192,7 +193,7 @@ def attention_backward(
     if bias is not None:
         bias = bias.contiguous()
     grad_bias = q.new_empty(0) if bias is None else torch.empty_like(bias)
-    if tokens_q == 0 or max_seqlen_q == 0:
+    if tokens_q == 0:
         return grad_q, grad_k.zero_(), grad_v.zero_(), grad_bias.zero_()
     grad_out, q, k, v = _rows(grad_out, q, k, v)
     cu_seqlens_q, cu_seqlens_k, key_mask = _vectors(cu_seqlens_q, cu_seqlens_k, key_mask)
@@ -218,29 +219,29 @@ def attention_backward(
             grad_out, out, delta, *strides[:2], heads, tokens_q, HEAD_DIM=head_dim, BLOCK_D=block_d,
             BLOCK_M=_DELTA_ROWS, STRIDE_UNIT=unit, num_warps=4,
         )  # fmt: skip
-        if max_seqlen_k > 0:
+        if k.shape[0] > 0:
             config = grad_kv_config(block_d, q.dtype, asynchronous, max_seqlen_k <= _SHORT, dropout_p > 0)
             block_m, block_n, warps, stages = config if biased is None else biased.grad_kv
-            tiles = triton.cdiv(max_seqlen_k, block_n)
+            tiles = triton.cdiv(max(max_seqlen_k, 1), block_n)
             attention_grad_kv_kernel[(tiles * heads * sequences,)](
                 grad_out, q, k, v, lse, delta, grad_k, grad_v, cu_seqlens_q, cu_seqlens_k, key_mask, bias, seed,
-                *strides, heads, tokens_q, tiles, *shared, BLOCK_M=block_m, BLOCK_N=block_n, **constants,
-                num_warps=warps, num_stages=stages,
+                *strides, heads, tokens_q, k.shape[0], max_seqlen_q, max_seqlen_k, tiles, *shared, BLOCK_M=block_m,
+                BLOCK_N=block_n, **constants, num_warps=warps, num_stages=stages,
             )  # fmt: skip
         config = grad_q_config(block_d, q.dtype, asynchronous, max_seqlen_q <= _SHORT)
         block_m, block_n, warps, stages = config if biased is None else biased.grad_q
-        tiles = triton.cdiv(max_seqlen_q, block_m)
+        tiles = triton.cdiv(max(max_seqlen_q, 1), block_m)
         attention_grad_q_kernel[(tiles * heads * sequences,)](
             grad_out, q, k, v, lse, delta, grad_q, cu_seqlens_q, cu_seqlens_k, key_mask, bias, seed, *strides,
-            heads, tokens_q, tiles, *shared, BLOCK_M=block_m, BLOCK_N=block_n, **constants, num_warps=warps,
-            num_stages=stages,
+            heads, tokens_q, max_seqlen_q, max_seqlen_k, tiles, *shared, BLOCK_M=block_m, BLOCK_N=block_n,
+            **constants, num_warps=warps, num_stages=stages,
         )  # fmt: skip
         if biased is not None and bias is not None and bias.numel() > 0:
             block_m, block_n, warps, stages = biased.grad_bias
             tiles = triton.cdiv(bias.shape[2], block_n)
             attention_grad_bias_kernel[(triton.cdiv(bias.shape[1], block_m) * tiles, heads)](
                 grad_out, q, k, v, lse, delta, bias, grad_bias, cu_seqlens_q, cu_seqlens_k, key_mask, seed, *strides,
-                tokens_q, tiles, *shared[:2], sequences, *shared[2:], BLOCK_M=block_m, BLOCK_N=block_n, **constants,
-                num_warps=warps, num_stages=stages,
+                tokens_q, max_seqlen_q, max_seqlen_k, tiles, *shared[:2], sequences, *shared[2:], BLOCK_M=block_m,
+                BLOCK_N=block_n, **constants, num_warps=warps, num_stages=stages,
             )  # fmt: skip
     return grad_q, grad_k, grad_v, grad_bias

@@ -9,6 +9,8 @@ from roberta_kernels.triton.attention_common import (
     LOG2E,
     PLAIN_INTEGERS,
     PLAIN_POINTERS,
+    clear_rows,
+    end_of_rest,
     load_bias,
     load_rows,
     lse_log2,
@@ -136,6 +138,9 @@ def attention_grad_kv_kernel(
     stride_vh,
     heads,
     tokens_q,
+    tokens_k,
+    max_seqlen_q,
+    max_seqlen_k,
     tiles,  # of keys, in the longest sequence
     bias_rows,
     bias_columns,
@@ -154,11 +159,14 @@ def attention_grad_kv_kernel(
     tile = program % tiles
     head = program // tiles % heads
     b = program // tiles // heads
-    start_k, len_k = sequence_of(cu_seqlens_k_ptr, b)
+    start_k, len_k = sequence_of(cu_seqlens_k_ptr, b, max_seqlen_k)
+    end = end_of_rest(cu_seqlens_k_ptr, b, tokens_k, tiles, heads)
+    clear_rows(grad_k_ptr, head, start_k + len_k, end, tile, tiles, heads, BLOCK_N, HEAD_DIM, BLOCK_D)
+    clear_rows(grad_v_ptr, head, start_k + len_k, end, tile, tiles, heads, BLOCK_N, HEAD_DIM, BLOCK_D)
     first = tile * BLOCK_N
     if first >= len_k:
         return
-    start_q, len_q = sequence_of(cu_seqlens_q_ptr, b)
+    start_q, len_q = sequence_of(cu_seqlens_q_ptr, b, max_seqlen_q)
     shift = len_k - len_q
     DROPOUT: tl.constexpr = seed_ptr is not None
     seed = tl.load(seed_ptr) if DROPOUT else 0
@@ -293,6 +301,8 @@ def attention_grad_q_kernel(
     stride_vh,
     heads,
     tokens_q,
+    max_seqlen_q,
+    max_seqlen_k,
     tiles,  # of queries, in the longest sequence
     bias_rows,
     bias_columns,
@@ -313,11 +323,13 @@ def attention_grad_q_kernel(
         tile = tiles - 1 - tile  # the longest work first
     head = program // tiles % heads
     b = program // tiles // heads
-    start_q, len_q = sequence_of(cu_seqlens_q_ptr, b)
+    start_q, len_q = sequence_of(cu_seqlens_q_ptr, b, max_seqlen_q)
+    end = end_of_rest(cu_seqlens_q_ptr, b, tokens_q, tiles, heads)
+    clear_rows(grad_q_ptr, head, start_q + len_q, end, tile, tiles, heads, BLOCK_M, HEAD_DIM, BLOCK_D)
     first = tile * BLOCK_M
     if first >= len_q:
         return
-    start_k, len_k = sequence_of(cu_seqlens_k_ptr, b)
+    start_k, len_k = sequence_of(cu_seqlens_k_ptr, b, max_seqlen_k)
     shift = len_k - len_q
     DROPOUT: tl.constexpr = seed_ptr is not None
     seed = tl.load(seed_ptr) if DROPOUT else 0

@@ -11,7 +11,8 @@ LOG2E = tl.constexpr(1.0 / math.log(2.0))
 LN2 = tl.constexpr(math.log(2.0))
 
 # Arguments that no compilation is keyed on.
-PLAIN_INTEGERS = ["heads", "tokens_q", "tiles", "dropout_threshold", "bias_rows", "bias_columns", "sequences"]
+PLAIN_INTEGERS = ["heads", "tokens_q", "tokens_k", "max_seqlen_q", "max_seqlen_k", "tiles", "dropout_threshold"]
+PLAIN_INTEGERS += ["bias_rows", "bias_columns", "sequences"]
 PLAIN_INTEGERS += [f"stride_{t}{axis}" for t in "qkvg" for axis in "th"]
 PLAIN_POINTERS = ["lse_ptr", "delta_ptr", "cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "key_mask_ptr", "seed_ptr"]
 PLAIN_POINTERS += ["bias_ptr", "grad_bias_ptr"]
@@ -68,10 +69,41 @@ def load_bias(
 
 
 @triton.jit
-def sequence_of(cu_seqlens_ptr, b):
-    """(first row, length) of sequence b."""
+def sequence_of(cu_seqlens_ptr, b, max_seqlen):
+    """(first row, length) of sequence b, which has no more rows than max_seqlen: others belong to none."""
     start = tl.load(cu_seqlens_ptr + b)
-    return start, tl.load(cu_seqlens_ptr + b + 1) - start
+    return start, tl.minimum(tl.load(cu_seqlens_ptr + b + 1) - start, max_seqlen)
+
+
+@triton.jit
+def end_of_rest(cu_seqlens_ptr, b, tokens, tiles, heads):
+    """Where the rows end that follow sequence b and belong to none: at the next sequence, or with the tensor."""
+    last = b + 1 == tl.num_programs(0) // tiles // heads
+    return tl.where(last, tokens, tl.load(cu_seqlens_ptr + b + 1))
+
+
+@triton.jit
+def clear_rows(
+    ptr,  # [T, heads, HEAD_DIM]
+    head,
+    first,
+    end,
+    tile,
+    tiles,
+    heads,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Zeros in a head's rows from first up to end, shared by the programs of a sequence. There are none where a call
+    keeps to its max_seqlen and has no room left.
+    """
+    d = tl.arange(0, BLOCK_D)
+    nothing = tl.zeros([ROWS, BLOCK_D], ptr.dtype.element_ty)
+    for first_row in range(first + tile * ROWS, end, tiles * ROWS):
+        rows = first_row + tl.arange(0, ROWS)
+        pointers = ptr + ((rows.to(tl.int64) * heads + head) * HEAD_DIM)[:, None] + d[None, :]
+        tl.store(pointers, nothing, mask=(rows < end)[:, None] & (d < HEAD_DIM)[None, :])
 
 
 @triton.jit

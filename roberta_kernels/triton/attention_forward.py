@@ -10,6 +10,8 @@ from roberta_kernels.triton.attention_common import (
     LOG2E,
     PLAIN_INTEGERS,
     PLAIN_POINTERS,
+    clear_rows,
+    end_of_rest,
     load_bias,
     load_rows,
     sequence_of,
@@ -104,6 +106,8 @@ def attention_forward_kernel(
     stride_vh,
     heads,
     tokens_q,
+    max_seqlen_q,
+    max_seqlen_k,
     tiles,  # of queries, in the longest sequence
     bias_rows,
     bias_columns,
@@ -124,11 +128,17 @@ def attention_forward_kernel(
         tile = tiles - 1 - tile  # the longest work first
     head = program // tiles % heads
     b = program // tiles // heads
-    start_q, len_q = sequence_of(cu_seqlens_q_ptr, b)
+    start_q, len_q = sequence_of(cu_seqlens_q_ptr, b, max_seqlen_q)
+    end = end_of_rest(cu_seqlens_q_ptr, b, tokens_q, tiles, heads)
+    clear_rows(out_ptr, head, start_q + len_q, end, tile, tiles, heads, BLOCK_M, HEAD_DIM, BLOCK_D)
+    for first_row in range(start_q + len_q + tile * BLOCK_M, end, tiles * BLOCK_M):
+        rest = first_row + tl.arange(0, BLOCK_M)
+        nothing = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        tl.store(lse_ptr + head.to(tl.int64) * tokens_q + rest, nothing, mask=rest < end)
     first = tile * BLOCK_M
     if first >= len_q:
         return
-    start_k, len_k = sequence_of(cu_seqlens_k_ptr, b)
+    start_k, len_k = sequence_of(cu_seqlens_k_ptr, b, max_seqlen_k)
     shift = len_k - len_q
     DROPOUT: tl.constexpr = seed_ptr is not None
     seed = tl.load(seed_ptr) if DROPOUT else 0

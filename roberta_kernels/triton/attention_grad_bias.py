@@ -41,6 +41,8 @@ def attention_grad_bias_kernel(
     stride_vt,
     stride_vh,
     tokens_q,
+    max_seqlen_q,
+    max_seqlen_k,
     tiles,  # of keys, in bias_columns
     bias_rows,
     bias_columns,
@@ -67,8 +69,8 @@ def attention_grad_bias_kernel(
     offset = head64 * bias_rows * bias_columns
     grad_bias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for b in range(0, sequences):
-        start_q, len_q = sequence_of(cu_seqlens_q_ptr, b)
-        start_k, len_k = sequence_of(cu_seqlens_k_ptr, b)
+        start_q, len_q = sequence_of(cu_seqlens_q_ptr, b, max_seqlen_q)
+        start_k, len_k = sequence_of(cu_seqlens_k_ptr, b, max_seqlen_k)
         if (first_q < len_q) & (first_k < len_k):
             in_rows, in_columns = rows < len_q, columns < len_k
             q64, k64 = (start_q + first_q).to(tl.int64), (start_k + first_k).to(tl.int64)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -102,17 +103,47 @@ def disassembler() -> tuple[Path, Path] | None:
     return None
 
 
-def count_instructions(binary: Path, architecture: str, opcode: str) -> dict[str, int]:
-    """Symbol -> how many instructions of that name (HMMA, HGMMA) its code for the architecture has."""
+def disassemble(binary: Path, architecture: str) -> str:
+    """What cuobjdump says of an object's code for the architecture."""
     tools = disassembler()
     assert tools is not None
     environment = os.environ | {"PATH": f"{tools[0].parent}{os.pathsep}{os.environ.get('PATH', '')}"}
-    text = subprocess.run(
+    return subprocess.run(
         [tools[0], "-sass", "-arch", architecture, binary], capture_output=True, text=True, check=True, env=environment
     ).stdout
+
+
+def registers_after(binary: Path, architecture: str, opcode: str) -> dict[str, int]:
+    """Symbol -> the highest register in what can run after an instruction of that name, where there is one."""
+    highest: dict[str, int] = {}
+    for function in disassemble(binary, architecture).split("Function : ")[1:]:
+        found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", function, re.MULTILINE)
+        code = {int(address, 16): instruction for address, instruction in found}
+        following = dict(itertools.pairwise(code))
+        reached: set[int] = set()
+        reach = [following[address] for address, instruction in code.items() if opcode in instruction]
+        while reach:
+            address = reach.pop()
+            if address in reached or address not in code:
+                continue
+            reached.add(address)
+            instruction = code[address]
+            if jump := re.search(r"\b(BRA|CALL|BSSY)\b.*?(0x[0-9a-f]+)", instruction):
+                reach.append(int(jump[2], 16))
+            ends = re.match(r"(BRA|EXIT|RET)\b", instruction) and not re.search(r"\bU?P\d", instruction)
+            if not ends and address in following:
+                reach.append(following[address])
+        if reached:
+            registers = [int(number) for address in reached for number in re.findall(r"\bR(\d+)\b", code[address])]
+            highest[function.split()[0]] = max(registers, default=0)
+    return highest
+
+
+def count_instructions(binary: Path, architecture: str, opcode: str) -> dict[str, int]:
+    """Symbol -> how many instructions of that name (HMMA, HGMMA) its code for the architecture has."""
     counts: dict[str, int] = {}
     symbol = ""
-    for line in text.splitlines():
+    for line in disassemble(binary, architecture).splitlines():
         if match := re.match(r"\s*Function : (\S+)", line):
             symbol = match[1]
             counts.setdefault(symbol, 0)

@@ -67,6 +67,19 @@ def test_the_compiler_has_nothing_to_say(compiled) -> None:
 
 
 @needs_disassembler
+def test_the_warpgroup_that_gives_its_registers_away_does_without_them(compiled) -> None:
+    """setmaxnreg.dec is obeyed by hardware, whatever the code after it uses."""
+    header = (ptxas.ROOT / "csrc/cuda/attention_sm90.cuh").read_text()
+    kept = int(re.search(r"kProducerRegisters = (\d+)", header)[1])  # type: ignore[index]
+    found = {}
+    for source, binary in compiled[1].items():
+        if source.startswith("attention") and source.endswith("_sm90.cu"):
+            found |= ptxas.registers_after(binary, "sm_90a", "USETMAXREG.DEALLOC")
+    assert found
+    assert max(found.values()) < kept, found
+
+
+@needs_disassembler
 def test_hopper_kernels_multiply_by_the_warpgroup(compiled) -> None:
     without = []
     for source, binary in compiled[1].items():

@@ -28,6 +28,11 @@ EXEMPT = {"gelu_ffn_sm90.cu"}
 # Its arrays of 16-bit numbers shift masks further than C++ allows, so there only the address sanitizer looks.
 NEED_CUTLASS = {"gelu_ffn_sm80.cu"}
 CUTLASS_FLAGS = "-fpermissive -w -fno-sanitize=undefined"
+# Kernels that use the copy engine: in a build without the sanitizers their loads and stores are followed
+# (emulator_proxies.cpp).
+FOLLOWED = ("sm90.cu", "faults.cu")
+FOLLOW = "-fsanitize=thread --param tsan-instrument-func-entry-exit=0"
+EMULATOR = [HERE / name for name in ("emulator.cpp", "emulator_proxies.cpp", "emulator_sm90.cpp")]
 FAULTS = [HERE / "faults.cu"]  # kernels that test the emulation itself
 NAME = "_cuda_emulated.so"
 FLAGS = [
@@ -105,13 +110,15 @@ def library(folder: Path, *, sources: list[Path] | None = None, sanitize: bool =
         f"rule link\n  command = g++ -shared {' '.join(SANITIZERS if sanitize else [])} $in -o $out {libraries}",
     ]
     objects = []
-    for source in [HERE / "emulator.cpp", *sources]:
+    for source in [*EMULATOR, *sources]:
         objects.append(f"{source.stem}{source.suffix.replace('.', '_')}.o")
         lines.append(f"build {objects[-1]}: compile {source}")
         if source.name in NEED_CUTLASS:
             lines.append(f"  first = -I{HERE / 'cutlass'}")
             headers = f"-I{cuda_include()}/cccl -I{cuda_build.cutlass_include()} -include {HERE / 'cutlass/prelude.h'}"
             lines.append(f"  last = {CUTLASS_FLAGS} {headers}")
+        elif source.name.endswith(FOLLOWED) and not sanitize:
+            lines.append(f"  last = {FOLLOW}")
     lines.append(f"build {NAME}: link {' '.join(objects)}\n")
     (folder / "build.ninja").write_text("\n".join(lines))
     ninja = shutil.which("ninja") or str(Path(sys.executable).parent / "ninja")

@@ -67,11 +67,29 @@ bool is_dry_run();
 void park(const char* what);
 void unpark();
 
-// Something that happens at a time of its own, between the threads: what the copy engine does.
+// Something that happens at a time of its own, between the threads: what the copy engine does. One at a time,
+// drawn at random, is held back until nothing else can happen.
 void later(std::function<void()> action);
 
 // Tells the blocks that ever ran apart.
 uint64_t block_number();
+
+// The thread of the block that runs now, -1: none.
+int running_thread();
+
+// Parameter space: where the arguments lie that the running thread's kernel was called with.
+void note_parameter(const void* address, size_t bytes);
+bool is_parameter(const void* address, size_t bytes);
+
+// emulator_proxies.cpp: what the copy engine and the tensor cores see of shared memory (offsets in it).
+void begin_proxies(int threads);  // of a block
+void fence_shared_async();        // by the running thread
+void write_async(uint32_t at, const void* from, uint32_t count);
+void demand_fenced_stores(const char* what, uint32_t at, uint32_t count);  // fails if there are unfenced ones
+void demand_fenced_loads(const char* what, uint32_t at, uint32_t count);
+
+// emulator_sm90.cpp: fails if the block has left something amiss.
+void check_end_of_block();
 
 // Runs kernel() for every thread of every block; launch.cuh calls it.
 void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);

@@ -6,6 +6,7 @@
 #include <cstdarg>
 #include <deque>
 #include <launch.cuh>
+#include <map>
 #include <memory>
 #include <random>
 #include <vector>
@@ -94,6 +95,7 @@ struct Fiber {
     const char* waits_for = nullptr;
     std::vector<std::function<void()>> pending;             // deferred since the last commit
     std::deque<std::vector<std::function<void()>>> groups;  // committed, oldest first
+    std::vector<std::pair<const void*, size_t>> parameters;
 };
 
 struct WarpMeeting {
@@ -117,6 +119,7 @@ struct Later {  // what the copy engine has yet to do, and when
     uint64_t due;
     std::function<void()> action;
 };
+constexpr uint64_t kHeld = UINT64_MAX;
 struct FailedLater {};  // what fail() throws where no thread runs
 
 struct Block {
@@ -128,6 +131,7 @@ struct Block {
     Barrier barriers[kBarriers];
     std::vector<int> runnable, parked;
     std::vector<Later> later;
+    int until_held = 0;   // of those to come, how many are not held back
     uint64_t steps = 0;   // of the scheduler
     uint64_t number = 0;  // counts all blocks that ever ran
     int running = -1;
@@ -235,6 +239,12 @@ void prepare(int thread) {
     fiber.waits_for = nullptr;
     fiber.pending.clear();
     fiber.groups.clear();
+    fiber.parameters.clear();
+}
+
+// One of the next 128, the first ones more likely.
+int draw_held() {
+    return static_cast<int>(random_order() % (uint64_t{1} << random_order() % 8));
 }
 
 void resume(int thread) {
@@ -259,7 +269,9 @@ void run_block() {
     block.runnable.clear();
     block.parked.clear();
     block.later.clear();
+    block.until_held = draw_held();
     block.number += 1;
+    begin_proxies(block.threads);
     for (int thread = 0; thread < block.threads; ++thread) {
         prepare(thread);
         block.runnable.push_back(thread);
@@ -270,6 +282,7 @@ void run_block() {
                                            [](const Later& a, const Later& b) { return a.due < b.due; });
         if (next != block.later.end() && (block.runnable.empty() || next->due <= block.steps)) {
             const std::function<void()> action = std::move(next->action);
+            if (next->due == kHeld) block.until_held = draw_held();
             block.later.erase(next);
             try {
                 action();
@@ -288,16 +301,26 @@ void run_block() {
         resume(thread);
     }
     ASAN_UNPOISON_MEMORY_REGION(shared, kMostShared);
+    if (block.live == 0 && !block.failed) {
+        try {
+            check_end_of_block();
+        } catch (const FailedLater&) {
+        }
+    }
     if (block.failed || block.live == 0) return;
     block.failed = true;
     block.message = "the block hangs: every thread waits.";
-    int told = 0;
-    for (int thread = 0; thread < block.threads && told < 8; ++thread) {
+    std::map<std::string, std::pair<int, int>> waiting;  // for what: how many threads, the first of them
+    for (int thread = block.threads - 1; thread >= 0; --thread) {
         const Fiber& fiber = *fibers[static_cast<size_t>(thread)];
         if (!fiber.live) continue;
-        block.message += " Thread " + std::to_string(thread) + ": " + fiber.waits_for + ".";
-        ++told;
+        auto& [count, first] = waiting[fiber.waits_for];
+        count += 1;
+        first = thread;
     }
+    for (const auto& [what, who] : waiting)
+        block.message += " " + std::to_string(who.first) + " of them for " + what + ", thread " +
+                         std::to_string(who.second) + " among them.";
 }
 
 std::string place() {
@@ -411,6 +434,23 @@ uint64_t block_number() {
     return block.number;
 }
 
+int running_thread() {
+    return block.running;
+}
+
+void note_parameter(const void* address, size_t bytes) {
+    current().parameters.emplace_back(address, bytes);
+}
+
+bool is_parameter(const void* address, size_t bytes) {
+    const auto* const at = static_cast<const unsigned char*>(address);
+    for (const auto& [begin, size] : current().parameters) {
+        const auto* const from = static_cast<const unsigned char*>(begin);
+        if (at >= from && at + bytes <= from + size) return true;
+    }
+    return false;
+}
+
 void park(const char* what) {
     block.parked.push_back(block.running);
     wait(what);
@@ -424,7 +464,8 @@ void unpark() {
 void later(std::function<void()> action) {
     // At once or after many threads' turns, and anything between.
     const uint64_t delay = random_order() % (uint64_t{1} << random_order() % 15);
-    block.later.push_back({block.steps + delay, std::move(action)});
+    const bool held = block.until_held-- == 0;
+    block.later.push_back({held ? kHeld : block.steps + delay, std::move(action)});
 }
 
 void defer(std::function<void()> action) {

@@ -37,9 +37,11 @@ def run(library: ctypes.CDLL, kernel: str, seed: int = 1) -> tuple[list[float], 
 
 
 def test_right_kernels_run(faults: ctypes.CDLL) -> None:
+    faults.rk_emulation_set_device(90, 4)
     for seed in range(5):
         assert run(faults, "neighbour", seed) == ([float((i + 1) % THREADS) for i in range(THREADS)], "")
         assert run(faults, "block sum", seed) == ([THREADS * (THREADS - 1) / 2.0] * THREADS, "")
+        assert run(faults, "hopper", seed) == ([8.0] * THREADS, "")
         assert run(faults, "waited copy", seed) == ([11.0] * THREADS, "")  # the second copy adds 1 after the product
 
 
@@ -56,9 +58,21 @@ def test_a_missing_barrier_reads_the_poison(faults: ctypes.CDLL) -> None:
         ("diverged", "diverge"),
         ("ended", "lane 5, which has ended"),
         ("unwaited copy", "never waited for"),
+        ("wait two ahead", "by its parity it passes at once"),
+        ("wait one behind", "by its parity it waits for the end of another"),
+        ("unfenced loads", "copy_box overwrites bytes"),
+        ("unfenced stores", "wgmma meets bytes"),
+        ("fenced by another", "wgmma meets bytes"),
+        ("unannounced barrier", "no fence_mbarrier_init"),
+        ("registers that are not there", "for registers, of which the block has no more"),
+        ("registers of one warp", "end with 232 and 168 registers"),
+        ("more registers by dec", "setmaxnreg.dec to 232 registers from 168"),
+        ("matrix within the swizzle", "begins within the pattern of its 128-byte swizzle"),
+        ("map on the stack", "not in parameter space"),
     ],
 )
 def test_a_mistake_is_an_error(faults: ctypes.CDLL, kernel: str, says: str) -> None:
+    faults.rk_emulation_set_device(90, 4)
     _, message = run(faults, kernel)
     assert says in message
     assert "RK_EMULATION_SEED=1" in message

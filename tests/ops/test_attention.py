@@ -287,6 +287,45 @@ def test_a_query_that_sees_nothing_gives_zeros(served: Served, draw: Draw) -> No
 
 
 @on_every_backend()
+@pytest.mark.parametrize("max_seqlens", [(16, 24), (0, 24), (16, 0)], ids=lambda pair: f"{pair[0]}-{pair[1]}")
+def test_rows_that_belong_to_no_sequence(served: Served, draw: Draw, max_seqlens: tuple[int, int]) -> None:
+    """Past max_seqlen, or past the last sequence: zeros, whose gradients are zeros, and the other rows as without them.
+    The CPU kernels, where cu_seqlens can be read, refuse.
+    """
+    lengths, capacity, heads = ([5, 21, 9], [7, 30, 4]), (41, 48), 3
+    ends = [cumulative(list(of), served.device) for of in lengths]
+    q, grad = (draw.normal(capacity[0], heads, 32, dtype=served.dtype) for _ in range(2))
+    k, v = (draw.normal(capacity[1], heads, 32, dtype=served.dtype) for _ in range(2))
+    rest = (0.25, False, None, 0.0, None)
+    if served.backend == "cpu":
+        with pytest.raises(RuntimeError, match="cu_seqlens"):
+            served.kernels().attention_forward(q, k, v, *ends, *max_seqlens, *rest)
+        return
+    kept_lengths = [[min(n, most) for n in of] for of, most in zip(lengths, max_seqlens, strict=True)]
+    kept = [
+        torch.cat([torch.arange(start, start + n) for start, n in zip(of.tolist(), kept_of, strict=False)]).to(q.device)
+        for of, kept_of in zip(ends, kept_lengths, strict=True)
+    ]
+
+    def run(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, ends: list[Tensor]) -> list[Tensor]:
+        with uninitialised_is_nan(q, k):
+            out, lse = served.kernels().attention_forward(q, k, v, *ends, *max_seqlens, *rest)
+            grads = served.kernels().attention_backward(grad, q, k, v, out, lse, *ends, *max_seqlens, *rest)
+        return [out, lse.transpose(0, 1), *grads]
+
+    got = run(q, k, v, grad, ends)
+    alone = run(*(t[kept[i]] for t, i in ((q, 0), (k, 1), (v, 1), (grad, 0))), [
+        cumulative(list(of), served.device) for of in kept_lengths
+    ])  # fmt: skip
+    for i, (ours, expected) in enumerate(zip(got, alone, strict=True)):
+        rows = kept[1 if i > 2 else 0]
+        torch.testing.assert_close(ours[rows], expected, rtol=1e-6, atol=1e-6)
+        others = torch.ones(ours.shape[0], dtype=torch.bool, device=q.device)
+        others[rows] = False
+        assert (ours[others] == (-math.inf if i == 1 else 0.0)).all()
+
+
+@on_every_backend()
 def test_sequences_do_not_see_each_other(served: Served, draw: Draw) -> None:
     """A sequence alone, and the same one between others, of which one is all nan: bitwise the same."""
     inputs = {name: draw.normal(20, 3, 16, dtype=served.dtype) for name in "qkv"}
