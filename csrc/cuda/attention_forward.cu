@@ -69,10 +69,6 @@ __global__ void __launch_bounds__(kMostForwardThreads, kOnTensorCores<T>&& Group
     const int key_tiles = ring.tiles(s.len_k);
     const bool stays = key_tiles <= slots;
     const int query_tiles = (s.len_q + block_rows - 1) / block_rows;
-    clear_rows<T>(a, a.out, s.start_q + s.len_q, s.end_q, head, split, splits);
-    for (int row = s.start_q + s.len_q + split * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
-         row < s.end_q; row += splits * static_cast<int>(blockDim.x))
-        a.lse[head * a.total_q + row] = negative_infinity();
 
     for (int tile = split; tile < query_tiles; tile += splits) {
         const int first = tile * block_rows + warp * kRows;
@@ -230,6 +226,10 @@ __global__ void __launch_bounds__(kMostForwardThreads, kOnTensorCores<T>&& Group
     }
     // The last pass may have stopped short of what was copied (causal).
     ptx::copy_async_wait<0>();
+    clear_rows<T>(a, a.out, s.start_q + s.len_q, s.end_q, head, split, splits);
+    for (int row = s.start_q + s.len_q + split * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
+         row < s.end_q; row += splits * static_cast<int>(blockDim.x))
+        a.lse[head * a.total_q + row] = negative_infinity();
 }
 
 template <typename T, int D, int Groups>

@@ -287,7 +287,7 @@ def test_a_query_that_sees_nothing_gives_zeros(served: Served, draw: Draw) -> No
 
 
 @on_every_backend()
-@pytest.mark.parametrize("max_seqlens", [(16, 24), (0, 24), (16, 0)], ids=lambda pair: f"{pair[0]}-{pair[1]}")
+@pytest.mark.parametrize("max_seqlens", [(16, 24), (0, 0)], ids=["some", "none"])
 def test_rows_that_belong_to_no_sequence(served: Served, draw: Draw, max_seqlens: tuple[int, int]) -> None:
     """Past max_seqlen, or past the last sequence: zeros, whose gradients are zeros, and the other rows as without them.
     The CPU kernels, where cu_seqlens can be read, refuse.
