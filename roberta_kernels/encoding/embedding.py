@@ -125,8 +125,18 @@ def pool(hidden: Tensor, real: Tensor, pooling: str = "mean", normalize: bool = 
     elif pooling == "max":
         pooled = hidden.masked_fill(~real[..., None], -torch.inf).amax(1)
     else:
-        pooled = hidden.masked_fill(~real[..., None], 0.0).sum(1) / real.sum(1, keepdim=True)
+        pooled = _sums(hidden[real], real.sum(1)) / real.sum(1, keepdim=True)
     return nn.functional.normalize(pooled, dim=1) if normalize else pooled
+
+
+def _sums(rows: Tensor, lengths: Tensor) -> Tensor:
+    """The sum of each sequence's rows `[T, H]`, one after the other: in an order that no other sequence and no padding
+    changes, which `sum` over a padded batch would."""
+    if not rows.is_cpu:
+        return torch.segment_reduce(rows, "sum", lengths=lengths, axis=0)
+    batch = lengths.shape[0]
+    owner = torch.repeat_interleave(torch.arange(batch), lengths)
+    return rows.new_zeros(batch, rows.shape[1]).index_add_(0, owner, rows)
 
 
 def model_fingerprint(base: Any) -> str:
