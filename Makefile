@@ -34,9 +34,16 @@ $(VENV)/.built: $(VENV)/.packages $(SOURCES)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[demo]'
 	touch $@
 
-# What the tests and linters need beside that. What is compiled is not compiled again.
+# What the tests and linters need beside that: the requirements of these extras alone, as installing the package again
+# would compile it again.
+REQUIREMENTS := import sys; from importlib.metadata import requires; from packaging.requirements import Requirement; \
+	found = [Requirement(text) for text in requires("roberta_kernels")]; \
+	wanted = [one for one in found if one.marker and any(one.marker.evaluate({"extra": extra}) for extra in sys.argv[1:])]; \
+	print(*(f"{one.name}{one.specifier}" for one in wanted))
+INSTALL_EXTRAS := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
 $(VENV)/.tools: $(VENV)/.built $(VENV)/.cutlass
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev,demo,bench,test,pretrained]'
+	$(INSTALL_EXTRAS) $$($(BIN)/python -c '$(REQUIREMENTS)' dev bench test pretrained)
 	touch $@
 
 # Of CUTLASS the headers alone, in a folder of their own: its package depends on much that no header needs, and pip would
@@ -122,7 +129,7 @@ bench: setup  ## kernel benchmarks: JSON, a table and plots in benchmarks/result
 
 # No part of what .venv holds for the tests: 300 MB.
 $(VENV)/.peers: $(VENV)/.tools
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[bench-models]'
+	$(INSTALL_EXTRAS) $$($(BIN)/python -c '$(REQUIREMENTS)' bench-models)
 	touch $@
 
 MODELS_ARGS ?=
