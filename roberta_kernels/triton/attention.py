@@ -65,7 +65,7 @@ def grad_kv_config(block_d: int, dtype: torch.dtype, asynchronous: bool, short: 
     if dtype == torch.float32:
         return (16, 32, 8, 1) if block_d > 64 else (32, 32, 8, 1)
     if block_d > 64:
-        return (32, 64, 8, 2) if asynchronous and dropout else (64, 64, 8, 2)
+        return (32, 64, 8, 2) if dropout else (64, 64, 8, 2)
     if short:
         return 32, 64, 4, 2
     return (64, 128, 8, 2) if asynchronous else (32, 128, 8, 2)
@@ -91,7 +91,7 @@ class Biased:
         if dtype == torch.float32:
             self.forward: _Config = (32, 16, 8, 2)
             self.grad_kv: _Config = grad_kv_config(block_d, dtype, False, False, False)
-            self.grad_q: _Config = grad_q_config(block_d, dtype, False, False)
+            self.grad_q: _Config = (32, 16, 4, 1) if block_d > 64 else (32, 16, 8, 1)
             self.grad_bias: _Config = (32, 32, 8, 1) if block_d > 64 else (32, 32, 4, 1)
         else:
             self.forward = self.grad_q = (64, 32, 8, 2)

@@ -161,8 +161,8 @@ def attention_grad_kv_kernel(
     b = program // tiles // heads
     start_k, len_k = sequence_of(cu_seqlens_k_ptr, b, max_seqlen_k)
     end = end_of_rest(cu_seqlens_k_ptr, b, tokens_k, tiles, heads)
-    clear_rows(grad_k_ptr, head, start_k + len_k, end, tile, tiles, heads, BLOCK_N, HEAD_DIM, BLOCK_D)
-    clear_rows(grad_v_ptr, head, start_k + len_k, end, tile, tiles, heads, BLOCK_N, HEAD_DIM, BLOCK_D)
+    clear_rows(grad_k_ptr, head, start_k + len_k, end, tile, tiles, heads, HEAD_DIM)
+    clear_rows(grad_v_ptr, head, start_k + len_k, end, tile, tiles, heads, HEAD_DIM)
     first = tile * BLOCK_N
     if first >= len_k:
         return
@@ -325,7 +325,7 @@ def attention_grad_q_kernel(
     b = program // tiles // heads
     start_q, len_q = sequence_of(cu_seqlens_q_ptr, b, max_seqlen_q)
     end = end_of_rest(cu_seqlens_q_ptr, b, tokens_q, tiles, heads)
-    clear_rows(grad_q_ptr, head, start_q + len_q, end, tile, tiles, heads, BLOCK_M, HEAD_DIM, BLOCK_D)
+    clear_rows(grad_q_ptr, head, start_q + len_q, end, tile, tiles, heads, HEAD_DIM)
     first = tile * BLOCK_M
     if first >= len_q:
         return

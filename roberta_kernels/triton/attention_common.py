@@ -91,19 +91,40 @@ def clear_rows(
     tile,
     tiles,
     heads,
-    ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
 ):
     """Zeros in a head's rows from first up to end, shared by the programs of a sequence. There are none where a call
     keeps to its max_seqlen and has no room left.
     """
-    d = tl.arange(0, BLOCK_D)
-    nothing = tl.zeros([ROWS, BLOCK_D], ptr.dtype.element_ty)
-    for first_row in range(first + tile * ROWS, end, tiles * ROWS):
-        rows = first_row + tl.arange(0, ROWS)
-        pointers = ptr + ((rows.to(tl.int64) * heads + head) * HEAD_DIM)[:, None] + d[None, :]
-        tl.store(pointers, nothing, mask=(rows < end)[:, None] & (d < HEAD_DIM)[None, :])
+    # Addresses of their own: what they share with the rest of a kernel would be kept in registers until there.
+    SIZE: tl.constexpr = 1024
+    count = (end - first) * HEAD_DIM
+    for start in range(tile * SIZE, count, tiles * SIZE):
+        at = start + tl.arange(0, SIZE)
+        rows = (first + at // HEAD_DIM).to(tl.int64)
+        tl.store(
+            ptr + (rows * heads + head) * HEAD_DIM + at % HEAD_DIM,
+            tl.zeros([SIZE], ptr.dtype.element_ty),
+            mask=at < count,
+        )
+
+
+@triton.jit
+def clear_lse(
+    lse_ptr,  # [heads, tokens_q] float32
+    head,
+    first,
+    end,
+    tile,
+    tiles,
+    tokens_q,
+):
+    """-inf, likewise."""
+    SIZE: tl.constexpr = 128
+    for start in range(first + tile * SIZE, end, tiles * SIZE):
+        rows = start + tl.arange(0, SIZE)
+        nothing = tl.full([SIZE], float("-inf"), tl.float32)
+        tl.store(lse_ptr + head.to(tl.int64) * tokens_q + rows, nothing, mask=rows < end)
 
 
 @triton.jit

@@ -10,6 +10,7 @@ from roberta_kernels.triton.attention_common import (
     LOG2E,
     PLAIN_INTEGERS,
     PLAIN_POINTERS,
+    clear_lse,
     clear_rows,
     end_of_rest,
     load_bias,
@@ -130,11 +131,8 @@ def attention_forward_kernel(
     b = program // tiles // heads
     start_q, len_q = sequence_of(cu_seqlens_q_ptr, b, max_seqlen_q)
     end = end_of_rest(cu_seqlens_q_ptr, b, tokens_q, tiles, heads)
-    clear_rows(out_ptr, head, start_q + len_q, end, tile, tiles, heads, BLOCK_M, HEAD_DIM, BLOCK_D)
-    for first_row in range(start_q + len_q + tile * BLOCK_M, end, tiles * BLOCK_M):
-        rest = first_row + tl.arange(0, BLOCK_M)
-        nothing = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        tl.store(lse_ptr + head.to(tl.int64) * tokens_q + rest, nothing, mask=rest < end)
+    clear_rows(out_ptr, head, start_q + len_q, end, tile, tiles, heads, HEAD_DIM)
+    clear_lse(lse_ptr, head, start_q + len_q, end, tile, tiles, tokens_q)
     first = tile * BLOCK_M
     if first >= len_q:
         return

@@ -311,7 +311,7 @@ def test_rows_that_belong_to_no_sequence(served: Served, draw: Draw, max_seqlens
         with uninitialised_is_nan(q, k):
             out, lse = served.kernels().attention_forward(q, k, v, *ends, *max_seqlens, *rest)
             grads = served.kernels().attention_backward(grad, q, k, v, out, lse, *ends, *max_seqlens, *rest)
-        return [out, lse.transpose(0, 1), *grads]
+        return [out, lse.transpose(0, 1), *grads[:3]]  # and of a bias, of which there is none
 
     got = run(q, k, v, grad, ends)
     alone = run(*(t[kept[i]] for t, i in ((q, 0), (k, 1), (v, 1), (grad, 0))), [
