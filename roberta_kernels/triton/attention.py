@@ -91,7 +91,7 @@ class Biased:
         if dtype == torch.float32:
             self.forward: _Config = (32, 16, 8, 2)
             self.grad_kv: _Config = grad_kv_config(block_d, dtype, False, False, False)
-            self.grad_q: _Config = (32, 16, 4, 1) if block_d > 64 else (32, 16, 8, 1)
+            self.grad_q: _Config = (32, 16, 4, 1) if block_d > 64 else (16, 16, 4, 1)
             self.grad_bias: _Config = (32, 32, 8, 1) if block_d > 64 else (32, 32, 4, 1)
         else:
             self.forward = self.grad_q = (64, 32, 8, 2)
