@@ -32,8 +32,34 @@ namespace rk::cuda {
 namespace attention {
 namespace {
 
+// A block's share of the rows that belong to no sequence. All is found again from the block's number, which the compiler
+// may not know to be the same: kept through the kernel it would take registers that there are not.
+template <typename T>
+__device__ inline void clear_rest(const AttentionArgs& a, int64_t first_work, int splits) {
+    unsigned block = blockIdx.x;
+    asm volatile("" : "+r"(block));
+    const int64_t work = first_work + block, pairs = a.batch * a.heads;
+    const int split = splits - 1 - static_cast<int>(work / pairs);
+    const int head = static_cast<int>(work % pairs % a.heads);
+    const Sequence s = sequence(a, work % pairs / a.heads);
+    const int from = s.start_q + s.len_q, threads = static_cast<int>(blockDim.x);
+    clear_rows<T>(a, a.out, from, s.end_q, head, split, splits);
+    for (int row = from + split * threads + static_cast<int>(threadIdx.x); row < s.end_q;
+         row += splits * threads)
+        a.lse[head * a.total_q + row] = negative_infinity();
+}
+
+// As many blocks of a multiprocessor as have registers for it without spilling.
 template <typename T, int D, int Groups, bool HasDropout>
-__global__ void __launch_bounds__(kMostForwardThreads, kOnTensorCores<T>&& Groups == 1 && D <= 64 ? 3 : 2)
+constexpr int kForwardBlocks =
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+    kOnTensorCores<T> && Groups == 1 && D <= 64 && !HasDropout ? 3 : 2;
+#else
+    kOnTensorCores<T> && Groups == 1 && D <= 64 ? 3 : 2;
+#endif
+
+template <typename T, int D, int Groups, bool HasDropout>
+__global__ void __launch_bounds__(kMostForwardThreads, kForwardBlocks<T, D, Groups, HasDropout>)
     attention_forward_kernel(const AttentionArgs a, const int64_t first_work, const int splits,
                              const int slots) {
     constexpr int kKeys = kOnTensorCores<T> ? 64 : 32;
@@ -226,10 +252,7 @@ __global__ void __launch_bounds__(kMostForwardThreads, kOnTensorCores<T>&& Group
     }
     // The last pass may have stopped short of what was copied (causal).
     ptx::copy_async_wait<0>();
-    clear_rows<T>(a, a.out, s.start_q + s.len_q, s.end_q, head, split, splits);
-    for (int row = s.start_q + s.len_q + split * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
-         row < s.end_q; row += splits * static_cast<int>(blockDim.x))
-        a.lse[head * a.total_q + row] = negative_infinity();
+    clear_rest<T>(a, first_work, splits);
 }
 
 template <typename T, int D, int Groups>
