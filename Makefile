@@ -11,6 +11,7 @@ SOURCES := setup.py roberta_kernels/schemas.def $(wildcard csrc/*.cpp csrc/*.h c
 PYTHON_FILES := roberta_kernels tests benchmarks csrc setup.py noxfile.py
 CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cpp csrc/cuda/*.cu csrc/cuda/*.h csrc/cuda/*.cuh tests/cuda_emulation/*.h tests/cuda_emulation/*.cuh tests/cuda_emulation/*.cpp tests/cpu/*.cpp benchmarks/*.cpp)
 PYTEST := $(BIN)/python -m pytest
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 export ROBERTA_KERNELS_CUTLASS ?= $(abspath $(VENV)/cutlass/cutlass_library/source)
 WORKERS ?= 2
 # What test-cuda-source and test-cuda-library run.
@@ -26,12 +27,12 @@ help:  ## this list
 $(VENV)/.packages: constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.10 is needed, and this is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch setuptools wheel ninja packaging numpy
+	$(PIP_INSTALL) torch setuptools wheel ninja packaging numpy
 	touch $@
 
 # The kernels, and what the demo needs.
 $(VENV)/.built: $(VENV)/.packages $(SOURCES)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[demo]'
+	$(PIP_INSTALL) --no-build-isolation -e '.[demo]'
 	touch $@
 
 # What the tests and linters need beside that: the requirements of these extras alone, as installing the package again
@@ -40,16 +41,15 @@ REQUIREMENTS := import sys; from importlib.metadata import requires; from packag
 	found = [Requirement(text) for text in requires("roberta_kernels")]; \
 	wanted = [one for one in found if one.marker and any(one.marker.evaluate({"extra": extra}) for extra in sys.argv[1:])]; \
 	print(*(f"{one.name}{one.specifier}" for one in wanted))
-INSTALL_EXTRAS := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 $(VENV)/.tools: $(VENV)/.built $(VENV)/.cutlass
-	$(INSTALL_EXTRAS) $$($(BIN)/python -c '$(REQUIREMENTS)' dev bench test pretrained)
+	$(PIP_INSTALL) $$($(BIN)/python -c '$(REQUIREMENTS)' dev bench test pretrained)
 	touch $@
 
 # Of CUTLASS the headers alone, in a folder of their own: its package depends on much that no header needs, and pip would
 # complain of that at every installation.
 $(VENV)/.cutlass: constraints.txt $(VENV)/.packages
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target $(VENV)/cutlass nvidia-cutlass
+	$(PIP_INSTALL) --no-deps --upgrade --target $(VENV)/cutlass nvidia-cutlass
 	touch $@
 
 setup: $(VENV)/.tools  ## make .venv, install what constraints.txt pins, build the kernels
@@ -80,7 +80,7 @@ test-slow: setup $(VENV)/.torchao  ## the tests that take minutes
 # transformers imports torchao wherever it finds it, which takes seconds and writes to stderr on a machine without a GPU:
 # so it is in a folder of its own, on the path of the tests that need it.
 $(VENV)/.torchao: constraints.txt $(VENV)/.packages
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target $(VENV)/torchao torchao
+	$(PIP_INSTALL) --no-deps --upgrade --target $(VENV)/torchao torchao
 	touch $@
 
 test-releases: setup  ## releases of transformers that nobody made yet: the installed one with edited sources
@@ -129,7 +129,7 @@ bench: setup  ## kernel benchmarks: JSON, a table and plots in benchmarks/result
 
 # No part of what .venv holds for the tests: 300 MB.
 $(VENV)/.peers: $(VENV)/.tools
-	$(INSTALL_EXTRAS) $$($(BIN)/python -c '$(REQUIREMENTS)' bench-models)
+	$(PIP_INSTALL) $$($(BIN)/python -c '$(REQUIREMENTS)' bench-models)
 	touch $@
 
 MODELS_ARGS ?=

@@ -10,6 +10,7 @@ Importing this module imports neither torch nor an engine: a process that measur
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import logging
 import os
@@ -70,10 +71,6 @@ def _openvino(path: Path, threads: int, precision: str = "f32") -> Session:
     return lambda arguments: compiled(arguments, share_inputs=True, share_outputs=True)[0]
 
 
-def _openvino_bfloat16(path: Path, threads: int) -> Session:
-    return _openvino(path, threads, "bf16")
-
-
 ENGINES = {
     "ONNX Runtime": Engine(
         "fused.onnx",
@@ -92,7 +89,7 @@ ENGINES = {
     ),
     "OpenVINO bfloat16": Engine(
         "model.onnx",
-        _openvino_bfloat16,
+        functools.partial(_openvino, precision="bf16"),
         ("onnx", "openvino"),
         "the same export, precision set to bfloat16",
         weights="bfloat16",

@@ -94,11 +94,17 @@ class Outcome:
     missed: tuple[str, ...] | None
 
 
+def _by_case(results: dict[str, Any]) -> dict[tuple[str, str], dict[str, Row]]:
+    """(workload, direction) -> contender -> its row."""
+    found: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in results["models"]:
+        found.setdefault((row["batch"]["name"], row["direction"]), {})[row["contender"]] = row
+    return found
+
+
 def outcomes(results: dict[str, Any]) -> list[Outcome]:
     """One for each target whose workload was measured at all."""
-    by_case: dict[tuple[str, str], dict[str, Row]] = {}
-    for row in results["models"]:
-        by_case.setdefault((row["batch"]["name"], row["direction"]), {})[row["contender"]] = row
+    by_case = _by_case(results)
     found = []
     for target in targets_of(results):
         rows = by_case.get((target.workload, target.direction))
@@ -210,9 +216,7 @@ def ratios(results: dict[str, Any], direction: str = "forward") -> str:
 def replaced(results: dict[str, Any]) -> str:
     """Each of ours against what somebody who patches had before, in the same precision: a line for each workload and
     direction, bold where ours is slower."""
-    by_case: dict[tuple[str, str], dict[str, Row]] = {}
-    for row in results["models"]:
-        by_case.setdefault((row["batch"]["name"], row["direction"]), {})[row["contender"]] = row
+    by_case = _by_case(results)
     names = list(dict.fromkeys(row["contender"] for row in results["models"] if row.get("instead_of")))
     lines = []
     for (workload, direction), rows in by_case.items():
@@ -311,10 +315,7 @@ _GAINS = (
 
 def gains(results: dict[str, Any]) -> str:
     """How many times as fast, by workload, forward; bold where the other is faster."""
-    by_case: dict[str, dict[str, Row]] = {}
-    for row in results["models"]:
-        if row["direction"] == "forward":
-            by_case.setdefault(row["batch"]["name"], {})[row["contender"]] = row
+    by_case = {workload: rows for (workload, direction), rows in _by_case(results).items() if direction == "forward"}
     pairs = [gain for gain in _GAINS if any(gain[0] in rows and gain[1] in rows for rows in by_case.values())]
     lines = []
     for workload, rows in by_case.items():
