@@ -106,6 +106,9 @@ class TileProduct {
     // that the memory has always something to do.
     static constexpr int kLinesPacking = kLinesOfRow / 2;
     static constexpr int kLinesMultiplying = kLinesOfRow / 2 * kGroup32 / kRowSteps;
+    // The piece that is packed next was asked for while the one before was packed and multiplied: one piece ahead its first
+    // lines would be waited for.
+    static constexpr int kPiecesAhead = 2;
 
     struct Place {
         int part;
@@ -191,7 +194,7 @@ class TileProduct {
         PieceSums<kParts> sums;
         uint8_t nonfinite[kGroup32] = {};
         const Place at = place(strip);
-        ReadAhead next = after(strip, kPieceSteps<kParts> * kStepElements);
+        ReadAhead next = after(strip, kPiecesAhead * kPieceSteps<kParts> * kStepElements);
         const TileLayout<kParts>& layout = x_.layout;
         for (int64_t slab = 0; slab < layout.slabs(); ++slab) {
             const int64_t slab_steps = layout.steps_of(slab);
