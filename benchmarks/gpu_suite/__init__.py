@@ -71,7 +71,7 @@ class Suite:
         self.limit: float = arguments.limit
         self.plan = [stage for stage in SLOTS[slot] if not arguments.only or stage.name in arguments.only]
         self.device = "cpu" if self.smoke else "cuda"
-        self.package = ROOT / "roberta_kernels"
+        self.package, self.bundle = ROOT / "roberta_kernels", bundle.FOLDER
         self.out.mkdir(parents=True, exist_ok=True)
         self.log = self.out / "suite.log"
         self.results: dict[str, Any] = self._before() or {
@@ -197,7 +197,7 @@ class Suite:
             return "failed", "nvidia-smi names no GPU"
         major, minor = found["capability"].split(".")
         arch = f"{major}.{minor}{'a' if int(major) >= 9 else ''}"  # "a": what only this architecture has
-        why_not = bundle.install(self.package, arch)
+        why_not = bundle.install(self.package, arch, self.bundle)
         if why_not is None:
             return "passed", "prebuilt"
         environment = {
