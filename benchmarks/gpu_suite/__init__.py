@@ -254,8 +254,7 @@ class Suite:
             return "failed", "compute-sanitizer is not on PATH"
         asked = subprocess.run([program, "--help"], capture_output=True, text=True, timeout=60)
         option = "--kernel-name" if "--kernel-name" in asked.stdout + asked.stderr else "--kernel-regex"
-        # What the mangled names of our kernels hold, CUTLASS's with our epilogues too.
-        self._checker = (program, "--error-exitcode", "99", option, "kns=2rk4cuda")
+        self._checker = (program, "--error-exitcode", "99", option, f"kns={plan.OUR_KERNELS}")
         if not self.smoke and (unseen := self._unseen_faults(deadline)):
             return "failed", unseen
         smoke = [tests for tool in plan.SANITIZERS for tests in self._smoke_tests("floor", tool)]
@@ -308,7 +307,7 @@ class Suite:
         for tests in chosen:  # of a run before, say
             told.pop(tests.name, None)
         everything = [job for mine in jobs.values() for job in mine]
-        run_jobs(everything, parallel=max(2, (os.cpu_count() or 2) - 2), deadline=deadline, tick=record)
+        run_jobs(everything, parallel=max(4, (os.cpu_count() or 2) - 2), deadline=deadline, tick=record)
         for tests in chosen:  # also those that were stopped
             self._record(tests, jobs[tests.name], told)
         for job in everything:

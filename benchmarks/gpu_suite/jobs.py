@@ -143,7 +143,7 @@ def run_jobs(
                     stop([one])
                     running.remove(one)
             tick()
-            time.sleep(0.05)
+            time.sleep(0.02)
     finally:
         stop(running)
         for one in running:

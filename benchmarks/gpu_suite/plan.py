@@ -48,9 +48,10 @@ SLOTS = {
 STAGES = tuple(dict.fromkeys(stage.name for stages in SLOTS.values() for stage in stages))
 ENDING = 12.0  # seconds kept for the report
 
-# Folders of tests that have some for a GPU. Which tests of them those are, the mark `gpu` says.
-FOLDERS = ("tests/ops", "tests/models", "tests/triton")
+# Where tests for a GPU are. Which tests of them those are, the mark `gpu` says.
+GPU_TESTS = ("tests/ops", "tests/models/test_on_gpu.py", "tests/triton")
 SANITIZERS = ("memcheck", "racecheck")
+OUR_KERNELS = "2rk4cuda"  # what their mangled names hold, those of CUTLASS with our epilogues too
 
 
 @dataclass(frozen=True)
@@ -106,14 +107,14 @@ def backend_tests(variants: dict[str, list[str]]) -> list[Tests]:
             name = f"{op} cuda {variant}" if variant else f"{op} cuda"
             found.append(Tests(name, file, "cuda", op, variant, forced=variant is not None, shards=2))
     done = tuple(f"tests/ops/test_{name}.py" for name in (*OPS, "variants"))
-    found.append(Tests("cuda", FOLDERS, "cuda", left_out=done, shards=4))
-    found.append(Tests("others", FOLDERS, "others", shards=4))
+    found.append(Tests("cuda", GPU_TESTS, "cuda", left_out=done, shards=4))
+    found.append(Tests("others", GPU_TESTS, "others", shards=4))
     return found
 
 
 def triton_tests() -> list[Tests]:
     """Each compiles kernels, some 400 in all: many processes, which share what they compiled."""
-    return [Tests("triton", FOLDERS, "triton", shards=24)]
+    return [Tests("triton", GPU_TESTS, "triton", shards=24)]
 
 
 def sanitizer_tests(variants: dict[str, list[str]]) -> list[Tests]:

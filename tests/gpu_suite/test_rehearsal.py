@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -56,20 +57,37 @@ def choose(folder: Path, monkeypatch: pytest.MonkeyPatch, slots: tuple[int, ...]
     return {(e.op, e.backend, e.variant): (e.size_min, e.size_max) for e in entries}, "\n".join(said)
 
 
-def test_all_slots_and_the_table_that_they_make(machine: Path, tmp_path: Path, monkeypatch) -> None:
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A folder with all slots of a run in which nothing went wrong, and the machine that it was on."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patching:
+        for name, value in make_machine(folder / "machine").items():
+            patching.setenv(name, value)
+        for slot in (1, 2, 3):
+            suite = Rehearsal(folder, slot)
+            assert suite.run() == 0, "\n".join(suite.said)
+    return folder
+
+
+def copied(whole: Path, folder: Path, *slots: int) -> None:
+    for slot in slots:
+        (folder / f"slot-{slot}").mkdir()
+        shutil.copyfile(whole / f"slot-{slot}/results.json", folder / f"slot-{slot}/results.json")
+
+
+def test_all_slots_and_the_table_that_they_make(whole: Path, monkeypatch) -> None:
     for slot in (1, 2, 3):
-        suite = Rehearsal(tmp_path, slot)
-        assert suite.run() == 0, "\n".join(suite.said)
-        results = read(tmp_path, slot)
+        results = read(whole, slot)
         assert set(statuses(results).values()) == {"passed"}
         assert results["stages"]["build"]["reason"] == "prebuilt"
         assert results["card"]["capability"] == "9.0"
-        report = (tmp_path / f"slot-{slot}" / "results.md").read_text()
+        report = (whole / f"slot-{slot}" / "results.md").read_text()
         assert f"slot {slot}: NVIDIA H100" in report
-    assert (machine / "package/_cuda.so").read_text() == "prebuilt"
-    assert "9.0a" in (machine / "package/build_report.json").read_text()
+    assert (whole / "machine/package/_cuda.so").read_text() == "prebuilt"
+    assert "9.0a" in (whole / "machine/package/build_report.json").read_text()
 
-    first, third = read(tmp_path, 1), read(tmp_path, 3)
+    first, third = read(whole, 1), read(whole, 3)
     for op, known in choosing.VARIANTS.items():
         for variant in known:
             assert first["tests"][f"{op} {variant}"]["served"] == {f"{op} {variant} forward": 2}
@@ -79,7 +97,7 @@ def test_all_slots_and_the_table_that_they_make(machine: Path, tmp_path: Path, m
     assert third["tests"]["triton"]["passed"] == 48
     assert {row["case"].split("-")[2] for row in first["models"]} == {"forward"}
 
-    table, _ = choose(tmp_path, monkeypatch)
+    table, _ = choose(whole, monkeypatch)
     assert set(table) == {
         ("attention", "cuda", "sm90"),
         ("gelu_ffn", "cuda", "sm90"),
@@ -115,8 +133,10 @@ def test_a_missing_backend_is_a_failure(machine: Path, tmp_path: Path, backend: 
 
 
 @pytest.mark.parametrize("how", ["hangs", "fails"])
-def test_triton_late_or_failed_is_out_and_nobody_else(machine: Path, tmp_path: Path, monkeypatch, how: str) -> None:
-    assert Rehearsal(tmp_path, 1).run() == 0
+def test_triton_late_or_failed_is_out_and_nobody_else(
+    whole: Path, machine: Path, tmp_path: Path, monkeypatch, how: str
+) -> None:
+    copied(whole, tmp_path, 1)
     behave(machine, **{how: "triton"})
     real = Rehearsal._deadline
     soon = {"hangs": 1.0, "fails": 600.0}[how]
@@ -133,17 +153,19 @@ def test_triton_late_or_failed_is_out_and_nobody_else(machine: Path, tmp_path: P
     assert "not chosen: add_layer_norm, triton" in said
 
 
-def test_a_failure_of_the_whole_cuda_backend_leaves_triton(machine: Path, tmp_path: Path, monkeypatch) -> None:
+def test_a_failure_of_the_whole_cuda_backend_leaves_triton(
+    whole: Path, machine: Path, tmp_path: Path, monkeypatch
+) -> None:
     behave(machine, fails="cuda")
-    for slot in (1, 3):
-        assert Rehearsal(tmp_path, slot).run() == 1
+    assert Rehearsal(tmp_path, 1).run() == 1
+    copied(whole, tmp_path, 3)
     with pytest.raises(ValueError, match="no op was measured"):
         choose(tmp_path, monkeypatch, (1, 3))
 
 
 def test_what_all_backends_stand_on_has_to_pass(machine: Path, tmp_path: Path, monkeypatch) -> None:
     behave(machine, fails="others")
-    assert Rehearsal(tmp_path, 1).run() == 1
+    assert Rehearsal(tmp_path, 1, only=["build", "machine", "tests"]).run() == 1
     with pytest.raises(ValueError, match="what all backends have in common"):
         choose(tmp_path, monkeypatch, (1,))
 
@@ -165,13 +187,12 @@ def test_a_bundle_of_other_sources_is_not_taken(machine: Path, tmp_path: Path) -
     assert (machine / "package/_cuda.so").read_text() == "9.0a 0", "for this card, without the CPU library"
 
 
-def test_files_of_another_commit_or_card_are_refused(machine: Path, tmp_path: Path, monkeypatch) -> None:
-    assert Rehearsal(tmp_path, 1).run() == 0
-    monkeypatch.setenv("RK_SUITE_COMMIT", "fedcba9876543210")
-    assert Rehearsal(tmp_path, 2).run() == 0
+def test_files_of_another_commit_or_card_are_refused(whole: Path, tmp_path: Path, monkeypatch) -> None:
+    copied(whole, tmp_path, 1, 2)
+    path = tmp_path / "slot-2/results.json"
+    path.write_text(path.read_text().replace("0123456789abcdef", "fedcba9876543210"))
     with pytest.raises(ValueError, match="not of one commit: 0123456789abcdef and fedcba9876543210"):
         choose(tmp_path, monkeypatch, (1, 2))
-    path = tmp_path / "slot-2/results.json"
     path.write_text(path.read_text().replace("fedcba9876543210", "0123456789abcdef").replace("H100 80GB", "H200"))
     with pytest.raises(ValueError, match="not of one gpu: NVIDIA H100 80GB HBM3 and NVIDIA H200 HBM3"):
         choose(tmp_path, monkeypatch, (1, 2))

@@ -76,7 +76,7 @@ def test_every_test_that_needs_a_card_is_selected(collected) -> None:
         file, marked, backend, _ = with_card[node]
         if not marked or not any(one.backend == backend and plan.selects(one, file) for one in selections):
             missed.append(node)
-    assert missed == [], "they need the mark gpu, or their folder a place in plan.FOLDERS"
+    assert missed == [], "they need the mark gpu, or their file a place in plan.GPU_TESTS"
 
 
 def test_no_selection_is_empty(collected) -> None:
