@@ -278,11 +278,8 @@ class Suite:
         run_jobs(jobs, parallel=2, deadline=min(deadline, time.time() + 60.0))
         for job in jobs:
             self._keep_log(job)
-        blind = [job.name.split()[1] for job in jobs if job.status != 99]
-        return (
-            f"{', '.join(blind)} did not see the fault in a faulty kernel: what it says of ours means nothing"
-            * bool(blind)
-        )
+        blind = [job.name.removeprefix("canary ") for job in jobs if job.status != 99]
+        return f"no fault found in a faulty kernel, so none would be in ours: {', '.join(blind)}" if blind else ""
 
     @staticmethod
     def _smoke_tests(expression: str, tool: str | None = None) -> list[Tests]:
