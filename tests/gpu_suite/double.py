@@ -86,4 +86,5 @@ class Rehearsal(gpu_suite.Suite):
 
 
 if __name__ == "__main__":
+    Rehearsal._report = lambda self: None  # type: ignore[method-assign]  # it needs torch, and seconds
     sys.exit(Rehearsal(Path(sys.argv[1]), int(sys.argv[2])).run())

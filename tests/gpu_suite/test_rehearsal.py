@@ -233,7 +233,7 @@ def test_what_is_killed_leaves_what_it_had_and_no_process_and_goes_on(
     cases = (machine / "journal").read_text().splitlines()
     assert [case.split("-")[0] for case in cases] == ["attention", "add_layer_norm", "gelu_ffn"], "none again"
     rows = read(tmp_path, 1)["benchmarks"]
-    assert len({(r["extra_info"]["case"], r["extra_info"]["contender"]) for r in rows}) == len(rows) == 13
+    assert len({(r["extra_info"]["case"], r["extra_info"]["contender"]) for r in rows}) == len(rows) == 12
 
     monkeypatch.setenv("RK_SUITE_COMMIT", "fedcba9876543210")
     anew = Rehearsal(tmp_path, 1, only=["build"])
