@@ -231,7 +231,7 @@ def suite_models(slot: int, *, smoke: bool = False) -> list[tuple[str, list[Batc
     first.
     """
     if smoke:
-        return {1: [("forward", SMOKE_MODEL_BATCHES)], 2: [("forward_backward", SMOKE_MODEL_BATCHES)]}.get(slot, [])
+        return [] if slot == 3 else [(direction, SMOKE_MODEL_BATCHES) for direction in DIRECTIONS]
     first = [_even(1, 128), _even(32, 128), _mixed_gpu(), _even(1, 32)]
     rest = [_even(8, 128), _even(32, 512)]
     slots = {1: [("forward", first)], 2: [("forward", rest), ("forward_backward", [*first[1:3], *rest, first[0]])]}

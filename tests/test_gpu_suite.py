@@ -47,16 +47,18 @@ def smoke_run(tmp_path_factory) -> Path:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "TRITON_"))}
     environment |= {"PATH": f"{program.parent}{os.pathsep}{environment['PATH']}", "RK_SUITE_COMMIT": "0123abcd"}
     command = [sys.executable, "-m", "benchmarks", "gpu-suite", "--smoke", "--out", str(folder / "out")]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    log = folder / "out" / "suite.log"
-    assert done.returncode == 0, done.stdout + done.stderr + (log.read_text() if log.is_file() else "")
-    assert done.stdout.count("all passed") == 3
+    # The second slot has nothing that these have not, but for other sizes (gpu_suite/test_rehearsal.py runs all).
+    for slot in (["--slot", "1"], ["--slot", "3", "--only", "sanitizer"]):
+        done = subprocess.run([*command, *slot], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+        logs = [path.read_text() for path in (folder / "out").glob("*/suite.log")]
+        assert done.returncode == 0, done.stdout + done.stderr + "".join(logs)
+        assert "all passed" in done.stdout
     return folder / "out"
 
 
 @pytest.fixture
 def slots(smoke_run) -> dict[int, dict]:
-    return {slot: json.loads((smoke_run / f"slot-{slot}" / "results.json").read_text()) for slot in (1, 2, 3)}
+    return {slot: json.loads((smoke_run / f"slot-{slot}" / "results.json").read_text()) for slot in (1, 3)}
 
 
 @pytest.fixture
@@ -68,20 +70,18 @@ def results(slots) -> dict:
 def test_every_stage_ran(slots):
     from benchmarks.gpu_suite.plan import SLOTS
 
-    for slot, results in slots.items():
-        assert {stage: told["status"] for stage, told in results["stages"].items()} == {
-            stage.name: "passed" for stage in SLOTS[slot]
-        }
-        assert results["commit_info"]["id"] == "0123abcd"
-        assert {"torch", "transformers", "python"} <= set(results["versions"])
-        assert results["machine_info"]["device"] == "cpu"
-        assert [row["op"] for row in results["choices"]] == list(choosing.OPS)
-    tests = slots[1]["tests"]["wrong or exact"]
+    results = slots[1]
+    assert {stage: told["status"] for stage, told in results["stages"].items()} == {
+        stage.name: "passed" for stage in SLOTS[1]
+    }
+    assert results["commit_info"]["id"] == "0123abcd"
+    assert {"torch", "transformers", "python"} <= set(results["versions"])
+    assert results["machine_info"]["device"] == "cpu"
+    assert [row["op"] for row in results["choices"]] == list(choosing.OPS)
+    tests = results["tests"]["wrong or exact"]
     assert tests["passed"] == tests["collected"] >= 2
     assert set(slots[3]["sanitizer"]) == {"memcheck floor", "racecheck floor"}
     assert all(job["passed"] == 2 for job in slots[3]["sanitizer"].values()), "a few of many"
-    assert slots[2]["benchmarks"]
-    assert {row["direction"] for row in slots[2]["models"]} == {"forward_backward"}
 
 
 def test_every_kernel_is_checked_timed_and_related_to_its_roof(results):
@@ -108,9 +108,10 @@ def test_whole_models_are_checked_and_timed(results):
     from benchmarks.roofs import compute_roof
 
     found = {(row["direction"], row["batch"]["name"], row["contender"]) for row in results["models"]}
-    for batch in ("mixed3", "1x8"):
-        for contender in ("ours, reference", "ours, zeros", "HF eager", "HF sdpa"):
-            assert ("forward", batch, contender) in found
+    for direction in ("forward", "forward_backward"):
+        for batch in ("mixed3", "1x8"):
+            for contender in ("ours, reference", "ours, zeros", "HF eager", "HF sdpa"):
+                assert (direction, batch, contender) in found
     for row in results["models"]:
         assert row["within_promise"]
         assert row["error"] < 1e-4
