@@ -80,7 +80,7 @@ def test_every_stage_ran(slots):
     assert [row["op"] for row in results["choices"]] == list(choosing.OPS)
     tests = results["tests"]["wrong or exact"]
     assert tests["passed"] == tests["collected"] >= 2
-    assert set(slots[3]["sanitizer"]) == {"memcheck floor", "racecheck floor"}
+    assert set(slots[3]["sanitizer"]) == {"memcheck exact", "racecheck exact"}
     assert all(job["passed"] == 2 for job in slots[3]["sanitizer"].values()), "a few of many"
 
 

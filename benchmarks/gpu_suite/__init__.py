@@ -257,7 +257,7 @@ class Suite:
         self._checker = (program, "--error-exitcode", "99", option, f"kns={plan.OUR_KERNELS}")
         if not self.smoke and (unseen := self._unseen_faults(deadline)):
             return "failed", unseen
-        smoke = [tests for tool in plan.SANITIZERS for tests in self._smoke_tests("floor", tool)]
+        smoke = [tests for tool in plan.SANITIZERS for tests in self._smoke_tests("exact", tool)]
         chosen = smoke if self.smoke else plan.sanitizer_tests(self.results["variants"])
         return self._run_tests(chosen, deadline, key="sanitizer")
 
