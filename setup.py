@@ -1,6 +1,7 @@
 """Builds csrc/ with ninja through torch's BuildExtension, against torch's stable ABI.
 
 Environment variables:
+    ROBERTA_KERNELS_CPU      0: leave the CPU library out (minutes, for who wants the CUDA library alone).
     ROBERTA_KERNELS_CUDA     1: build the CUDA library whatever torch says; 0: never; unset: when nvcc is there and
                              torch is a CUDA build. Whether this machine has a GPU plays no part.
     TORCH_CUDA_ARCH_LIST     architectures of the CUDA library, in numbers ("9.0a", "8.0;8.6;10.0+PTX"); unset: those
@@ -160,8 +161,9 @@ class AnyPythonWheel(bdist_wheel):
 
 def compiled_parts():
     """(extensions, build_ext command class), filling in REPORT on the way."""
-    if os.environ.get("ROBERTA_KERNELS_CUDA", "") not in ("", "0", "1"):
-        raise SystemExit(f"ROBERTA_KERNELS_CUDA must be 0, 1 or unset, not {os.environ['ROBERTA_KERNELS_CUDA']!r}")
+    for name in ("ROBERTA_KERNELS_CUDA", "ROBERTA_KERNELS_CPU"):
+        if os.environ.get(name, "") not in ("", "0", "1"):
+            raise SystemExit(f"{name} must be 0, 1 or unset, not {os.environ[name]!r}")
     torch = import_torch()
     why: str | None
     if torch is None:
@@ -191,7 +193,7 @@ def compiled_parts():
         "define_macros": [("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
         "py_limited_api": True,
     }
-    extensions: list[Extension] = [
+    cpu = [
         CppExtension(
             "roberta_kernels._cpu",
             [
@@ -207,8 +209,13 @@ def compiled_parts():
             **common,
         )
     ]
-    REPORT["cpu"] = "built"
-    REPORT["isas"] = list(isas())
+    extensions: list[Extension] = []
+    if os.environ.get("ROBERTA_KERNELS_CPU") == "0":
+        REPORT["cpu"] = "turned off by ROBERTA_KERNELS_CPU=0"
+    else:
+        extensions += cpu
+        REPORT["cpu"] = "built"
+        REPORT["isas"] = list(isas())
 
     why = cuda_missing(torch)
     REPORT["cuda"] = why or "built"
@@ -248,8 +255,9 @@ def compiled_parts():
             if ext.name.endswith("._cuda"):
                 names = ", ".join(map(str, architectures))
                 say(f"compiling the CUDA kernels for {names} (minutes; TORCH_CUDA_ARCH_LIST=9.0a, say, for one alone)")
-                ext.extra_objects += map(str, cuda_build.compile_kernels(architectures).values())
-                ext.library_dirs.insert(0, str(torch_cuda_stub(cuda_build.BUILD / "stub")))
+                folder = cuda_build.build_folder(architectures)
+                ext.extra_objects += map(str, cuda_build.compile_kernels(architectures, folder).values())
+                ext.library_dirs.insert(0, str(torch_cuda_stub(folder / "stub")))
             if ext.name.endswith("._cpu"):
                 for isa, flags in isas().items():
                     objects = self.compiler.compile(

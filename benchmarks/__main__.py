@@ -1,5 +1,5 @@
 """`python -m benchmarks run` measures the kernels and `models` whole models on a CPU: JSON, tables and plots. Also
-`report`, `compare`, the `gpu-suite`, and `choose`, which makes the package follow its results.
+`report`, `compare`, the `gpu-suite` with its `gpu-bundle`, and `choose`, which makes the package follow its results.
 """
 
 from __future__ import annotations
@@ -207,14 +207,16 @@ def main(argv: list[str] | None = None) -> int:
     compares.add_argument("new", type=Path)
     suites = commands.add_parser(
         "gpu-suite",
-        help="build, test, check and measure on the GPU at hand, in under ten minutes",
+        help="build, test, check and measure on the GPU at hand, in slots of under ten minutes",
         description=gpu_suite.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     gpu_suite.add_options(suites)
 
+    commands.add_parser("gpu-bundle", help="build the CUDA library that gpu-suite need not build then")
+
     chooses = commands.add_parser("choose", help="write the choosing table from committed results of gpu-suite")
-    chooses.add_argument("results", type=Path)
+    chooses.add_argument("results", type=Path, nargs="+", help="of one commit and one card: its slots, in any order")
     for command in (runs, wholes, compares):
         command.add_argument("--threshold", type=float, default=THRESHOLD, help="default: %(default)s")
 
@@ -229,6 +231,8 @@ def main(argv: list[str] | None = None) -> int:
                 return models(arguments, console)
             if arguments.command == "gpu-suite":
                 return gpu_suite.run(arguments)
+            if arguments.command == "gpu-bundle":
+                return gpu_suite.bundle.run(print)
             if arguments.command == "choose":
                 from benchmarks.choose import choose
 

@@ -26,10 +26,11 @@ from torch import Tensor, nn
 
 from benchmarks.roofs import compute_roof, memory_roof
 from benchmarks.runner import Poisoned, check_gpu, first_line, percentile, ratio, relative_error
+from benchmarks.served import Served
 from benchmarks.timing import Call, Clock, Effort, Samples, measure
 from benchmarks.workloads import DIRECTIONS, DTYPES, Batch
 from roberta_kernels import backends, patch, tolerance
-from roberta_kernels.backends import BackendError
+from roberta_kernels.backends import BackendError, choosing
 
 MODEL = {"name": "roberta-base", "vocab_size": 50265, "max_position_embeddings": 514}
 SMOKE_MODEL = {
@@ -56,6 +57,7 @@ class Runner:
     """One way to run the model.
 
     prepare: what is done to a copy of the original; returns what is called.
+    variant: of the CUDA kernels, that may serve: of an op that has it not, the best below.
     engine: an engine's, which has no need of that copy: prepare gets None. Forward only.
     weights: how they are kept, where that is with less than the run's dtype.
     arithmetic: what products take, where that is less than the run's dtype: as in roofs.compute_roof. A model with
@@ -71,6 +73,7 @@ class Runner:
     compiled: bool = False
     attention: str = "sdpa"
     backend: str | None = None
+    variant: str | None = None
     engine: bool = False
     weights: str | None = None
     arithmetic: str | None = None
@@ -94,24 +97,38 @@ def compiled(mode: str | None) -> Callable[[Any], Any]:
     return lambda model: torch.compile(model, mode=mode, dynamic=True)
 
 
-def runners(device: str, *, smoke: bool = False) -> dict[str, Runner]:
-    """By name, those under test first."""
+def runners(device: str, *, smoke: bool = False, quick: bool = False) -> dict[str, Runner]:
+    """By name, those under test first. quick: without those that tell least for the time that they take."""
     found = {}
-    names = ("reference",) if smoke else tuple(n for n in ("cuda", "triton") if backends.available_backends()[n])
-    for name in names:
-        found[f"ours, {name}"] = Runner(
-            lambda model, name=name: patched(model, backend=name), f"patched, backend {name}", ours=True, backend=name
+    available = {name for name, status in backends.available_backends().items() if status}
+    if smoke:
+        found["ours, reference"] = Runner(_patched_for("reference"), "patched", ours=True, backend="reference")
+    elif "cuda" in available:
+        variants = _variants_here()
+        for v in variants:
+            note = f"patched, backend cuda, variant {v}"
+            found[f"ours, cuda {v}"] = Runner(_patched_for("cuda"), note, ours=True, backend="cuda", variant=v)
+        found["ours, reduce-overhead"] = Runner(
+            lambda model: compiled("reduce-overhead")(patched(model, backend="cuda")),
+            f"the one of variant {variants[-1]} under torch.compile with CUDA graphs (mode reduce-overhead)",
+            ours=True,
+            compiled=True,
+            backend="cuda",
+            variant=variants[-1],
         )
+    if "triton" in available and not smoke:
+        found["ours, triton"] = Runner(_patched_for("triton"), "patched, backend triton", ours=True, backend="triton")
     found["ours, zeros"] = Runner(
         lambda model: patched(model, padded_rows="zeros"),
         "patched, padded rows left out, the backend of choice",
         ours=True,
     )
-    if not smoke:
+    if not smoke and not quick:
         found["ours, compile"] = Runner(
             lambda model: compiled(None)(patched(model)), "patched, under torch.compile", ours=True, compiled=True
         )
-    found["HF eager"] = Runner(lambda model: model, "transformers, attention in plain torch", attention="eager")
+    if smoke or not quick:
+        found["HF eager"] = Runner(lambda model: model, "transformers, attention in plain torch", attention="eager")
     found["HF sdpa"] = Runner(lambda model: model, "transformers as it comes")
     if not smoke:
         found["HF sdpa compile"] = Runner(compiled(None), "the same under torch.compile, shapes dynamic", compiled=True)
@@ -119,6 +136,27 @@ def runners(device: str, *, smoke: bool = False) -> dict[str, Runner]:
             compiled("reduce-overhead"), "the same with CUDA graphs (mode reduce-overhead)", compiled=True
         )
     return found
+
+
+def _patched_for(backend: str) -> Callable[[Any], Any]:
+    return lambda model: patched(model, backend=backend)
+
+
+def _variants_here() -> list[str]:
+    """Names of what the GPU here can run, plainest first."""
+    known = sorted({name for names in choosing.VARIANTS.values() for name in names})
+    return [name for name in known if name != "sm90" or torch.cuda.get_device_capability() == (9, 0)]
+
+
+@contextlib.contextmanager
+def in_variant(runner: Runner) -> Iterator[None]:
+    """Inside, its variant of the CUDA kernels may serve. Raises BackendError where this build lacks it."""
+    with contextlib.ExitStack() as stack:
+        if runner.variant is not None:
+            for op, known in choosing.VARIANTS.items():
+                may = [name for name in known if name <= runner.variant]  # their names rise with what they need
+                stack.enter_context(backends.use_cuda_variant(op, may[-1]))
+        yield
 
 
 def model_config(*, smoke: bool, attention: str) -> Any:
@@ -239,6 +277,7 @@ def figures(
     found = {
         "ours": runner.ours,
         "backend": runner.backend,
+        "variant": runner.variant,
         "note": runner.note,
         "weights": runner.weights,
         "arithmetic": runner.arithmetic,
@@ -316,6 +355,7 @@ def run_models(
                 if device == "cuda":
                     torch.cuda.empty_cache()  # float64 took most of the card
             plain: dict[str, Tensor] | None = None
+            whole = True
             calls: dict[str, Call] = {}
             checked: dict[str, dict[str, Any]] = {}
             # Hugging Face's sdpa first: the others' answers are compared with its own.
@@ -329,6 +369,7 @@ def run_models(
                     continue
                 if time.time() > deadline - (_COMPILE_SECONDS if runner.compiled else 0.0):
                     yield failed("no time left")
+                    whole = False
                     continue
                 begin(case, name)
                 try:
@@ -337,7 +378,8 @@ def run_models(
                     run, model = models[name]
                     call = _call(run, model, inputs, direction)
                     began = time.perf_counter()
-                    answers = _answers(call, model, inputs, direction)
+                    with in_variant(runner), Served() as served:
+                        answers = _answers(call, model, inputs, direction)
                     clock.synchronize()
                     slow = time.perf_counter() - began > SLOW and not runner.compiled
                 except Exception as error:
@@ -364,8 +406,10 @@ def run_models(
                         )
                         continue
                     within = None if runner.rounded or plain is None else not wrong
-                    checked[name] = {"error": error, "within_promise": within, **_peak(call, device)}
-                calls[name] = Call(call, functools.partial(announced, begin, case, name), slow)
+                    with in_variant(runner):
+                        peak = _peak(call, device)
+                    checked[name] = {"error": error, "within_promise": within, "served": served.by_op, **peak}
+                calls[name] = Call(call, functools.partial(_in_turn, begin, case, name, runner), slow)
             if effort is None:
                 continue
             measured = {}
@@ -374,7 +418,8 @@ def run_models(
                 row |= figures(known[name], samples, batch, config, roofs, direction, dtype_name)
                 measured[name] = row
             yield from finish(measured)
-            yield {"done": case}
+            if whole:
+                yield {"done": case}
         if prepared is None:
             models.clear()
         gc.collect()
@@ -405,6 +450,12 @@ def finish(measured: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
 def announced(begin: Callable[[str, str], None], case: str, name: str) -> Iterator[None]:
     begin(case, name)
     yield
+
+
+@contextlib.contextmanager
+def _in_turn(begin: Callable[[str, str], None], case: str, name: str, runner: Runner) -> Iterator[None]:
+    with announced(begin, case, name), in_variant(runner):
+        yield
 
 
 def failure(described: dict[str, Any], name: str, reason: str, *, gap: bool = True) -> dict[str, Any]:

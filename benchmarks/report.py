@@ -105,6 +105,12 @@ def ratio_cell(row: Row, peer: str, failed: dict[tuple[str, str], str]) -> str:
     return f"**{text}**" if found["median"] < 1.0 else text
 
 
+def contender_cell(row: Row) -> str:
+    """Its name, and what served where that is not the variant that was set."""
+    served = row.get("served") or []
+    return row["contender"] + (f" (served: {', '.join(served)})" if served not in ([], [row["variant"]]) else "")
+
+
 def error_cell(value: float | None) -> str:
     return "" if value is None else f"{value:.0e}"
 
@@ -124,7 +130,7 @@ def summary(results: dict[str, Any]) -> str:
         for row in chosen:
             if row["ours"]:
                 eager = by_case.get((row["case"], "eager"), {})
-                line = [row["size"]["name"], row["dtype"], row["batch"]["name"], row["contender"]]
+                line = [row["size"]["name"], row["dtype"], row["batch"]["name"], contender_cell(row)]
                 line += [seconds(row["median_s"]), rate(row), f"{row['roof_fraction']:.0%}"]
                 line += [ratio_cell(row, peer, failed) for peer in peers]
                 lines.append([*line, error_cell(row["error"]), error_cell(eager.get("error"))])
@@ -217,7 +223,7 @@ def suite_markdown(results: dict[str, Any], images: Iterable[str] = ()) -> str:
     """The report of the GPU suite: stages, tests, whole models, and the kernels as markdown() has them."""
     machine = results["machine_info"] or {}
     where = machine.get("gpu") or machine.get("cpu", "an unknown machine")
-    title = f"# GPU suite: {where}"
+    title = f"# GPU suite, slot {results['slot']}: {where}"
     if results["quick"]:
         title += "\n\n**A smoke run: tiny sizes. It proves that everything runs, no more.**"
     stages = [
@@ -229,15 +235,16 @@ def suite_markdown(results: dict[str, Any], images: Iterable[str] = ()) -> str:
         lines = [
             [
                 name,
+                c["verdict"],
                 *(str(c[k]) for k in ("passed", "failed", "skipped", "collected")),
                 f"{c['seconds']:.0f} s",
-                "out of time" if c["out_of_time"] else "",
-                _cell("; ".join(c["failures"][:2])),
+                _cell(", ".join(c["served"])),
+                _cell("; ".join(dict.fromkeys([*filter(None, [c["why"]]), *c["failures"][:2]]))),
             ]
             for name, c in results[key].items()
         ]
         if lines:
-            header = ["suite", "passed", "failed", "skipped", "selected", "time", "", "first failures"]
+            header = ["tests", "", "passed", "failed", "skipped", "selected", "time", "served", "first failures"]
             parts += [heading, table(header, lines)]
     if results["models"]:
         parts += ["## Whole models", _model_legend(results), _models(results)]

@@ -15,6 +15,7 @@ from torch import Tensor
 from benchmarks.ops import OPS
 from benchmarks.problem import Contender, Entry
 from benchmarks.roofs import roof_seconds
+from benchmarks.served import Served
 from benchmarks.timing import Call, Clock, Effort, Samples, measure
 from benchmarks.workloads import Case
 from roberta_kernels import tolerance
@@ -88,11 +89,12 @@ def run_case(
     results: dict[str, Result] = {}
     contenders: dict[str, Contender] = {}
     errors: dict[str, float] = {}
+    variants: dict[str, list[str]] = {}
     for name, entry in entries.items():
         begin(name)
         try:
             contender = entry.build(problem)
-            with _turn(contender, case):
+            with _turn(contender, case), Served() as served:
                 answers = contender.answers(case.backward)
                 clock.synchronize()
         except Exception as error:
@@ -109,6 +111,7 @@ def run_case(
                 results[name] = Result(None, {}, f"wrong answers: {wrong}", broken=entry.ours)
                 continue
         contenders[name] = contender
+        variants[name] = served.by_op.get(case.op, [])
         del answers
     del exact, eager_answers
     calls = {}
@@ -117,6 +120,7 @@ def run_case(
         calls[name] = Call(contender.in_turn(case.backward, sets), _active(contender, case, name, begin))
     for name, samples in measure(calls, clock, effort).items():
         figures = _figures(case, samples, roofs, contenders[name], entries[name], errors.get(name))
+        figures["served"] = variants[name]
         results[name] = Result(samples, figures)
     contenders.clear()
     calls.clear()

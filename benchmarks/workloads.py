@@ -195,20 +195,24 @@ _SUITE_ROWS = {
 }
 
 
-def suite_plan(device: str, *, smoke: bool = False, ops: Sequence[str] = ()) -> list[Case]:
-    """The cases of the GPU suite, those that matter most first: RoBERTa-base in bfloat16 for every op, then -large,
-    then the other dtypes at two sizes.
+def suite_plan(device: str, slot: int, *, smoke: bool = False, ops: Sequence[str] = ()) -> list[Case]:
+    """The cases of a slot of the GPU suite. 1: RoBERTa-base in bfloat16 for every op, as it matters most; 2: -large,
+    then the other dtypes at two sizes; 3: none.
     """
+    middle = (8192, 65536)
     if smoke:
-        tiers = [("quick", "float32", (_even(2, 16), _mixed(4, 4, 24)), (64, 128))]
-    else:
-        middle = (8192, 65536)
+        tiers = [("quick", "float32", (_even(2, 16), _mixed(4, 4, 24)), (64, 128))] if slot == 1 else []
+        tiers += [("quick", "float32", (_even(1, 16),), (16,))] if slot == 2 else []
+    elif slot == 1:
+        tiers = [("base", "bfloat16", _SUITE_ATTENTION, ())]
+    elif slot == 2:
         tiers = [
-            ("base", "bfloat16", _SUITE_ATTENTION, ()),
             ("large", "bfloat16", [_SUITE_ATTENTION[i] for i in (1, 4, 5)], ()),
             ("base", "float16", [_SUITE_ATTENTION[i] for i in (1, 4)], middle),
             ("base", "float32", [_SUITE_ATTENTION[i] for i in (1, 4)], middle),
         ]
+    else:
+        tiers = []
     return [
         Case(op, SIZES[size], batch, direction, dtype, device)
         for size, dtype, sequences, some_rows in tiers
@@ -219,9 +223,19 @@ def suite_plan(device: str, *, smoke: bool = False, ops: Sequence[str] = ()) -> 
     ]
 
 
-# Whole models, those that the targets are about first.
-SUITE_MODEL_BATCHES = [_even(32, 128), _mixed_gpu(), _even(32, 512), _even(8, 128), _even(1, 128), _even(1, 32)]
 SMOKE_MODEL_BATCHES = [_mixed(3, 2, 12), _even(1, 8)]
+
+
+def suite_models(slot: int, *, smoke: bool = False) -> list[tuple[str, list[Batch]]]:
+    """Whole models in a slot of the GPU suite: directions, each with its batches, those that the targets are about
+    first.
+    """
+    if smoke:
+        return [] if slot == 3 else [(direction, SMOKE_MODEL_BATCHES) for direction in DIRECTIONS]
+    first = [_even(1, 128), _even(32, 128), _mixed_gpu(), _even(1, 32)]
+    rest = [_even(8, 128), _even(32, 512)]
+    slots = {1: [("forward", first)], 2: [("forward", rest), ("forward_backward", [*first[1:3], *rest, first[0]])]}
+    return slots.get(slot, [])
 
 
 # -- whole models on a CPU --------------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ STABLE_TORCH_LIBRARY(roberta_kernels_cuda, m) {
     // Which variant of its kernels an op may use (csrc/cuda/variants.h).
     m.def("get_variant(str op) -> str");
     m.def("set_variant(str op, str variant) -> ()");
+    // How many calls a variant has served so far.
+    m.def("served(str op, str variant, bool backward) -> int");
 #else
 STABLE_TORCH_LIBRARY(roberta_kernels_cpu, m) {
     // Which compiled instruction set serves: an index into rk::cpu::kIsaNames; set_isa returns what was set

@@ -1,21 +1,26 @@
-"""The GPU suite: one command that builds, tests, checks and measures on the GPU at hand, in under ten minutes.
+"""The GPU suite: builds, tests, checks and measures on the GPU at hand, in slots of under ten minutes.
 
-    python -m benchmarks gpu-suite --out FOLDER       (make gpu-suite OUT=FOLDER)
+    python -m benchmarks gpu-suite --out FOLDER --slot 1       (make gpu-suite OUT=FOLDER SLOT=1)
 
-| stage | what it does |
-|---|---|
-| build | compiles csrc/ in place for the architecture at hand |
-| roofs | copy bandwidth and matrix rates, before anything else keeps the GPU busy |
-| tests | the tests marked gpu, each file in a process of its own, those of the cuda backend apart |
-| sanitizer | compute-sanitizer's memcheck and racecheck on some op tests of the cuda backend |
-| kernels | each op against its peers, answers checked before they are timed |
-| models | whole models against transformers |
+| stage | slot | what it does |
+|---|---|---|
+| build | all | takes the CUDA library of `make gpu-bundle` where it is of these sources, else compiles it |
+| machine | all | what there is; in slots 1 and 2 copy bandwidth and matrix rates, before the GPU is kept busy |
+| variants | 1 | every variant of the CUDA kernels against float64, each in a process of its own, and that it served |
+| tests | 1 | all tests marked gpu but Triton's |
+| kernels | 1, 2 | ops against their peers, answers checked first: RoBERTa-base in bfloat16, then the rest |
+| models | 1, 2 | whole models against transformers |
+| sanitizer | 3 | compute-sanitizer's memcheck and racecheck of our kernels, each variant by tests that it serves |
+| triton | 3 | Triton's tests |
+
+Without --slot all three run one after another. Each writes FOLDER/slot-N: `results.json` as it goes, a Markdown report,
+roofline plots, and one log. What was killed goes on where it was when it is run again with the same folder, commit and
+card. `python -m benchmarks choose` takes the files of all slots.
 
 Each stage has its own share of the time, and what one does not use the others have. A stage that fails, or a contender
-in it, is recorded and the others run. `results.json` is written after every stage and while they run. Besides it: a
-Markdown report, roofline plots, and one log.
+in it, is recorded and the others run. A backend or a variant that is missing is a failure.
 
-This process never uses the GPU, and does not import the package (the build replaces its libraries): gpu_suite/child.py.
+This process never uses the GPU, and does not import the package (the build replaces its library): gpu_suite/child.py.
 """
 
 from __future__ import annotations
@@ -27,115 +32,151 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_suite.jobs import ROOT, Job, Running, run_jobs
+from benchmarks.gpu_suite import bundle, plan
+from benchmarks.gpu_suite.jobs import ROOT, Job, Running, run_jobs, stop
+from benchmarks.gpu_suite.plan import LIMIT, SLOTS, STAGES, Tests
+from benchmarks.gpu_suite.reading import Follower, card, failure_of, outcomes
 from benchmarks.results_file import commit, save
 
-OPS = ("attention", "add_layer_norm", "gelu_ffn", "embedding_layer_norm")  # this process imports no torch
-STAGES = ("build", "roofs", "tests", "sanitizer", "kernels", "models")
-# Seconds that a stage may take at most.
-BUDGETS = {"build": 200.0, "roofs": 45.0, "tests": 170.0, "sanitizer": 110.0, "kernels": 190.0, "models": 170.0}
-# What is kept for the stages after it, of the whole limit.
-_RESERVED = {"build": 330.0, "roofs": 300.0, "tests": 260.0, "sanitizer": 200.0, "kernels": 105.0, "models": 12.0}
-LIMIT = 570.0
 _STALL = 100.0  # seconds without a word, after which a part hangs
 _RESTARTS = 8
+_WRITE_EVERY = 5.0
 SCHEMA = 1
+_MEASURED = ("kernels", "models")
+_NO_TIME = "no time left"
+
+
+class Stopped(BaseException):
+    """Somebody ends the suite."""
 
 
 class Suite:
-    def __init__(self, arguments: argparse.Namespace, say: Callable[[str], None] = print) -> None:
-        self.out: Path = arguments.out.resolve()
+    """One slot."""
+
+    def __init__(self, arguments: argparse.Namespace, slot: int, say: Callable[[str], None] = print) -> None:
+        self.slot = slot
+        self.out: Path = arguments.out.resolve() / f"slot-{slot}"
         self.smoke: bool = arguments.smoke
         self.say = say
         self.began = time.time()
         self.limit: float = arguments.limit
-        self.selected = [
-            stage
-            for stage in STAGES
-            if (not arguments.only or stage in arguments.only) and stage not in (arguments.skip or ())
-        ]
+        self.plan = [stage for stage in SLOTS[slot] if not arguments.only or stage.name in arguments.only]
         self.device = "cpu" if self.smoke else "cuda"
+        self.package, self.bundle = ROOT / "roberta_kernels", bundle.FOLDER
         self.out.mkdir(parents=True, exist_ok=True)
         self.log = self.out / "suite.log"
-        self.log.write_text("")
-        self.results: dict[str, Any] = {
+        self.results: dict[str, Any] = self._before() or {
             "roberta_kernels_schema": SCHEMA,
             "suite": True,
+            "slot": slot,
             "quick": self.smoke,
             "datetime": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "commit_info": commit(),
-            "arch": None,
+            "card": None,
             "machine_info": None,
             "versions": {},
             "backends": {},
             "choices": [],
             "variants": {},
-            "stages": {stage: {"status": "skipped", "reason": "not selected", "seconds": 0.0} for stage in STAGES},
+            "stages": {
+                stage.name: {"status": "skipped", "reason": "not selected", "seconds": 0.0} for stage in SLOTS[slot]
+            },
             "tests": {},
             "sanitizer": {},
             "roofs": None,
             "benchmarks": [],
             "models": [],
             "failures": [],
+            "done": {part: [] for part in _MEASURED},
         }
         self._preparing: Running | None = None
-        self._sanitizing: list[Job] = []
-        self._sanitizer_thread: threading.Thread | None = None
+        self._written = 0.0
+
+    def _before(self) -> dict[str, Any] | None:
+        """What a run of this slot left here that was stopped, of the same commit and card."""
+        path = self.out / "results.json"
+        if not path.is_file():
+            self.log.write_text("")
+            return None
+        found = json.loads(path.read_text())
+        same = found.get("slot") == self.slot and found["quick"] == self.smoke and found["commit_info"] == commit()
+        if not same or found["card"] != card() or found["commit_info"]["dirty"]:
+            self.say("what lies in the folder is of another commit or card, or of a tree with changes: begun anew")
+            self.log.write_text("")
+            return None
+        self.say("goes on from what lies in the folder")
+        found["failures"] = [failure for failure in found["failures"] if failure["reason"] != _NO_TIME]
+        return found
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
     def run(self) -> int:
         """Exit status: 1 where a stage failed."""
-        with tempfile.TemporaryDirectory(prefix="gpu-suite-") as folder:
+        with tempfile.TemporaryDirectory(prefix="gpu-suite-") as folder, _ended_in_order():
             self.work = Path(folder)
             try:
-                for stage in STAGES:
-                    if stage in self.selected:
-                        self._stage(stage)
-                    elif stage == "roofs":
-                        self._machine(measure_roofs=bool({"kernels", "models"} & set(self.selected)))
+                for stage in self.plan:
+                    self._stage(stage)
             finally:
+                self._write()
                 self._end_preparing()
                 self._write()
                 self._report()
         failed = [stage for stage, told in self.results["stages"].items() if told["status"] == "failed"]
-        self.say(f"{time.time() - self.began:.0f} s; " + (f"FAILED: {', '.join(failed)}" if failed else "all passed"))
+        self.say(
+            f"slot {self.slot}: {time.time() - self.began:.0f} s; "
+            + (f"FAILED: {', '.join(failed)}" if failed else "all passed")
+        )
         return 1 if failed else 0
 
-    def _stage(self, stage: str) -> None:
+    def _stage(self, stage: plan.Stage) -> None:
         began = time.time()
-        deadline = self._deadline(stage, BUDGETS[stage])
-        told = self.results["stages"][stage]
+        deadline = self._deadline(stage)
+        told = self.results["stages"][stage.name]
+        if told["status"] == "passed" and stage.name not in ("build", "machine"):
+            self.say(f"{stage.name}: passed before")
+            return
         told.update(status="running", reason="")
-        self.say(f"{stage} ...")
+        self._write()
+        self.say(f"{stage.name} ...")
         try:
-            status, reason = getattr(self, f"_{stage}")(deadline)
+            status, reason = getattr(self, f"_{stage.name}")(deadline)
+        except Stopped as stopped:
+            told.update(status="failed", reason=f"stopped by {stopped}", seconds=round(time.time() - began, 1))
+            raise
         except Exception as error:  # a fault of the suite itself: the other stages run
             status, reason = "failed", f"{type(error).__name__}: {error}"
         told.update(status=status, reason=reason, seconds=round(time.time() - began, 1))
-        self.say(f"{stage}: {status} in {told['seconds']:.0f} s" + (f"; {reason}" if reason else ""))
+        self.say(f"{stage.name}: {status} in {told['seconds']:.0f} s" + (f"; {reason}" if reason else ""))
         self._write()
 
-    def _deadline(self, stage: str, budget: float) -> float:
-        """Of a stage that begins now."""
-        now = time.time()
-        left = self.began + self.limit * (1.0 - _RESERVED[stage] / LIMIT) - now
-        return now + min(budget, max(left, 0.1 * budget))
+    def _deadline(self, stage: plan.Stage) -> float:
+        """Of a stage that begins now: what it may take at most, less what the others are to keep."""
+        later = self.plan[self.plan.index(stage) + 1 :]
+        scale = self.limit / LIMIT
+        kept = sum(other.kept for other in later) + plan.ENDING
+        left = self.began + self.limit - kept * scale - time.time()
+        return time.time() + min(stage.most * scale, max(left, 0.1 * stage.most * scale))
 
     def _write(self) -> None:
+        self._written = time.monotonic()
         save(self.out / "results.json", self.results)
 
+    def _write_now_and_then(self) -> None:
+        if time.monotonic() - self._written > _WRITE_EVERY:
+            self._write()
+
     def _python(self, name: str, *arguments: str, **environment: str) -> Job:
-        return Job(name, [sys.executable, *arguments], self.work / f"{name}.log", environment)
+        return Job(name, [sys.executable, *arguments], self.work / f"{name.replace(' ', '-')}.log", environment)
 
     def _keep_log(self, job: Job) -> None:
         with self.log.open("a") as log:
@@ -144,159 +185,169 @@ class Suite:
             )
             if job.log.is_file():
                 text = job.log.read_text(errors="replace")
-                log.write(text if len(text) < 200_000 else text[:100_000] + "\n...\n" + text[-100_000:])
+                log.write(text if len(text) < 100_000 else text[:50_000] + "\n...\n" + text[-50_000:])
 
     # -- stages -------------------------------------------------------------------------------------------------------
 
     def _build(self, deadline: float) -> tuple[str, str]:
-        arch = self._ask_arch(deadline)
-        self.results["arch"] = arch
-        if arch is None and not self.smoke:
-            return "failed", "torch finds no CUDA device"
-        environment = {"MAX_JOBS": os.environ.get("MAX_JOBS", str(os.cpu_count() or 2))}
-        if arch is not None:
-            environment |= {"TORCH_CUDA_ARCH_LIST": arch, "ROBERTA_KERNELS_CUDA": "1"}
-        command = ["--version"] if self.smoke else ["build_ext", "--inplace"]
-        [job] = run_jobs([self._python("build", "setup.py", *command, **environment)], parallel=1, deadline=deadline)
+        self.results["card"] = found = card()
+        if self.smoke:
+            return "passed", "a smoke run builds nothing"
+        if found is None:
+            return "failed", "nvidia-smi names no GPU"
+        major, minor = found["capability"].split(".")
+        arch = f"{major}.{minor}{'a' if int(major) >= 9 else ''}"  # "a": what only this architecture has
+        why_not = bundle.install(self.package, arch, self.bundle)
+        if why_not is None:
+            return "passed", "prebuilt"
+        environment = {
+            "MAX_JOBS": os.environ.get("MAX_JOBS", str(os.cpu_count() or 2)),
+            "TORCH_CUDA_ARCH_LIST": arch,
+            "ROBERTA_KERNELS_CUDA": "1",
+            "ROBERTA_KERNELS_CPU": "0",
+        }
+        job = self._python("build", "setup.py", "build_ext", "--inplace", **environment)
+        run_jobs([job], parallel=1, deadline=deadline)
         self._keep_log(job)
-        return self._verdict([job])
+        if job.late:
+            return "failed", f"out of time ({why_not})"
+        if job.status != 0:
+            return "failed", "; ".join([*job.tail.splitlines()[-1:], why_not])
+        return "passed", f"built here: {why_not}"
 
-    def _ask_arch(self, deadline: float) -> str | None:
-        """As TORCH_CUDA_ARCH_LIST takes it; "a" for the instructions that only this architecture has."""
-        code = "import torch; print(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else None"
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, timeout=deadline - time.time(), cwd=ROOT
-        )
-        numbers = [int(word) for word in done.stdout.split()]
-        return f"{numbers[0]}.{numbers[1]}{'a' if numbers[0] >= 9 else ''}" if len(numbers) == 2 else None
-
-    def _roofs(self, deadline: float) -> tuple[str, str]:
-        status, reason = self._machine(measure_roofs=True, deadline=deadline)
-        wanted = set(self.selected)
-        if not self.smoke and wanted & {"kernels", "models"} and wanted & {"tests", "sanitizer"}:
-            self._begin_preparing()
-        return status, reason
-
-    def _machine(self, *, measure_roofs: bool, deadline: float | None = None) -> tuple[str, str]:
-        """Also where the stage is not selected: what the machine is stands in every result."""
-
+    def _machine(self, deadline: float) -> tuple[str, str]:
         def take(event: dict[str, Any]) -> None:
             if "machine" in event:
                 self.results["machine_info"] = event["machine"]
-                for key in ("versions", "backends", "choices", "variants"):
+                for key in ("versions", "backends", "choices"):
                     self.results[key] = event[key]
+                capability = event["machine"].get("gpu_capability")
+                self.results["variants"] = plan.variants_on(event["variants"], capability) if capability else {}
             if "roofs" in event:
                 self.results["roofs"] = event["roofs"]
 
-        deadline = deadline or time.time() + BUDGETS["roofs"]
-        status, reason = self._part("machine", deadline, take, measure_roofs=measure_roofs)
+        measures = any(stage.name in _MEASURED for stage in self.plan)
+        status, reason = self._part("machine", deadline, take, measure_roofs=measures)
         if self.results["machine_info"] is None:
             return "failed", reason
-        if not self.smoke:
-            missing = [name for name in ("cuda", "triton") if not self.results["backends"][name][0]]
-            told = [f"backend {name} is missing: {self.results['backends'][name][1]}" for name in missing]
-            reason = "; ".join([*told, reason] if reason else told)
-        return status, reason
+        if measures and not self.smoke and any(stage.name == "tests" for stage in self.plan):
+            self._begin_preparing()
+        missing = [] if self.smoke else [n for n in ("cuda", "triton") if not self.results["backends"][n][0]]
+        told = [f"backend {name} is missing: {self.results['backends'][name][1]}" for name in missing]
+        return ("failed" if missing else status), "; ".join([*told, reason] if reason else told)
+
+    def _variants(self, deadline: float) -> tuple[str, str]:
+        chosen = self._smoke_tests("floor") if self.smoke else plan.variant_tests(self.results["variants"])
+        return self._run_tests(chosen, deadline)
 
     def _tests(self, deadline: float) -> tuple[str, str]:
-        if "sanitizer" in self.selected:
-            self._begin_sanitizing()
-        jobs = [self._pytest(f"tests-{name}", arguments) for name, arguments in self._test_files().items()]
-        for op, variant in self._variants():
-            arguments = [f"tests/ops/test_{op}.py", "-m", "gpu", "-k", "cuda-"]
-            jobs.append(self._pytest(f"tests-{op} cuda {variant}", arguments, variant=f"{op}={variant}"))
-        run_jobs(jobs, parallel=max(2, (os.cpu_count() or 2) // 2), deadline=deadline)
-        for job in jobs:
-            self.results["tests"][job.name.removeprefix("tests-")] = outcomes(job)
-            self._keep_log(job)
-        # 5: nothing was selected in that file.
-        return self._verdict([job for job in jobs if job.status != 5], self.results["tests"])
+        chosen = plan.backend_tests(self.results["variants"])
+        return self._run_tests(self._smoke_tests("wrong or exact") if self.smoke else chosen, deadline)
 
-    def _test_files(self) -> dict[str, list[str]]:
-        if self.smoke:
-            return {"tolerance": ["tests/ops/test_tolerance.py", "-k", "floor or wrong or exact"]}
-        found = {}
-        for path in sorted((ROOT / "tests/ops").glob("test_*.py")):
-            name = path.stem.removeprefix("test_")
-            file = str(path.relative_to(ROOT))
-            # Apart: a kernel that fails for good takes the rest of its process's tests with it.
-            found[f"{name} cuda"] = [file, "-m", "gpu", "-k", "cuda-"]
-            found[name] = [file, "-m", "gpu", "-k", "not cuda-"]
-        for folder in ("triton", "models"):
-            found[folder] = [f"tests/{folder}", "-m", "gpu"]
-        return found
-
-    def _variants(self) -> list[tuple[str, str]]:
-        """(op, variant) beyond the portable ones, with which every other test runs."""
-        if self.smoke:
-            return []
-        return [(op, variant) for op, known in self.results["variants"].items() for variant in known[1:]]
-
-    def _pytest(
-        self, name: str, arguments: list[str], before: tuple[str, ...] = (), take: int = 0, variant: str = ""
-    ) -> Job:
-        job = self._python(
-            name,
-            "-m",
-            "pytest",
-            "-q",
-            "--tb=short",
-            "-p",
-            "no:cacheprovider",
-            "-p",
-            "benchmarks.gpu_suite.outcomes",
-            # Not the project's own options: they name plugins that need not be here.
-            "-o",
-            "addopts=--strict-markers",
-            *arguments,
-            RK_SUITE_OUTCOMES=str(self.work / f"{name}.jsonl"),
-            RK_SUITE_TAKE=str(take),
-            RK_SUITE_VARIANT=variant,
-            **self._environment(),
-        )
-        job.command[:0] = before
-        return job
-
-    def _begin_sanitizing(self) -> None:
-        """Beside the tests: it needs the time more than the GPU."""
-        program = shutil.which("compute-sanitizer")
-        if program is None or (not self.smoke and not self.results["backends"].get("cuda", [False])[0]):
-            return
-        names = ("tolerance",) if self.smoke else OPS
-        checked = [*((name, "") for name in names), *self._variants()]
-        for tool in ("memcheck", "racecheck"):
-            for name, variant in checked:
-                # Its own exit status is told apart from pytest's.
-                before = (program, "--tool", tool, "--error-exitcode", "99", "--target-processes", "all")
-                selection = [f"tests/ops/test_{name}.py"]
-                selection += [] if self.smoke else ["-m", "gpu", "-k", "cuda-"]
-                job = self._pytest(
-                    "-".join(filter(None, (tool, name, variant))),
-                    selection,
-                    before,
-                    take=2 if self.smoke else 6,
-                    variant=variant and f"{name}={variant}",
-                )
-                # Each tensor its own allocation: the caching allocator would hide what is beside it.
-                job.environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
-                self._sanitizing.append(job)
-        deadline = self._deadline("sanitizer", BUDGETS["tests"] + BUDGETS["sanitizer"])
-        options = {"parallel": max(2, (os.cpu_count() or 1) // 2), "deadline": deadline}
-        self._sanitizer_thread = threading.Thread(target=run_jobs, args=(self._sanitizing,), kwargs=options)
-        self._sanitizer_thread.start()
+    def _triton(self, deadline: float) -> tuple[str, str]:
+        chosen = self._smoke_tests("exact") if self.smoke else plan.triton_tests()
+        return self._run_tests(chosen, deadline)
 
     def _sanitizer(self, deadline: float) -> tuple[str, str]:
-        if shutil.which("compute-sanitizer") is None:
-            return "skipped", "compute-sanitizer is not on PATH"
-        if not self._sanitizing:
-            self._begin_sanitizing()
-        if self._sanitizer_thread is None:
-            return "skipped", "there is no cuda backend to check"
-        self._sanitizer_thread.join()
-        for job in self._sanitizing:
-            self.results["sanitizer"][job.name] = {**outcomes(job), "exit_status": job.status}
+        program = shutil.which("compute-sanitizer")
+        if program is None:
+            return "failed", "compute-sanitizer is not on PATH"
+        asked = subprocess.run([program, "--help"], capture_output=True, text=True, timeout=60)
+        option = "--kernel-name" if "--kernel-name" in asked.stdout + asked.stderr else "--kernel-regex"
+        self._checker = (program, "--error-exitcode", "99", option, f"kns={plan.OUR_KERNELS}")
+        if not self.smoke and (unseen := self._unseen_faults(deadline)):
+            return "failed", unseen
+        smoke = [tests for tool in plan.SANITIZERS for tests in self._smoke_tests("exact", tool)]
+        chosen = smoke if self.smoke else plan.sanitizer_tests(self.results["variants"])
+        return self._run_tests(chosen, deadline, key="sanitizer")
+
+    def _unseen_faults(self, deadline: float) -> str:
+        """A kernel with a fault for each tool, which has to see it; "" if all do."""
+        program = self.work / "canary"
+        nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+        source = ROOT / "benchmarks/gpu_suite/canary.cu"
+        builds = Job("canary", [nvcc, "-arch=native", "-o", str(program), str(source)], self.work / "canary.log")
+        run_jobs([builds], parallel=1, deadline=min(deadline, time.time() + 60.0))
+        self._keep_log(builds)
+        if builds.status != 0:
+            return f"the faulty kernels could not be compiled: {(builds.tail.splitlines() or ['out of time'])[-1]}"
+        jobs = []
+        for tool in plan.SANITIZERS:
+            command = [*self._checker, "--tool", tool, str(program), tool]
+            jobs.append(Job(f"canary {tool}", command, self.work / f"canary-{tool}.log"))
+        run_jobs(jobs, parallel=2, deadline=min(deadline, time.time() + 60.0))
+        for job in jobs:
             self._keep_log(job)
-        return self._verdict([job for job in self._sanitizing if job.status != 5], self.results["sanitizer"])
+        blind = [job.name.removeprefix("canary ") for job in jobs if job.status != 99]
+        return f"no fault found in a faulty kernel, so none would be in ours: {', '.join(blind)}" if blind else ""
+
+    @staticmethod
+    def _smoke_tests(expression: str, tool: str | None = None) -> list[Tests]:
+        name = " ".join(filter(None, (tool, expression)))
+        take = 2 if tool else 0
+        file = ("tests/ops/test_tolerance.py",)
+        return [Tests(name, file, "others", expression=expression, take=take, tool=tool)]
+
+    def _run_tests(self, chosen: list[Tests], deadline: float, key: str = "tests") -> tuple[str, str]:
+        """Runs selections of tests, some processes at a time, and records what came of each."""
+        jobs = {tests.name: [self._pytest(tests, i) for i in range(tests.shards)] for tests in chosen}
+        told: dict[str, Any] = self.results[key]
+
+        def record() -> None:
+            """Those of which all processes have ended."""
+            for tests in chosen:
+                mine = jobs[tests.name]
+                if tests.name not in told and all(job.status is not None for job in mine):
+                    self._record(tests, mine, told)
+            self._write_now_and_then()
+
+        for tests in chosen:  # of a run before, say
+            told.pop(tests.name, None)
+        everything = [job for mine in jobs.values() for job in mine]
+        run_jobs(everything, parallel=max(4, (os.cpu_count() or 2) - 2), deadline=deadline, tick=record)
+        for tests in chosen:  # also those that were stopped
+            self._record(tests, jobs[tests.name], told)
+        for job in everything:
+            self._keep_log(job)
+        bad = [tests.name for tests in chosen if told[tests.name]["verdict"] != "passed"]
+        reasons = [f"{name} {told[name]['verdict']}: {told[name]['why']}" for name in bad[:4]]
+        if not chosen:
+            return "failed", "there was nothing to run"
+        return ("failed" if bad else "passed"), "; ".join([*reasons, *(["..."] if len(bad) > 4 else [])])
+
+    @staticmethod
+    def _record(tests: Tests, jobs: list[Job], told: dict[str, Any]) -> None:
+        found = [outcomes(job) for job in jobs]
+        status, why = plan.verdict(found)
+        told[tests.name] = {**tests.described(), "verdict": status, "why": why, **plan.merged_outcomes(found)}
+
+    def _pytest(self, tests: Tests, shard: int = 0) -> Job:
+        name = tests.name + (f" {shard}" if tests.shards > 1 else "")
+        arguments = [*tests.paths, *(f"--ignore={path}" for path in tests.left_out)]
+        arguments += [] if self.smoke else ["-m", "gpu"]
+        arguments += ["-k", tests.expression] if tests.expression else []
+        environment = {
+            "RK_SUITE_OUTCOMES": str(self.work / f"{name.replace(' ', '-')}.jsonl"),
+            "RK_SUITE_BACKEND": tests.backend,
+            "RK_SUITE_SHARD": f"{shard}/{tests.shards}" if tests.shards > 1 else "",
+            "RK_SUITE_TAKE": str(tests.take),
+            "RK_SUITE_VARIANT": f"{tests.op}={tests.variant}" if tests.forced else "",
+            **self._environment(),
+        }
+        job = self._python(
+            name,
+            *("-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "benchmarks.gpu_suite.outcomes"),
+            # Not the project's own options: they name plugins that need not be here.
+            *("-o", "addopts=--strict-markers"),
+            *arguments,
+            **environment,
+        )
+        if tests.tool is not None:
+            quiet = ("--report-api-errors", "no") if tests.tool == "memcheck" else ()
+            job.command[:0] = [*self._checker, "--tool", tests.tool, *quiet, "--target-processes", "all"]
+            # Each tensor its own allocation: the caching allocator would hide what is beside it.
+            job.environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+        return job
 
     def _kernels(self, deadline: float) -> tuple[str, str]:
         self._end_preparing()
@@ -316,7 +367,6 @@ class Suite:
         if self.results["roofs"] is None:
             return "failed", "the roofs were not measured"
         failures = self.results["failures"]
-        first = len(failures)
 
         def take(event: dict[str, Any]) -> None:
             take_row(event)
@@ -324,11 +374,12 @@ class Suite:
                 failures.append(event["failure"])
 
         status, reason = self._part(part, deadline, take)
-        broken = [f for f in failures[first:] if f["broken"]]
+        mine = [f for f in failures if f["case"].startswith("model-") == (part == "models")]
+        broken = [f for f in mine if f["broken"]]
         if broken:
             names = ", ".join(dict.fromkeys(f"{f['contender']} in {f['case']}: {f['reason']}" for f in broken[:3]))
             return "failed", f"{len(broken)} measurements of ours failed ({names}{', ...' if len(broken) > 3 else ''})"
-        missing = sum(f["reason"] == "no time left" for f in failures[first:])
+        missing = sum(f["reason"] == _NO_TIME for f in mine)
         told = [f"{missing} measurements left out for want of time"] if missing else []
         if not rows:
             return "failed", reason or "nothing was measured"
@@ -339,19 +390,17 @@ class Suite:
     def _part(self, part: str, deadline: float, take: Callable[[dict[str, Any]], None], **more: Any) -> tuple[str, str]:
         """Runs a part of child.py to its end, again without the contender that stopped it where one did."""
         events = self.work / f"{part}.jsonl"
-        done: list[str] = []
+        done: list[str] = self.results["done"].get(part, [])
         excluded: list[list[str]] = []
         told: list[str] = []
         for attempt in range(_RESTARTS + 1):
             job = self._child(f"{part}-{attempt}", part, deadline - 3.0, events, done=done, excluded=excluded, **more)
             follow = Follower(events)
-            written = time.monotonic()
             finished = False
             last: list[str] | None = None
-            pending: list[dict[str, Any]] = []
 
             def tick() -> None:
-                nonlocal written, finished, last
+                nonlocal finished, last
                 for event in follow.events():  # noqa: B023
                     if "begin" in event:
                         last = event["begin"]
@@ -359,12 +408,8 @@ class Suite:
                         finished = True
                     if "done" in event:
                         done.append(event["done"])
-                    if {"row", "model", "failure"} & event.keys():
-                        pending.append(event)  # noqa: B023
                     take(event)
-                if time.monotonic() - written > 20.0:
-                    written = time.monotonic()
-                    self._write()
+                self._write_now_and_then()
 
             job.stalled = lambda follow=follow: follow.quiet() > _STALL
             run_jobs([job], parallel=1, deadline=deadline, tick=tick)
@@ -406,6 +451,7 @@ class Suite:
                     "events": str(events),
                     "device": self.device,
                     "smoke": self.smoke,
+                    "slot": self.slot,
                     "deadline": deadline,
                     "roofs": self.results["roofs"],
                     **more,
@@ -431,23 +477,11 @@ class Suite:
         if self._preparing is not None:
             if not self._preparing.poll():
                 self._preparing.job.late = True
-                self._preparing.stop()
+                stop([self._preparing])
             self._keep_log(self._preparing.job)
             self._preparing = None
 
     # -- what came of it ----------------------------------------------------------------------------------------------
-
-    @staticmethod
-    def _verdict(jobs: list[Job], counts: dict[str, dict[str, Any]] | None = None) -> tuple[str, str]:
-        late = [job.name for job in jobs if job.late]
-        failed = [job.name for job in jobs if not job.late and job.status != 0]
-        if counts is not None and not failed and not late and not any(c.get("passed", 0) for c in counts.values()):
-            return "failed", "no test ran"
-        told = [f"{', '.join(failed)} failed"] if failed else []
-        told += [f"{', '.join(late)} ran out of time"] if late else []
-        if failed and counts is None:
-            told += [job.tail.splitlines()[-1] for job in jobs if job.name in failed and job.tail]
-        return ("failed" if told else "passed"), "; ".join(told)
 
     def _report(self) -> None:
         from benchmarks import report
@@ -469,75 +503,40 @@ class Suite:
         self.say(f"wrote results.json, results.md, suite.log and {len(images)} plots into {self.out.name}")
 
 
-class Follower:
-    """Reads what a part writes, as it comes."""
+@contextlib.contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """Inside, a signal that asks this process to end raises Stopped: results are written, and what runs is ended."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.reason = ""
-        self._at = path.stat().st_size if path.is_file() else 0
-        self._heard = time.monotonic()
+    def stopped(number: int, _: Any) -> None:
+        raise Stopped(signal.Signals(number).name)
 
-    def events(self) -> list[dict[str, Any]]:
-        if not self.path.is_file():
-            return []
-        with self.path.open() as stream:
-            stream.seek(self._at)
-            text = stream.read()
-        whole = text[: text.rfind("\n") + 1]
-        self._at += len(whole.encode())
-        found = [json.loads(line) for line in whole.splitlines()]
-        if found:
-            self._heard = time.monotonic()
-        for event in found:
-            self.reason = event.get("reason", self.reason) if "poisoned" in event else self.reason
-        return found
-
-    def quiet(self) -> float:
-        """Seconds since it said anything."""
-        return time.monotonic() - self._heard
-
-
-def failure_of(case: str, contender: str, reason: str) -> dict[str, Any]:
-    """A contender that took its process with it. Ours are broken then; a peer is its maker's affair."""
-    parts = case.split("-")
-    ours = contender.startswith(("ours", "cuda", "triton", "cpu", "reference"))
-    described = {"case": case, "contender": contender, "reason": reason, "broken": ours, "how": "ended the process"}
-    if parts[0] != "model" and len(parts) == 5:
-        described |= {"op": parts[0], "dtype": parts[2], "direction": parts[3], "batch": {"name": parts[4]}}
-    return described
-
-
-def outcomes(job: Job) -> dict[str, Any]:
-    """Counts of a pytest job, and the first that failed, from what the plugin wrote."""
-    path = Path(job.environment["RK_SUITE_OUTCOMES"])
-    events = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    counts: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0, "collected": 0}
-    failed = []
-    ended = set()
-    begun = None
-    for event in events:
-        counts["collected"] = event.get("collected", counts["collected"])
-        begun = event.get("begin", begun)
-        if "test" in event:
-            counts[event["outcome"]] += 1
-            ended.add(event["test"])
-            if event["outcome"] == "failed":
-                failed.append(f"{event['test']}: {event['says']}")
-    if job.status not in (0, 1, 5) and begun is not None and begun not in ended:
-        failed.append(f"{begun}: did not end (status {job.status})")
-    return {**counts, "seconds": round(job.seconds, 1), "out_of_time": job.late, "failures": failed[:20]}
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    try:
+        before = {number: signal.signal(number, stopped) for number in numbers}
+    except ValueError:  # not in the main thread (a test): signals are somebody else's
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--slot", action="append", type=int, choices=SLOTS, help="only this slot (repeatable)")
     parser.add_argument("--only", action="append", choices=STAGES, help="only this stage (repeatable)")
-    parser.add_argument("--skip", action="append", choices=STAGES, help="not this stage (repeatable)")
-    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds in all; default: %(default)s")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds of a slot; default: %(default)s")
     parser.add_argument(
         "--smoke", action="store_true", help="the whole suite on a CPU, tiny: proves that it runs, measures nothing"
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    return Suite(arguments, lambda line: print(line, flush=True)).run()
+    """Exit status: 1 where a stage failed, 143 where it was stopped."""
+    try:
+        suites = (Suite(arguments, slot, lambda line: print(line, flush=True)) for slot in arguments.slot or SLOTS)
+        return max(suite.run() for suite in suites)
+    except Stopped:
+        return 128 + signal.SIGTERM

@@ -6,8 +6,8 @@ what comes next. When it ends early, or says nothing for too long, the suite kno
 part again without that contender.
 
 ORDER is a JSON file: "part" (machine, kernels, models or prepare), "events" (the file to write), "device", "smoke",
-"deadline" (of time.time()), "roofs", "measure_roofs", "done" (cases), "excluded" (pairs of a case, or "op-*", and a
-contender).
+"slot", "deadline" (of time.time()), "roofs", "measure_roofs", "done" (cases), "excluded" (pairs of a case, or "op-*",
+and a contender).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ class Part:
         self.order = order
         self.device: str = order["device"]
         self.smoke: bool = order["smoke"]
+        self.slot: int = order["slot"]
         self.deadline: float = order["deadline"]
         self._done = set(order.get("done", ()))
         self._excluded = {tuple(pair) for pair in order.get("excluded", ())}
@@ -82,7 +83,7 @@ class Part:
         effort = timing.QUICK if self.smoke else timing.GPU
         backends = ["reference"] if self.smoke else []
         seen = set()
-        for case in suite_plan(self.device, smoke=self.smoke):
+        for case in suite_plan(self.device, self.slot, smoke=self.smoke):
             if case.id in self._done:
                 continue
             # Attention under torch.compile is scaled_dot_product_attention again.
@@ -147,24 +148,26 @@ class Part:
 
     def models(self, *, timed: bool = True) -> None:
         from benchmarks import timing
-        from benchmarks.models import run_models
-        from benchmarks.workloads import SMOKE_MODEL_BATCHES, SUITE_MODEL_BATCHES
+        from benchmarks.models import run_models, runners
+        from benchmarks.workloads import suite_models
 
         effort = timing.QUICK if self.smoke else timing.GPU
-        batches = SMOKE_MODEL_BATCHES if self.smoke else SUITE_MODEL_BATCHES
-        for event in run_models(
-            batches,
-            device=self.device,
-            roofs=self.order["roofs"],
-            effort=effort if timed else None,
-            deadline=self.deadline,
-            smoke=self.smoke,
-            done=self._done,
-            excluded=self.excluded,
-            begin=self.begin,
-        ):
-            if timed:
-                self.write(**event)
+        for direction, batches in suite_models(self.slot, smoke=self.smoke):
+            for event in run_models(
+                batches,
+                device=self.device,
+                roofs=self.order["roofs"],
+                effort=effort if timed else None,
+                deadline=self.deadline,
+                smoke=self.smoke,
+                known=runners(self.device, smoke=self.smoke, quick=self.slot == 1),
+                directions=(direction,),
+                done=self._done,
+                excluded=self.excluded,
+                begin=self.begin,
+            ):
+                if timed:
+                    self.write(**event)
 
     def prepare(self) -> None:
         """Compiles what the others will need, into the caches of Triton and torch.compile, while the tests run."""

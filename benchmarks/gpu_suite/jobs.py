@@ -1,10 +1,11 @@
-"""Processes of the suite: several at a time, each under a time limit, ended by their own process group."""
+"""Processes of the suite: several at a time, each under a time limit, ended with all that they started."""
 
 from __future__ import annotations
 
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -12,6 +13,20 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 _GRACE = 3.0
+
+# Reads the process groups that run, and ends them where the suite is gone: killed, it cannot do it itself.
+_GUARD = """
+import os, signal, sys
+running = set()
+for line in sys.stdin:
+    word, number = line.split()
+    (running.add if word == "begun" else running.discard)(int(number))
+for number in running:
+    try:
+        os.killpg(number, signal.SIGKILL)
+    except OSError:
+        pass
+"""
 
 
 @dataclass
@@ -39,6 +54,25 @@ class Job:
         return "\n".join(lines[-12:])[-2000:]
 
 
+class Guard:
+    """A process beside the suite that outlives it by a moment."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+
+    def tell(self, word: str, number: int) -> None:
+        if self._process is None or self._process.poll() is not None:
+            command = [sys.executable, "-S", "-c", _GUARD]
+            # A session of its own: what ends the suite's does not end it.
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, start_new_session=True)
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{word} {number}\n")
+        self._process.stdin.flush()
+
+
+_guard = Guard()
+
+
 class Running:
     """A job that has begun."""
 
@@ -58,26 +92,35 @@ class Running:
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )
+        _guard.tell("begun", self.process.pid)
 
     def poll(self) -> bool:
         """Whether it has ended."""
         self.job.seconds = time.monotonic() - self.began
-        self.job.status = self.process.poll()
+        if self.job.status is None:
+            self.job.status = self.process.poll()
+            if self.job.status is not None:
+                self._signal(signal.SIGKILL)  # what it left behind
+                _guard.tell("ended", self.process.pid)
         return self.job.status is not None
 
-    def stop(self) -> None:
-        """Asks it to end, and then ends it."""
-        for signal_number, patience in ((signal.SIGTERM, _GRACE), (signal.SIGKILL, _GRACE)):
-            try:
-                os.killpg(self.process.pid, signal_number)
-            except ProcessLookupError:
-                break
-            try:
-                self.process.wait(patience)
-                break
-            except subprocess.TimeoutExpired:
-                continue
-        self.poll()
+    def _signal(self, number: signal.Signals) -> None:
+        try:
+            os.killpg(self.process.pid, number)
+        except (ProcessLookupError, PermissionError):
+            return
+
+
+def stop(running: Iterable[Running]) -> None:
+    """Asks all to end, and then ends them."""
+    left = [one for one in running if not one.poll()]
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for one in left:
+            one._signal(number)
+        patience = time.monotonic() + _GRACE
+        while left and time.monotonic() < patience:
+            left = [one for one in left if not one.poll()]
+            time.sleep(0.02)
 
 
 def run_jobs(
@@ -97,13 +140,13 @@ def run_jobs(
                     running.remove(one)
                 elif one.job.stalled():
                     one.job.late = True
-                    one.stop()
+                    stop([one])
                     running.remove(one)
             tick()
-            time.sleep(0.05)
+            time.sleep(0.02)
     finally:
+        stop(running)
         for one in running:
-            one.stop()
             one.job.late = True
     for job in waiting:
         job.late = True

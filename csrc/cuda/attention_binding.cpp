@@ -111,18 +111,26 @@ Checked check(const Checks& checks, const Tensor& q, const Tensor& k, const Tens
 void run_forward(const AttentionArgs& a) {
 #ifdef ROBERTA_KERNELS_SM90A
     if (attention_variant() == AttentionVariant::sm90 && current_device().arch == 90 &&
-        attention_sm90_supports(a))
-        return attention_sm90_forward(a);
+        attention_sm90_supports(a)) {
+        attention_sm90_forward(a);
+        note_served(AttentionVariant::sm90, Direction::forward);
+        return;
+    }
 #endif
     attention_forward(a);
+    note_served(AttentionVariant::portable, Direction::forward);
 }
 void run_backward(const AttentionArgs& a) {
 #ifdef ROBERTA_KERNELS_SM90A
     if (attention_variant() == AttentionVariant::sm90 && current_device().arch == 90 &&
-        attention_sm90_supports_backward(a))
-        return attention_sm90_backward(a);
+        attention_sm90_supports_backward(a)) {
+        attention_sm90_backward(a);
+        note_served(AttentionVariant::sm90, Direction::backward);
+        return;
+    }
 #endif
     attention_backward(a);
+    note_served(AttentionVariant::portable, Direction::backward);
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,

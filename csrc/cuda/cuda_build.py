@@ -9,6 +9,7 @@ For setup.py and for the tests of the sources; needs nothing but the standard li
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import importlib.util
 import os
 import re
@@ -33,7 +34,7 @@ LOWEST = 80  # cp.async and bfloat16 products
 # every file, host code included, and whoever calls into them sees to that and to current_device().arch == 90.
 ONLY_FOR = {"*_sm90.cu": "90a"}
 # Compiled where CUTLASS's headers are found; ROBERTA_KERNELS_CUTLASS is then defined for every file.
-NEED_CUTLASS = ("gelu_ffn_sm*.cu",)
+NEED_CUTLASS = ("gelu_ffn_sm80.cu", "gelu_ffn_*_sm90.cu")
 
 NVCC_FLAGS = ("-O3", "-std=c++17", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden,-fno-math-errno")
 # The report on registers and spills goes to a file, and costs nothing.
@@ -88,6 +89,22 @@ def kernel_sources() -> list[str]:
 def host_sources() -> list[str]:
     """The bindings and what they share, relative to the project: for the C++ compiler."""
     return ["csrc/library.cpp", *sorted(f"csrc/cuda/{path.name}" for path in (ROOT / "csrc/cuda").glob("*.cpp"))]
+
+
+def sources_hash() -> str:
+    """Of all that the CUDA library is compiled from, this file included: another hash, another library."""
+    paths = [ROOT / "csrc/library.cpp", ROOT / "roberta_kernels/schemas.def", *(ROOT / "csrc").glob("*.h")]
+    paths += [path for path in (ROOT / "csrc/cuda").iterdir() if path.suffix in (".cu", ".cuh", ".h", ".cpp", ".py")]
+    found = hashlib.sha256()
+    for path in sorted(paths):
+        text = path.read_bytes()
+        found.update(f"{path.relative_to(ROOT).as_posix()} {len(text)}\n".encode() + text)
+    return found.hexdigest()
+
+
+def build_folder(listed: tuple[Architecture, ...]) -> Path:
+    """Where objects go: of one architecture not over those of many, which take far longer to compile again."""
+    return BUILD if len(listed) > 1 else BUILD.with_name(f"cuda-{listed[0].name}")
 
 
 def needs_cutlass(source: str) -> bool:

@@ -5,7 +5,7 @@
 // The first product and the product of backward that goes through GELU come in three variants:
 //   portable  torch's GEMM, then one elementwise kernel (gelu_ffn_elementwise.cu); any dtype, any size
 //   sm80      CUTLASS 2.x, mma.sync, GELU in the epilogue (gelu_ffn_sm80.cu); sm_80 and later
-//   sm90      CUTLASS 3.x, TMA and wgmma, GELU in the epilogue (gelu_ffn_sm90.cu); sm_90a alone
+//   sm90      CUTLASS 3.x, TMA and wgmma, GELU in the epilogue (gelu_ffn_sm90.cuh); sm_90a alone
 // gelu_ffn_path chooses among them for a call. All other products are torch's GEMM.
 #pragma once
 #include <cuda_runtime.h>
@@ -77,8 +77,11 @@ struct FusedBackward {
 
 void fused_forward_sm80(const FusedForward& args);
 void fused_backward_sm80(const FusedBackward& args);
-void fused_forward_sm90(const FusedForward& args);
-void fused_backward_sm90(const FusedBackward& args);
+// By dtype, as each is compiled by itself.
+void fused_forward_sm90_bfloat16(const FusedForward& args);
+void fused_forward_sm90_float16(const FusedForward& args);
+void fused_backward_sm90_bfloat16(const FusedBackward& args);
+void fused_backward_sm90_float16(const FusedBackward& args);
 
 // ---------------------------------------------------------------------------------------- planning
 // Plain functions of numbers, tested without a device.

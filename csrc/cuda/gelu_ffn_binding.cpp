@@ -26,7 +26,9 @@ void multiply_add(Tensor& out, const Tensor& bias, const Tensor& a, const Tensor
 void run_fused(GeluFfnVariant path, const FusedForward& args) {
 #ifdef ROBERTA_KERNELS_CUTLASS
 #    ifdef ROBERTA_KERNELS_SM90A
-    if (path == GeluFfnVariant::sm90) return fused_forward_sm90(args);
+    if (path == GeluFfnVariant::sm90)
+        return args.dtype == Dtype::bfloat16 ? fused_forward_sm90_bfloat16(args)
+                                             : fused_forward_sm90_float16(args);
 #    endif
     if (path == GeluFfnVariant::sm80) return fused_forward_sm80(args);
 #endif
@@ -36,7 +38,9 @@ void run_fused(GeluFfnVariant path, const FusedForward& args) {
 void run_fused(GeluFfnVariant path, const FusedBackward& args) {
 #ifdef ROBERTA_KERNELS_CUTLASS
 #    ifdef ROBERTA_KERNELS_SM90A
-    if (path == GeluFfnVariant::sm90) return fused_backward_sm90(args);
+    if (path == GeluFfnVariant::sm90)
+        return args.dtype == Dtype::bfloat16 ? fused_backward_sm90_bfloat16(args)
+                                             : fused_backward_sm90_float16(args);
 #    endif
     if (path == GeluFfnVariant::sm80) return fused_backward_sm80(args);
 #endif
@@ -91,6 +95,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_, const Tensor& w_in_, const 
         args.device = {properties.multiprocessors, device.stream()};
         run_fused(path, args);
     }
+    note_served(path, Direction::forward);
 
     Tensor out = checks.empty({tokens, outer});
     if (b_out_)
@@ -155,6 +160,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_o
         args.stream = device.stream();
         gelu_backward(args);
     }
+    note_served(path, Direction::backward);
     add_partials(partials, {grad_b_in.mutable_data_ptr()}, checks.dtype(), device.stream());
 
     Partials out_partials{nullptr, sum_blocks(tokens), outer, outer};

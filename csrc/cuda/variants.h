@@ -3,6 +3,7 @@
 // below it. Every op starts with "portable": roberta_kernels/backends raises it where recorded
 // measurements say so. Plain C++.
 #pragma once
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -14,6 +15,14 @@ enum class GeluFfnVariant { portable, sm80, sm90 };
 
 AttentionVariant attention_variant();
 GeluFfnVariant gelu_ffn_variant();
+
+// Counts a call by what served it, which need not be what is set: tests and benchmarks that mean one variant
+// see that it was that one.
+enum class Direction { forward, backward };
+void note_served(AttentionVariant variant, Direction direction);
+void note_served(GeluFfnVariant variant, Direction direction);
+// So many calls has it served in this process. Throws std::runtime_error for names that are none.
+int64_t served(const std::string& op, const std::string& variant, Direction direction);
 
 // The names of what this build has of an op, in the order of preference. Throws std::runtime_error for an
 // op without variants, and so do the two below; set_variant also for a name that is not among them.

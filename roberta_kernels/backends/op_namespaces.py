@@ -231,4 +231,16 @@ def cuda_variant(op: str) -> str | None:
     return torch.ops.roberta_kernels_cuda.get_variant(op)
 
 
+def cuda_served(op: str) -> dict[tuple[str, str], int]:
+    """How many calls of an op each variant of the "cuda" backend has served in this process, by (variant, "forward" or
+    "backward"). A call that a variant does not take goes to one below it, and nothing else tells; empty for an op
+    without variants.
+    """
+    if cuda_variant(op) is None:
+        return {}
+    served = torch.ops.roberta_kernels_cuda.served
+    directions = {"forward": False, "backward": True}
+    return {(v, name): served(op, v, backward) for v in choosing.VARIANTS[op] for name, backward in directions.items()}
+
+
 _load()

@@ -12,6 +12,8 @@ from pathlib import Path
 import ptxas
 import pytest
 
+from benchmarks.gpu_suite.plan import OUR_KERNELS
+
 cuda_build = ptxas.load_cuda_build()
 WHY_NOT = cuda_build.missing()
 pytestmark = [
@@ -86,6 +88,20 @@ def test_hopper_kernels_multiply_by_the_warpgroup(compiled) -> None:
         if source.endswith("_sm90.cu") and not sum(ptxas.count_instructions(binary, "sm_90a", "HGMMA").values()):
             without.append(source)
     assert not without, f"no HGMMA in {', '.join(without)}"
+
+
+def test_the_sanitizer_knows_every_kernel_for_ours(compiled) -> None:
+    """The GPU suite has compute-sanitizer look at kernels of this name alone."""
+    others = [u.symbol for u in compiled[0] if u.is_kernel and OUR_KERNELS not in u.symbol]
+    assert others == []
+
+
+def test_the_sanitizer_has_faulty_kernels_to_find(tmp_path: Path) -> None:
+    """Under the same name, so that it finds them with the same filter (-arch=native needs a GPU: here for all)."""
+    source = cuda_build.ROOT / "benchmarks/gpu_suite/canary.cu"
+    objects = cuda_build.compile_kernels(cuda_build.parse_architectures("8.0;9.0"), tmp_path / "build", [source])
+    usages = ptxas.parse(Path(f"{objects['canary.cu']}.log").read_text(), "canary.cu")
+    assert len({u.symbol for u in usages if u.is_kernel and OUR_KERNELS in u.symbol}) == 2
 
 
 @needs_disassembler

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT / "csrc/cuda"))
 import cuda_build  # noqa: E402
 
 # CUTLASS's kernels for Hopper are not emulated: exempt.cpp takes their place. (Our own use of wgmma and TMA is.)
-EXEMPT = {"gelu_ffn_sm90.cu"}
+EXEMPT = {"gelu_ffn_bfloat16_sm90.cu", "gelu_ffn_float16_sm90.cu"}
 # Built where CUTLASS's headers are (else the op has one variant less). Those of its headers that hold PTX are replaced
 # by those in cutlass/. Its classes have types that bear the name of another, which g++ takes with -fpermissive alone.
 # Its arrays of 16-bit numbers shift masks further than C++ allows, so there only the address sanitizer looks.

@@ -5,12 +5,25 @@
 #include "csrc/cuda/gelu_ffn.h"
 
 namespace rk::cuda {
+namespace {
 
-void fused_forward_sm90(const FusedForward&) {
+[[noreturn]] void refuse() {
     throw std::runtime_error("gelu_ffn: the variant sm90 (CUTLASS) is not emulated");
 }
-void fused_backward_sm90(const FusedBackward&) {
-    throw std::runtime_error("gelu_ffn: the variant sm90 (CUTLASS) is not emulated");
+
+}  // namespace
+
+void fused_forward_sm90_bfloat16(const FusedForward&) {
+    refuse();
+}
+void fused_forward_sm90_float16(const FusedForward&) {
+    refuse();
+}
+void fused_backward_sm90_bfloat16(const FusedBackward&) {
+    refuse();
+}
+void fused_backward_sm90_float16(const FusedBackward&) {
+    refuse();
 }
 
 }  // namespace rk::cuda

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from roberta_kernels import backends
+from roberta_kernels.backends import choosing
 from roberta_kernels.tolerance import compare
 
 FLOAT32, BFLOAT16, FLOAT16, FLOAT64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -131,6 +132,57 @@ def cases_on_every_backend(
                     continue
             parameters.append(pytest.param(served, case, id=f"{combination.id}-{case.id}", marks=combination.marks))
     return pytest.mark.parametrize(("served", "case"), parameters, indirect=["served"])
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One of the CUDA library's implementations of an op."""
+
+    op: str
+    name: str
+    backend: str = "cuda"
+
+    @contextlib.contextmanager
+    def setting(self) -> Iterator[None]:
+        """Inside it may serve, and so may the portable one where it does not take a call."""
+        with backends.backend("cuda"), backends.use_cuda_variant(self.op, self.name):
+            yield
+
+    def why_not(self) -> str | None:
+        """Why it cannot run here, or None."""
+        try:
+            with self.setting():
+                pass
+        except backends.BackendError as error:
+            return str(error)
+        if self.name != "sm90":
+            return None
+        if backends.emulating():  # tests/cuda_emulation/hopper.py emulates a Hopper GPU, and sets the variant
+            return None if backends.cuda_variant(self.op) == "sm90" else "needs an emulated Hopper GPU"
+        return None if HAS_CUDA and torch.cuda.get_device_capability() == (9, 0) else "needs a Hopper GPU"
+
+
+def cuda_variants(op: str, *, portable: bool = True) -> list[Any]:
+    """pytest parameters: an op's variants in the CUDA library, "cuda-sm90" and so on. What this build or this GPU has
+    not is skipped, with the reason. portable: with the portable one.
+    """
+    found = []
+    for name in choosing.VARIANTS[op][0 if portable else 1 :]:
+        variant = Variant(op, name)
+        marks = [pytest.mark.gpu] if HAS_CUDA else []
+        if (reason := variant.why_not()) is not None:
+            marks.append(pytest.mark.skip(reason=f"variant {name} of {op}: {reason}"))
+        found.append(pytest.param(variant, id=f"cuda-{name}", marks=marks))
+    return found
+
+
+@contextlib.contextmanager
+def calls_go_to(op: str, forward: str, backward: str) -> Iterator[None]:
+    """All calls of an op inside, at least one in each direction, must have been served by these variants."""
+    before = backends.cuda_served(op)
+    yield
+    went = {key for key, count in backends.cuda_served(op).items() if count != before[key]}
+    assert went == {(forward, "forward"), (backward, "backward")}, f"{op} was served by {sorted(went)}"
 
 
 # ------------------------------------------------------------------------------------------------ inputs

@@ -149,6 +149,7 @@ def test_a_forced_backend_that_cannot_serve_raises(op: str, name: str, dtype: to
         call()
 
 
+@pytest.mark.gpu
 @needs_cpu_kernels
 @pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device")
 def test_a_forced_backend_of_another_device_raises() -> None:

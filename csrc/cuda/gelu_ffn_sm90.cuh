@@ -18,8 +18,12 @@
 // backward reads 68 and writes 101: 16 to 39 us at 4.3 TB/s. Flops: 2 T H F = 39 G a product, 49 us at 790
 // TFLOP/s: the floor is arithmetic, and memory, forward and training, stays below it.
 //
+// Each dtype is compiled in a file of its own (gelu_ffn_bfloat16_sm90.cu, gelu_ffn_float16_sm90.cu): together
+// they would be the longest part of a build.
+//
 // Of the three nodes below two are the CUTLASS store of an auxiliary tensor, which computes what it stores
 // and hands on what comes of it; the third sums columns.
+#pragma once
 #include <launch.cuh>
 
 #include "csrc/cuda/gelu.cuh"
@@ -378,19 +382,4 @@ void forward_of(const FusedForward& args) {
 }
 
 }  // namespace
-
-void fused_forward_sm90(const FusedForward& args) {
-    if (args.dtype == Dtype::bfloat16)
-        forward_of<cutlass::bfloat16_t>(args);
-    else
-        forward_of<cutlass::half_t>(args);
-}
-
-void fused_backward_sm90(const FusedBackward& args) {
-    if (args.dtype == Dtype::bfloat16)
-        backward<cutlass::bfloat16_t>(args);
-    else
-        backward<cutlass::half_t>(args);
-}
-
 }  // namespace rk::cuda
