@@ -1,4 +1,4 @@
-"""What is found out of a model with a head by running a tiny one: what it reads, and what its loss is (known_code.py)."""
+"""What is found out of a model with a head by running a tiny one (known_code.py): what it reads, what its loss is."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """cross_entropy(x @ weight^T + bias, labels): the product with the vocabulary and the loss of each row, in plain torch.
 
-Of a row with logits z and label y the loss is log(sum(exp(z))) - z[y], and its gradient softmax(z) - onehot(y) (Goodfellow,
-Bengio, Courville 2016, section 6.2.2.3). This is the definition: all logits at once.
+Of a row with logits z and label y the loss is log(sum(exp(z))) - z[y], and its gradient softmax(z) - onehot(y)
+(Goodfellow, Bengio, Courville 2016, section 6.2.2.3). This is the definition: all logits at once.
 """
 
 from __future__ import annotations

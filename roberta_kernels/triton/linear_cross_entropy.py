@@ -1,11 +1,12 @@
 """cross_entropy(x @ weight^T + bias, labels), without the logits `[T, V]`.
 
-The products are cuBLAS's, over a chunk of the vocabulary at a time (2^25 logits: 64 MB in bfloat16); what lies between them is
-here. Forward: a program owns a row of the chunk, walks it once, and keeps for each of BLOCK lanes the largest logit and the
-sum of exponentials above it (Milakov and Gimelshein 2018), which it then puts together with those of the chunks before. So
-a logit is written once and read once. Backward: the chunk is multiplied again, and a program turns BLOCK logits of a row into
-their gradient, (softmax - onehot) * grad_loss, in place. From that come, by cuBLAS, the chunk's rows of weight's gradient,
-written once, and its share of x's gradient, added in float32 in the order of chunks: no atomics.
+The products are cuBLAS's, over a chunk of the vocabulary at a time (2^25 logits: 64 MB in bfloat16); what lies between
+them is here. Forward: a program owns a row of the chunk, walks it once, and keeps for each of BLOCK lanes the largest
+logit and the sum of exponentials above it (Milakov and Gimelshein 2018), which it then puts together with those of the
+chunks before. So a logit is written once and read once. Backward: the chunk is multiplied again, and a program turns
+BLOCK logits of a row into their gradient, (softmax - onehot) * grad_loss, in place. From that come, by cuBLAS, the
+chunk's rows of weight's gradient, written once, and its share of x's gradient, added in float32 in the order of chunks:
+no atomics.
 
 8 T H V flops in all for 2 + 4 passes over the logits; with H = 768 the products take longer than the passes.
 """
@@ -100,8 +101,8 @@ def linear_cross_entropy_backward_kernel(
 
 
 def _chunks(x: Tensor, weight: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(first word, weight's rows, room for the logits `[T, words]`) of each chunk. One room serves all; its rows begin at
-    multiples of 128 elements.
+    """(first word, weight's rows, room for the logits `[T, words]`) of each chunk. One room serves all; its rows
+    begin at multiples of 128 elements.
     """
     rows, words = x.shape[0], weight.shape[0]
     fitting = max(_FEWEST_WORDS, _LOGITS_AT_ONCE // rows // 128 * 128)
