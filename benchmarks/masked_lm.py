@@ -2,9 +2,9 @@
 
 Three contenders: transformers as it is; patched; and patched with return_logits=False, whose loss is made without the
 logits. Each runs in a process of its own: random weights of the named size, dropout as configured, batches without
-padding, 15% of the tokens with a label. A step is forward and backward, with `--adamw` an optimizer's step too. Memory is
-the most that was resident (Linux: the high-water mark of /proc/self/status) over all steps; time the median of the steps
-after the first. Steps of the contenders are not in turns: on a busy machine only memory means something.
+padding, 15% of the tokens with a label. A step is forward and backward, with `--adamw` an optimizer's step too. Memory
+is the most that was resident (Linux: the high-water mark of /proc/self/status) over all steps; time the median of the
+steps after the first. Contenders do not run in turns: on a busy machine only memory means something.
 """
 
 from __future__ import annotations

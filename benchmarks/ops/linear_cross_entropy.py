@@ -1,7 +1,7 @@
 """cross_entropy(x @ weight^T + bias, labels): the head of a masked language model. Bound by its products.
 
-15% of the rows have a label, as in BERT's pretraining (Devlin et al. 2019, section 3.1). The useful work is theirs alone;
-torch's own way computes every row.
+15% of the rows have a label, as in BERT's pretraining (Devlin et al. 2019, section 3.1). The useful work is theirs
+alone; torch's own way computes every row.
 """
 
 from __future__ import annotations

@@ -5,16 +5,9 @@
 
 namespace rk::cpu {
 
-// Words whose logits are made at a time, so that a chunk of them stays within some megabytes.
-inline int64_t words_at_once(int64_t rows) {
-    constexpr int64_t kElements = 1 << 22, kFewest = 512, kMost = 8192;
-    const int64_t fitting = kElements / (rows > 0 ? rows : 1) / 64 * 64;
-    return fitting < kFewest ? kFewest : fitting > kMost ? kMost : fitting;
-}
-constexpr int64_t kFewestColumns = 8;  // that a product's tile has on any instruction set
-
 struct LinearCrossEntropyArgs {
-    int64_t rows, hidden, words, words_at_once;  // T, H, V
+    int64_t rows, hidden, words;  // T, H, V
+    int64_t words_at_once;        // a chunk of the vocabulary
     bool bf16;
     const void* x;          // [T, H]
     const void* weight;     // [V, H]

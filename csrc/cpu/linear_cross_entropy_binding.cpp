@@ -5,6 +5,15 @@
 namespace rk::cpu {
 namespace {
 
+// Words of a chunk: its logits stay within some megabytes, and a product is not too narrow.
+int64_t words_at_once(int64_t rows, int64_t words) {
+    constexpr int64_t kLogits = 1 << 22, kFewest = 512, kMost = 8192;
+    const int64_t fitting = kLogits / (rows > 0 ? rows : 1) / 64 * 64;
+    const int64_t chunk = fitting < kFewest ? kFewest : fitting > kMost ? kMost : fitting;
+    return chunk < words ? chunk : words;
+}
+constexpr int64_t kFewestColumns = 8;  // that a product's tile has on any instruction set
+
 // Checked inputs; contiguous copies, where they were needed, live here.
 struct Inputs {
     Checks checks;
@@ -30,7 +39,7 @@ Inputs check(const char* op, const Tensor& x, const Tensor& weight, const std::o
               bias ? as_contiguous(*bias) : weight_here,
               as_contiguous(labels)};
     in.args.bf16 = checks.bf16();
-    in.args.words_at_once = words_at_once(a.rows) < a.words ? words_at_once(a.rows) : a.words;
+    in.args.words_at_once = words_at_once(a.rows, a.words);
     in.args.x = in.x.const_data_ptr();
     in.args.weight = in.weight.const_data_ptr();
     in.args.bias = bias ? in.bias.const_data_ptr() : nullptr;

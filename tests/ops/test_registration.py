@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 
 from roberta_kernels import backends, ops
+from roberta_kernels.backends.choosing import NOT_IN_CUDA
 
 from .cases import FLOAT32, FLOAT64, Draw, Served, leaf, on_every_backend, output_and_gradients
 from .samples import OPS, Sample, registered_calls, sample
@@ -249,6 +250,8 @@ class Block(torch.nn.Module):
             attended, hidden, self.add_layer_norm_weight, self.add_layer_norm_bias, eps=1e-5
         )  # [T, 24]
         out = ops.gelu_ffn(x + normed[:, :16], self.gelu_ffn_w_in, self.gelu_ffn_b_in, self.gelu_ffn_w_out)
+        if backends.current_backend() == "cuda":  # which has no more
+            return out
         loss = ops.linear_cross_entropy(
             normed, self.linear_cross_entropy_weight, input_ids, ignore_index=3, reduction="none"
         )
@@ -270,7 +273,8 @@ def test_export(served: Served, draw: Draw) -> None:
         module, inputs(9), dynamic_shapes=({0: tokens}, {0: tokens}, None, {0: tokens}), strict=False
     )
     targets = {str(node.target) for node in exported.graph.nodes}
-    assert {f"roberta_kernels_{served.backend}.{op}_forward.default" for op in OPS} <= targets
+    here = set(OPS) - NOT_IN_CUDA if served.backend == "cuda" else OPS
+    assert {f"roberta_kernels_{served.backend}.{op}_forward.default" for op in here} <= targets
     for count in (9, 16, 4):
         args = inputs(count)
         assert torch.equal(exported.module()(*args), module(*args))
