@@ -57,7 +57,7 @@ CASES = [
     Case("33x64x2049", 33, 64, 2049, reduction="none", ignored=0.85),
     Case("20x32x129-none-ignored", 20, 32, 129, ignored=0.0),
     Case("large-logits", 12, 48, 65, size=40.0),
-    Case("confident", 12, 48, 65, size=8.0, confident=True, reduction="none"),
+    Case("confident", 12, 48, 65, confident=True, reduction="none"),
     Case("40x32x9001", 40, 32, 9001, ignored=0.0, bias=False, heavy=True),
     Case("301x100x1003", 301, 100, 1003, reduction="sum", heavy=True),
     Case("97x768x600", 97, 768, 600, heavy=True),
@@ -70,7 +70,7 @@ def draw_inputs(case: Case, draw: Draw, dtype: torch.dtype) -> tuple[dict[str, T
     weight = draw.normal(case.words, case.hidden, dtype=dtype, std=case.size * case.hidden**-0.5)
     labels = draw.integers(0, case.words, case.rows)
     if case.confident:
-        x = (weight[labels] * 8.0).to(dtype)
+        x = weight[labels] * 12.0
     labels[draw.bools(case.rows, p=case.ignored)] = -100
     if case.rows > 1 and case.ignored > 0:
         labels[0], labels[1] = -100, case.words - 1
