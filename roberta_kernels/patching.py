@@ -164,7 +164,8 @@ def _patch_module(name: str, module: nn.Module, report: PatchReport, before: lis
         if report.quantization is not None:
             _check_float32(name, module, report.quantization)
     elif role == "masked_lm_head" and not report.state.options.return_logits:
-        fused = f"{fused}; {module._rk_head.vocabulary or 'with labels: the loss, without logits'}"
+        head: Any = module._rk_head
+        fused = f"{fused}; {head.vocabulary or 'with labels: the loss, without logits'}"
     elif role in MODELS:
         facts: Any = module._rk_facts
         limits = dict.fromkeys((facts.masks, None if role == "attention_model" else facts.unpadded))

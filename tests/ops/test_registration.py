@@ -193,6 +193,8 @@ def test_compile(served: Served, op: str, dynamic: bool, draw: Draw) -> None:
     compilations = []
     for tokens in sizes:
         call = sample(op, draw, FLOAT32, tokens=tokens, every_option=True)
+        if op == "linear_cross_entropy":  # whose ignored rows are left out of products, but in a graph
+            call.rest["labels"].clamp_(min=0)
         grad = torch.randn_like(call())
         expected = output_and_gradients(call, call.tensors, grad)
         got = output_and_gradients(Sample(compiled, call.tensors, call.rest), call.tensors, grad)
