@@ -37,6 +37,8 @@ def entries(
     op = OPS[case.op]
     found = {}
     for name in backends_to_measure(case.device, wanted_backends):
+        if name == "cuda" and case.op in choosing.NOT_IN_CUDA:
+            continue
         if name == "cuda" and backends.cuda_variant(case.op) is not None:
             for variant in choosing.VARIANTS[case.op]:
                 found[f"cuda {variant}"] = _ours(op, name, variant)

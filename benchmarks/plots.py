@@ -22,7 +22,13 @@ PALETTE = (
     *("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442"),
     *("#000000", "#8C510A"),  # beyond eight, black and a brown
 )
-_MARKERS = {"attention": "o", "add_layer_norm": "s", "gelu_ffn": "D", "embedding_layer_norm": "^"}
+_MARKERS = {
+    "attention": "o",
+    "add_layer_norm": "s",
+    "gelu_ffn": "D",
+    "embedding_layer_norm": "^",
+    "linear_cross_entropy": "P",
+}
 
 
 def write(results: dict[str, Any], folder: Path) -> list[Path]:

@@ -51,6 +51,7 @@ _FUSED = {
     "biased_model": "padding-free pass where padding is at the end and nobody reads it",
     "attention_model": "hands its attention the lengths of the sequences",
     "token_head": "does without padded rows where its loss does",
+    "masked_lm_head": "does without padded rows where its loss does",
     "next_token_head": "does without padded rows where its loss does",
     "discriminator_head": "does without padded rows where its loss does",
     "span_head": "unchanged (its base model is fused); its softmax reads padded rows",
@@ -88,6 +89,9 @@ def patch(model: nn.Module, *, options: Options) -> PatchReport:
             the float32 weights, and the report's fallbacks say so.
         offload: whether weights that were copied leave memory for an unlinked file in the temporary directory
             (TMPDIR), mapped in their place; they read, train and save as before. None: yes, with `quantization`.
+        return_logits: False says that nobody reads the logits of a masked-language-model head (*ForMaskedLM) in calls
+            with labels: a training loop, Trainer's too, that reads `.loss`. The loss is then made from the rows with a
+            label alone, without the logits ever being there, in far less memory; `outputs.logits` is None.
 
     Returns:
         What was replaced, what was left, and why. A model with nothing to replace is left untouched; so is any model
@@ -159,6 +163,9 @@ def _patch_module(name: str, module: nn.Module, report: PatchReport, before: lis
     if role in LAYER_ROLES:
         if report.quantization is not None:
             _check_float32(name, module, report.quantization)
+    elif role == "masked_lm_head" and not report.state.options.return_logits:
+        head: Any = module._rk_head
+        fused = f"{fused}; {head.vocabulary or 'with labels: the loss, without logits'}"
     elif role in MODELS:
         facts: Any = module._rk_facts
         limits = dict.fromkeys((facts.masks, None if role == "attention_model" else facts.unpadded))

@@ -228,6 +228,21 @@ def test_attention_with_a_bias_goes_to_whom_has_it(pretend):
     assert served(backends.BIASED_ATTENTION, 100) == "reference"
 
 
+def test_an_op_without_cuda_kernels_goes_to_whom_has_it(pretend):
+    pretend()
+    for op in choosing.NOT_IN_CUDA:
+        assert served(op, 100) == "triton"
+        with backends.backend("cuda"), pytest.raises(backends.BackendError, match=f"it has no {op}"):
+            served(op, 100)
+        with pytest.raises(choosing.ChoicesError, match="no such op"):
+            choosing.checked([entry(op=op, variant=None)])
+    with backends.backend("cuda"):
+        assert str(backends.serving(gpu())) == "cuda"
+    pretend(missing=("triton",))
+    for op in choosing.NOT_IN_CUDA:
+        assert served(op, 100) == "reference"
+
+
 def test_the_table_decides_by_op_dtype_and_size(pretend):
     pretend((ENTRY,))
     assert [served("attention", size) for size in (0, 63, 64, 512, 513, 8192)] == [

@@ -25,6 +25,7 @@ from roberta_kernels.schemas import OPS
 PATH = Path(__file__).parent / "choices.json"
 DTYPES = ("float32", "bfloat16", "float16")
 BACKENDS = ("cuda", "triton")
+NOT_IN_CUDA = frozenset({"linear_cross_entropy"})  # ops without CUDA C++ kernels
 # The variants that the CUDA library may have of an op, plainest first; the others have one.
 VARIANTS = {"attention": ("portable", "sm90"), "gelu_ffn": ("portable", "sm80", "sm90")}
 UNMEASURED = "unmeasured: conservative default"
@@ -112,6 +113,7 @@ def _check(entry: Entry) -> None:
     wants(entry.op in OPS, f"no such op: one of {', '.join(OPS)}")
     wants(entry.dtype in DTYPES, f"no such dtype: one of {', '.join(DTYPES)}")
     wants(entry.backend in BACKENDS, f"no such backend: {entry.backend!r}, one of {', '.join(BACKENDS)}")
+    wants(entry.backend != "cuda" or entry.op not in NOT_IN_CUDA, "the CUDA library has no such op")
     variants = VARIANTS.get(entry.op, ()) if entry.backend == "cuda" else ()
     wants(entry.variant is None or entry.variant in variants, f"no such variant: {entry.variant!r}")
     wants(50 <= entry.arch_min <= entry.arch_max, "an empty range of architectures")
@@ -193,7 +195,8 @@ def rows(entries: Sequence[Entry], arch: int | None = None) -> list[dict[str, An
                 "architecture": rest,
                 "dtype": rest,
                 "size": rest,
-                "backend": "triton, else cuda" + (" (portable)" if op in VARIANTS else ""),
+                "backend": "triton, else "
+                + ("reference" if op in NOT_IN_CUDA else "cuda (portable)" if op in VARIANTS else "cuda"),
                 "from": UNMEASURED,
                 "here": arch is not None,
             }

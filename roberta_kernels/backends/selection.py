@@ -78,7 +78,7 @@ def _serves(name: str, op: str, device_type: str, dtype: torch.dtype) -> str | N
     serves = "cpu" if name == "cuda" and emulating() else name
     if name in ("cpu", "cuda") and serves != device_type:
         return f"it serves {serves} tensors, and these are on {device_type}"
-    return "it has no attention with a bias" if name == "cuda" and op == BIASED_ATTENTION else None
+    return f"it has no {op}" if name == "cuda" and (op == BIASED_ATTENTION or op in choosing.NOT_IN_CUDA) else None
 
 
 def _choose(asked: str, op: str, device_type: str, dtype: torch.dtype) -> Kernels:
@@ -170,6 +170,8 @@ def serving(tensor: Tensor) -> Serving:
     answers = _answers[current_backend()]
     by_op = {}
     for op in OPS:
+        if current_backend() == "cuda" and op in choosing.NOT_IN_CUDA:
+            continue
         found = None
         if (op, tensor.device.type, tensor.dtype) not in answers.chosen:
             found = answers.by_size.get((op, tensor.device, tensor.dtype))

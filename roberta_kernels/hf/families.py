@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _HEADS = {
-    "ForMaskedLM": "token_head",
+    "ForMaskedLM": "masked_lm_head",
     "ForCausalLM": "next_token_head",
     "ForTokenClassification": "token_head",
     "ForQuestionAnswering": "span_head",

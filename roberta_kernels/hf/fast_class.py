@@ -37,6 +37,7 @@ from roberta_kernels.hf.layer import (
     FastSelfAttention,
     FastSelfOutput,
 )
+from roberta_kernels.hf.masked_lm import FastMaskedLMHead
 from roberta_kernels.hf.model import FastAttentionModel, FastBiasedModel, FastModel
 from roberta_kernels.hf.names import ATTENTION
 from roberta_kernels.hf.state import PatchState, attach, detach, keep_implementation, kept_implementation
@@ -57,13 +58,17 @@ _MIXINS: dict[str, type] = {
     "model": FastModel,
     "biased_model": FastBiasedModel,
     "token_head": FastTokenHead,
+    "masked_lm_head": FastMaskedLMHead,
     "next_token_head": FastNextTokenHead,
     "discriminator_head": FastDiscriminatorHead,
     "span_head": FastSpanHead,
     "head": FastHead,
 }
 # Roles of whole models: what a user constructs.
-MODEL_ROLES = (*(*MODELS, "head", "token_head", "next_token_head", "discriminator_head", "span_head", "summary_head"),)
+MODEL_ROLES = (
+    *(*MODELS, "head", "token_head", "masked_lm_head", "next_token_head", "discriminator_head", "span_head"),
+    "summary_head",
+)
 
 
 class FastType(type):
@@ -141,6 +146,7 @@ def _of_role(original: Any, role: str, defaults: dict[str, Any]) -> dict[str, An
         return {
             "_rk_base_arguments": frozenset(_base_arguments(original)),
             "_rk_always_reads": head is not None and head.reads_padding,
+            "_rk_head": head,
             "_rk_parts": _head_parts(original),
         }
     return {}

@@ -24,6 +24,11 @@ def same(got: Any, want: Tensor) -> bool:
     return isinstance(got, Tensor) and got.shape == want.shape and torch.allclose(got, want, rtol=1e-9, atol=1e-9)
 
 
+def zeros_at_padding(x: Tensor, real: Tensor) -> Tensor:
+    """What the unpadded layout gives of hidden states: zeros at padded positions."""
+    return x.masked_fill(~real[..., None], 0.0)
+
+
 def numbers(shape: Any, start: int) -> Tensor:
     count = torch.Size(shape).numel()
     return torch.sin(torch.arange(count, dtype=torch.float64) * 1.7 + start).view(shape)

@@ -35,13 +35,16 @@ class FastHead(HuggingFaceModule):
     _rk_parts: dict[str, type] | None  # classes of what stands beside the base model; None: not known
 
     def _rk_forward(self, *args: Any, **kwargs: Any) -> Any:
-        kwargs = by_name(self, args, kwargs)
+        return super().forward(**self._rk_marked(by_name(self, args, kwargs)))
+
+    def _rk_marked(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """A call's arguments, in which the mask says so where the head leaves padded rows alone."""
         mask = kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and not self._rk_always_reads and self._rk_own_parts():
             marked = self._rk_unread(mask, kwargs)
             if marked is not None:
-                kwargs = kwargs | {"attention_mask": marked}
-        return super().forward(**kwargs)
+                return kwargs | {"attention_mask": marked}
+        return kwargs
 
     def _rk_unread(self, mask: Tensor, kwargs: dict[str, Any]) -> RealRows | None:
         """Where the head leaves padded rows alone, what says so to the base model."""

@@ -20,7 +20,18 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn import functional as F
 
 from roberta_kernels.hf.families import family_of, part_class, role_of
-from roberta_kernels.hf.formulas import IDS, MASK, attention, dense, numbers, output, padded_positions, same
+from roberta_kernels.hf.formulas import (
+    IDS,
+    MASK,
+    attention,
+    dense,
+    numbers,
+    output,
+    padded_positions,
+    same,
+    zeros_at_padding,
+)
+from roberta_kernels.hf.known_heads import HeadFacts, run_head, run_masked_lm_head
 from roberta_kernels.hf.masks import BESIDE
 from roberta_kernels.hf.structure import (
     AROUND,
@@ -59,13 +70,6 @@ class ModelFacts:
     unpadded: str | None
     masks: str | None
     beside: bool
-
-
-@dataclass(frozen=True)
-class HeadFacts:
-    """reads_padding: whether padded rows of the base model's hidden states change what the head gives elsewhere."""
-
-    reads_padding: bool
 
 
 Facts = LayerFacts | ModelFacts | HeadFacts | None
@@ -289,7 +293,11 @@ def _model(run_layers: Callable[[Any, Tensor], Tensor]) -> Callable[[Any], tuple
             unpadded = (
                 None if as_known and not more else f"{type(module).__name__}.forward does more than run its parts"
             )
-            if unpadded is None and pooler is not None and not same(out.pooler_output, pooler(_zeros(x, real))):
+            if (
+                unpadded is None
+                and pooler is not None
+                and not same(out.pooler_output, pooler(zeros_at_padding(x, real)))
+            ):
                 unpadded = f"{type(pooler).__name__} reads padded rows"
         except Exception as error:
             unpadded = f"the parts of {type(module).__name__} cannot be run as known: {type(error).__name__}: {error}"
@@ -304,46 +312,6 @@ def _encoder(module: Any) -> Any:
     family = family_of(type(module))
     assert family is not None
     return getattr(module, family.encoder)
-
-
-def _zeros(x: Tensor, real: Tensor) -> Tensor:
-    """What the unpadded layout gives of hidden states: zeros at padded positions."""
-    return x.masked_fill(~real[..., None], 0.0)
-
-
-def _head(module: Any) -> tuple[HeadFacts, bool]:
-    """Whether what stands behind the base model reads padded rows."""
-    ids = torch.tensor(IDS)
-    base = getattr(module, module.base_model_prefix)
-    for shape in ((2, 5), (1, 2, 5)):  # of multiple choice
-        try:
-            given, mask = ids.view(shape), (ids != 1).long().view(shape)
-            want = module(input_ids=given, attention_mask=mask)
-            break
-        except Exception:
-            if len(shape) == 3:
-                return HeadFacts(reads_padding=True), True  # for all that is known
-    real = ids != 1
-
-    def hook(_module: Any, _args: Any, out: Any) -> Any:
-        hidden_states = _zeros(out[0], real)
-        if isinstance(out, tuple):
-            return (hidden_states, *out[1:])
-        return type(out)(**{**out, "last_hidden_state": hidden_states})
-
-    handle = base.register_forward_hook(hook)
-    try:
-        got = module(input_ids=given, attention_mask=mask)
-    finally:
-        handle.remove()
-    return HeadFacts(reads_padding=not all(_same_rows(got[name], want[name], real) for name in want)), True
-
-
-def _same_rows(got: Any, want: Any, real: Tensor) -> bool:
-    """At the real positions of a tensor of the shape `[batch, length, ...]`; of any other, everywhere."""
-    if isinstance(want, Tensor) and want.shape[:2] == real.shape:
-        return same(got[real], want[real])
-    return same(got, want) if isinstance(want, Tensor) else True
 
 
 def _attention_model(module: Any) -> tuple[ModelFacts, bool]:
@@ -429,6 +397,7 @@ _RUNS: dict[str, Callable[[Any], tuple[Facts, bool]]] = {
     "model": _model(_run_layers),
     "biased_model": _model(_run_biased_layers),
     "attention_model": _attention_model,
-    "head": _head,
-    "token_head": _head,
+    "head": run_head,
+    "token_head": run_head,
+    "masked_lm_head": run_masked_lm_head,
 }

@@ -46,12 +46,15 @@ class Options:
         and the report's fallbacks say so.
     offload: whether weights that were copied leave memory for an unlinked file in the temporary directory (TMPDIR),
         mapped in their place; they read, train and save as before. None: yes, with `quantization`.
+    return_logits: False: nobody reads the logits of a masked-language-model head that is given labels. Its loss is then
+        made without them, from the rows with a label alone, and they are None.
     """
 
     padded_rows: str = "exact"
     backend: str = "auto"
     quantization: str | None = None
     offload: bool | None = None
+    return_logits: bool = True
 
     def __post_init__(self) -> None:
         if self.padded_rows not in ("exact", "zeros"):
@@ -61,6 +64,8 @@ class Options:
             raise ValueError(f"quantization must be None or one of {known}, got {self.quantization!r}")
         if self.offload is not None and not isinstance(self.offload, bool):
             raise ValueError(f"offload must be None, True or False, got {self.offload!r}")
+        if not isinstance(self.return_logits, bool):
+            raise ValueError(f"return_logits must be True or False, got {self.return_logits!r}")
         if self.quantization is not None and self.backend not in ("auto", "cpu"):
             raise ValueError(
                 f"backend must be auto or cpu with quantization={self.quantization!r}, got {self.backend!r}"

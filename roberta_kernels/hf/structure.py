@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from torch.nn.functional import gelu
+
 # --- parts ------------------------------------------------------------------------------------------------------------
 
 _OUTPUT_PARTS = {"dense", "LayerNorm", "dropout"}
@@ -190,6 +192,46 @@ def attention_parts(layer: Any, role: str | None = None) -> AttentionParts:
 def feed_forward_parts(layer: Any, role: str | None = None) -> FeedForwardParts:
     """As attention_parts."""
     return _HALVES[role or layer._rk_role][1](layer)
+
+
+# --- what stands before the logits of a masked language model --------------------------------------------------------
+
+
+class VocabularyParts(NamedTuple):
+    """decoder: the product with the vocabulary. steps: modules and functions that run before it, each by its own call.
+    around: modules that hold these and are not called themselves."""
+
+    steps: tuple[Callable[[Any], Any], ...]
+    decoder: Any
+    around: tuple[Any, ...]
+
+
+# around, steps and decoder by name; _GELU is a function, and no part of the model.
+_GELU = "gelu"
+_VOCABULARIES: tuple[tuple[tuple[str, ...], tuple[str, ...], str], ...] = (
+    (("lm_head",), ("lm_head.dense", _GELU, "lm_head.layer_norm"), "lm_head.decoder"),  # RoBERTa's, MPNet's
+    (("cls", "cls.predictions"), ("cls.predictions.transform",), "cls.predictions.decoder"),  # BERT's
+    ((), ("vocab_transform", "activation", "vocab_layer_norm"), "vocab_projector"),  # DistilBERT's
+    ((), ("generator_predictions",), "generator_lm_head"),  # ELECTRA's
+)
+
+
+def vocabulary_parts(head: Any) -> VocabularyParts | None:
+    """Of a model with a head for masked language modelling; None where it has other parts."""
+    for around, steps, decoder in _VOCABULARIES:
+        found = {name: _part(head, name) for name in (*around, *steps, decoder) if name != _GELU}
+        if all(part is not None for part in found.values()):
+            found[_GELU] = gelu
+            return VocabularyParts(
+                tuple(found[name] for name in steps), found[decoder], tuple(found[name] for name in around)
+            )
+    return None
+
+
+def _part(module: Any, path: str) -> Any:
+    for step in path.split("."):
+        module = None if module is None else module._modules.get(step)
+    return module
 
 
 # --- code of somebody else's in a class ------------------------------------------------------------------------------

@@ -6,6 +6,14 @@ from roberta_kernels.ops.add_layer_norm import add_layer_norm
 from roberta_kernels.ops.attention import attention
 from roberta_kernels.ops.embedding_layer_norm import embedding_layer_norm
 from roberta_kernels.ops.gelu_ffn import gelu_ffn
+from roberta_kernels.ops.linear_cross_entropy import linear_cross_entropy
 from roberta_kernels.ops.seeds import draw_seeds
 
-__all__ = ["add_layer_norm", "attention", "draw_seeds", "embedding_layer_norm", "gelu_ffn"]
+__all__ = [
+    "add_layer_norm",
+    "attention",
+    "draw_seeds",
+    "embedding_layer_norm",
+    "gelu_ffn",
+    "linear_cross_entropy",
+]

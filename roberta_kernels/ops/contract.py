@@ -61,6 +61,17 @@ def check_dropout(dropout_p: float, seed: Tensor | None, like: Tensor) -> None:
         check_device("seed", seed, like)
 
 
+def readable(tensor: Tensor) -> bool:
+    """Whether what a tensor holds may decide what runs: it holds something, and nothing is traced, mapped or
+    captured.
+    """
+    if type(tensor) is not Tensor or tensor.is_meta or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if torch._C._functorch.maybe_current_level() is not None or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 _PLAIN: Any = SimpleNamespace(**reference.KERNELS)  # in the place of a namespace: functions, where there ops are
 _functions: dict[Any, type[torch.autograd.Function]] = {}  # *_forward op -> the same as an autograd function
 

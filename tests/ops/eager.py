@@ -111,6 +111,18 @@ def gelu_ffn(
     return F.linear(F.gelu(F.linear(x, w_in, b_in), approximate=approximate), w_out, b_out)
 
 
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    labels: Tensor,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    return F.cross_entropy(F.linear(x, weight, bias), labels, ignore_index=ignore_index, reduction=reduction)
+
+
 def embedding_layer_norm(
     word_embeddings: Tensor,
     position_embeddings: Tensor,

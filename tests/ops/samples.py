@@ -99,11 +99,23 @@ def _embedding_layer_norm(draw: Draw, dtype: torch.dtype, tokens: int, *, every_
     return Sample(ops.embedding_layer_norm, tensors, rest)
 
 
+def _linear_cross_entropy(draw: Draw, dtype: torch.dtype, tokens: int, *, every_option: bool) -> Sample:
+    tensors = {"x": draw.normal(tokens, 24, dtype=dtype), "weight": draw.normal(37, 24, dtype=dtype, std=0.3)}
+    labels = draw.integers(0, 37, tokens)
+    rest: dict[str, Any] = {"labels": labels}
+    if every_option:
+        tensors["bias"] = draw.normal(37, dtype=dtype)
+        labels[::3] = -1
+        rest |= {"ignore_index": -1, "reduction": "none"}
+    return Sample(ops.linear_cross_entropy, tensors, rest)
+
+
 MAKERS = {
     "attention": _attention,
     "add_layer_norm": _add_layer_norm,
     "gelu_ffn": _gelu_ffn,
     "embedding_layer_norm": _embedding_layer_norm,
+    "linear_cross_entropy": _linear_cross_entropy,
 }
 OPS = tuple(MAKERS)
 
@@ -137,6 +149,11 @@ def registered_calls(served: Served, call: Sample, draw: Draw) -> dict[str, tupl
         forward = (t["x"], t["w_in"], t["b_in"], t["w_out"], t.get("b_out"), tanh, True)
         out, pre = kernels.gelu_ffn_forward(*forward)
         backward = (draw.normal(*out.shape, dtype=out.dtype), t["x"], t["w_in"], t["w_out"], pre, tanh)
+    elif call.op == "linear_cross_entropy":
+        ignored = rest.get("ignore_index", -100)
+        forward = (t["x"], t["weight"], t.get("bias"), rest["labels"], ignored)
+        loss, statistics = kernels.linear_cross_entropy_forward(*forward)
+        backward = (draw.normal(*loss.shape, dtype=loss.dtype), *forward[:-1], statistics, ignored, True)
     else:
         types = rest["token_type_ids"]
         ids = (

@@ -131,7 +131,7 @@ def test_auto_on_a_gpu() -> None:
 def test_dtypes_without_cpu_kernels_are_served_all_the_same(op: str, dtype: torch.dtype) -> None:
     call = sample(op, Draw(5, "cpu"), dtype)
     out = call()
-    assert out.dtype == dtype
+    assert out.dtype == (FLOAT32 if op == "linear_cross_entropy" and dtype == FLOAT16 else dtype)
     with backends.backend("reference"):
         assert torch.equal(out, call())
 

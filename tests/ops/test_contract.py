@@ -210,6 +210,17 @@ REFUSED = [
             ("position_padding_idx", 13),
         )
     ),
+    # linear_cross_entropy: 9 rows of 24, 37 words
+    *bad_tensors("linear_cross_entropy", "x weight bias", "x"),
+    Refused("linear_cross_entropy", "integers", as_dtype("x", "weight", "bias", dtype=torch.int32), TypeError, "x is"),
+    Refused("linear_cross_entropy", "weight-transposed", changed("weight", lambda t: t.t()), ValueError, "weight"),
+    Refused("linear_cross_entropy", "no-words", changed("weight", lambda t: t[:0]), ValueError, "weight"),
+    Refused("linear_cross_entropy", "labels-float", changed("labels", lambda t: t.float()), TypeError, "labels"),
+    Refused("linear_cross_entropy", "labels-int32", changed("labels", lambda t: t.int()), TypeError, "labels"),
+    Refused("linear_cross_entropy", "labels-rank", changed("labels", lambda t: t[None]), ValueError, "labels"),
+    Refused("linear_cross_entropy", "labels-size", changed("labels", lambda t: t[1:]), ValueError, "labels"),
+    Refused("linear_cross_entropy", "labels-device", changed("labels", lambda t: t.to("meta")), ValueError, "labels"),
+    Refused("linear_cross_entropy", "reduction", given(reduction="max"), ValueError, "reduction"),
 ]
 
 
@@ -348,8 +359,11 @@ def test_strides_do_not_change_the_answer(served: Served, op: str, draw: Draw) -
         room = torch.full((*t.shape[:-1], 2 * t.shape[-1]), float("nan"), dtype=t.dtype, device=t.device)
         room[..., ::2] = t
         strided[name] = room[..., ::2]
-    flipped = grad.flip(0).flip(0).t() if grad.dim() == 2 else grad.transpose(0, 1)
-    grad_view = flipped.contiguous().transpose(0, 1)
+    if grad.dim() < 2:
+        grad_view = torch.stack([grad, torch.full_like(grad, float("nan"))], -1)[..., 0]
+    else:
+        flipped = grad.flip(0).flip(0).t() if grad.dim() == 2 else grad.transpose(0, 1)
+        grad_view = flipped.contiguous().transpose(0, 1)
     got = everything(Sample(call.function, strided, call.rest), grad_view)
     for name, t in expected.items():
         assert torch.equal(got[name], t), name

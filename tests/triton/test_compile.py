@@ -116,6 +116,21 @@ def embedding_layer_norm(
     return launch
 
 
+def linear_cross_entropy(hidden: int, words: int, dtype: torch.dtype, *, bias: bool = True, rows: int = 307) -> Launch:
+    from roberta_kernels.triton import KERNELS
+
+    x, weight = empty(rows, hidden, dtype=dtype), empty(words, hidden, dtype=dtype)
+    of_words = empty(words, dtype=dtype) if bias else None
+    labels, loss = empty(rows, dtype=torch.int64), empty(rows, dtype=torch.float32)
+
+    def launch() -> None:
+        KERNELS["linear_cross_entropy_forward"](x, weight, of_words, labels, -100)
+        statistics = empty(2, rows, dtype=torch.float32)
+        KERNELS["linear_cross_entropy_backward"](loss, x, weight, of_words, labels, statistics, -100, True)
+
+    return launch
+
+
 def cases() -> dict[str, Launch]:
     """What is compiled: every kernel, with the sizes of base and large models and the widest options."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
@@ -139,6 +154,9 @@ def cases() -> dict[str, Launch]:
         "gelu_ffn 768 fp32": gelu_ffn(768, 3072, fp32),
         "embedding_layer_norm 768 bf16 dropout": embedding_layer_norm(768, bf16, 0.1),
         "embedding_layer_norm 1024 fp32 two types": embedding_layer_norm(1024, fp32, types=2),
+        "linear_cross_entropy 50265 bf16": linear_cross_entropy(768, 50265, bf16),
+        "linear_cross_entropy 250002 fp16 no bias": linear_cross_entropy(768, 250002, fp16, bias=False),
+        "linear_cross_entropy 30522 fp32": linear_cross_entropy(1024, 30522, fp32),
     }
 
 
@@ -159,6 +177,7 @@ def same_keys() -> dict[str, list[Launch]]:
         ],
         "gelu_ffn": [gelu_ffn(768, 3072, bf16, tokens=t) for t in (16384, 20000, 8191)],
         "gelu_ffn fewest": [gelu_ffn(768, 3072, bf16, tokens=t) for t in (1, 16, 37, 64)],
+        "linear_cross_entropy": [linear_cross_entropy(768, 50265, bf16, rows=r) for r in (307, 1, 16, 4096, 20001)],
         "embedding_layer_norm": [embedding_layer_norm(768, bf16, 0.1, tokens=t) for t in (65, 128, 16384)],
     }
 
