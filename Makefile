@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 CUDA_VENV := .venv-cuda
 CUDA_TORCH ?= 2.14.1
 SOURCES := setup.py roberta_kernels/schemas.def $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*.*)
-PYTHON_FILES := roberta_kernels tests benchmarks csrc setup.py noxfile.py
+PYTHON_FILES := roberta_kernels tests benchmarks examples csrc setup.py noxfile.py
 CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cpp csrc/cuda/*.cu csrc/cuda/*.h csrc/cuda/*.cuh tests/cuda_emulation/*.h tests/cuda_emulation/*.cuh tests/cuda_emulation/*.cpp tests/cpu/*.cpp benchmarks/*.cpp)
 PYTEST := $(BIN)/python -m pytest
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -18,7 +18,7 @@ WORKERS ?= 2
 NOT_CUDA := --ignore=tests/cuda --ignore=tests/cuda_emulation
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format test-fast test-slow test-releases test-floor test-newest test-matrix test-cuda-source test-cuda-library cuda-library cuda-emulation bench bench-models gpu-suite clean
+.PHONY: help setup demo test lint format test-fast test-slow test-releases test-floor test-newest test-matrix test-cuda-source test-cuda-library cuda-library cuda-emulation bench bench-models bench-rerank gpu-suite clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -135,6 +135,10 @@ $(VENV)/.peers: $(VENV)/.tools
 MODELS_ARGS ?=
 bench-models: $(VENV)/.peers  ## whole models on a CPU against ONNX Runtime, OpenVINO, ...: some 20 minutes
 	$(BIN)/python -m benchmarks models $(MODELS_ARGS)
+
+RERANK_ARGS ?=
+bench-rerank: $(VENV)/.peers  ## CrossEncoder.rank on a CPU, 100 passages, against stock, ONNX Runtime, OpenVINO: minutes
+	$(BIN)/python -m benchmarks rerank $(RERANK_ARGS)
 
 OUT ?= bench-output
 # Where the packages are there already (a GPU machine without a network): make gpu-suite SUITE_PYTHON=python3

@@ -1,5 +1,6 @@
 """`python -m benchmarks run` measures the kernels and `models` whole models on a CPU: JSON, tables and plots. Also
-`report`, `compare`, the `gpu-suite`, and `choose`, which makes the package follow its results.
+`rerank`, a reranker on a CPU, `report`, `compare`, the `gpu-suite`, and `choose`, which makes the package follow its
+results.
 """
 
 from __future__ import annotations
@@ -108,6 +109,15 @@ def models(arguments: argparse.Namespace, console: Console) -> int:
     return status
 
 
+def rerank(arguments: argparse.Namespace, console: Console) -> int:
+    """Measures a reranker; returns 1 where ours failed."""
+    from benchmarks import machine
+    from benchmarks import rerank as suite
+
+    folder = (arguments.out or _default_folder(machine.machine("cpu"))).resolve()
+    return suite.run(arguments, console, folder)
+
+
 def _write_report(results_path: Path, console: Console) -> None:
     from benchmarks import model_plots, model_report, plots
 
@@ -193,6 +203,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     wholes.add_argument("--smoke", action="store_true", help="a tiny model: proves that it runs, measures nothing")
 
+    rerankers = commands.add_parser(
+        "rerank", help="CrossEncoder.rank on a CPU against stock and other engines; some minutes on two cores"
+    )
+    rerankers.add_argument("--out", type=Path, help="folder to write; default: benchmarks/results/<machine>-<date>")
+    rerankers.add_argument("--smoke", action="store_true", help="a tiny model: proves that it runs, measures nothing")
+
     renders = commands.add_parser("report", help="render a result file again")
     renders.add_argument("results", type=Path)
     renders.add_argument(
@@ -227,6 +243,8 @@ def main(argv: list[str] | None = None) -> int:
                 return run(arguments, console)
             if arguments.command == "models":
                 return models(arguments, console)
+            if arguments.command == "rerank":
+                return rerank(arguments, console)
             if arguments.command == "gpu-suite":
                 return gpu_suite.run(arguments)
             if arguments.command == "choose":
