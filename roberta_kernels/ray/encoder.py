@@ -121,10 +121,10 @@ class PartitionEncoder(Encoder):
         self._output, self._described = output, described
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """A Partition's fields -> its number, and its counts as JSON."""
+        """A Partition's fields -> its number, its counts as JSON, and the seconds that encoding took."""
         partition = Partition(**row)
         report = self.encode(source_of(partition, self.field), partition.rows)
         counts = results.counts_of(report, self.kernels)
         told = {"description": results.description(partition, self._described), "counts": counts}
         results.write(self._output, partition, report, told)
-        return {"number": partition.number, "counts": json.dumps(counts)}
+        return {"number": partition.number, "counts": json.dumps(counts), "seconds": report.seconds}

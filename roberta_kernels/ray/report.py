@@ -16,8 +16,9 @@ class RayReport:
     """What ray.encode() did, as EncodeReport; str() is a table.
 
     partitions: of the output; resumed: texts in those that an earlier run had made, resumed_tokens: their tokens.
-    seconds: of this run, from the index to the last partition. packed: in every partition. kernels: what computed, each
-    once. bad_rows: the first ones, (file, row, reason); the column `error` has them all.
+    seconds: of this run, from the call to the last partition; worker_seconds: that its workers encoded. packed: in
+    every partition. kernels: what computed, each once. bad_rows: the first ones, (file, row, reason); the column `error`
+    has them all.
     """
 
     texts: int = 0
@@ -32,6 +33,7 @@ class RayReport:
     resumed: int = 0
     resumed_tokens: int = 0
     seconds: float = 0.0
+    worker_seconds: float = 0.0
     packed: bool = True
     detours: list[str] = field(default_factory=list)
     kernels: list[str] = field(default_factory=list)
@@ -70,6 +72,8 @@ class RayReport:
         table.add_row("padding", f"{computed}; {self.padding_avoided:,} avoided")
         for reason in self.detours:
             table.add_row("", f"not packed, or not fused: {reason}")
+        busy = self.worker_seconds / (self.workers * self.seconds) if self.seconds else 0.0
+        table.add_row("workers", f"{self.workers}, encoding {busy:.0%} of the time")
         table.add_row("kernels", ", ".join(self.kernels))
         if self.quantization is not None:
             table.add_row("weights", f"rounded to {self.quantization}")

@@ -106,7 +106,9 @@ def encode(
                 num_cpus=threads,
                 num_gpus=gpus_per_worker or None,
             )
-            done |= {row["number"]: json.loads(row["counts"]) for row in encoded.iter_rows()}
+            for row in encoded.iter_rows():
+                done[row["number"]] = json.loads(row["counts"])
+                report.worker_seconds += row["seconds"]
     for partition in partitions:
         report.add(partition.name, partition.first, done[partition.number])
     if 0 < report.texts == report.bad:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import pytest
 import transformers
-
 from encoding.conftest import folder, tokenizer  # noqa: F401  # fixtures
 
 try:
@@ -15,10 +15,12 @@ try:
 except ImportError:
     ray = None
 
+HERE = Path(__file__).parent
+
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if "cluster" in item.path.parts:
+        if HERE in item.path.parents:
             item.add_marker(pytest.mark.ray)
             if ray is None:
                 item.add_marker(pytest.mark.skip(reason="needs roberta_kernels[ray]"))

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from encoding.cases import TEXTS, invoke, write
 
 import roberta_kernels as rk
-from encoding.cases import TEXTS, invoke, write
 from roberta_kernels import ray as rk_ray
 from roberta_kernels.encoding import EncodingError
 

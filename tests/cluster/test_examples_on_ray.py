@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -10,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from encoding.cases import TEXTS, write
 
 import roberta_kernels as rk
-from encoding.cases import TEXTS, write
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,3 +50,16 @@ def test_serve(cluster, folder):
         rate, half, most = map(float, found.groups())
         assert rate > 0
         assert 0 < half <= most
+
+
+def test_the_benchmark(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-m", "benchmarks", "cluster", "--smoke", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "cluster.json").read_text())
+    assert results["quick"] is True
+    assert results["start_s"] > 0
+    for turn in results["tokens_per_s"]:
+        assert 0 < turn["whole_run"] < turn["workers"]
+        assert turn["alone"] > 0

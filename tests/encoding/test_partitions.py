@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -43,7 +45,7 @@ def test_partitions_have_the_rows_of_the_file(tmp_path, name, rows):
     assert all(len(part) == partition.rows <= rows for part, partition in zip(parts, found, strict=True))
     assert [partition.number for partition in found] == list(range(len(found)))
     assert found[0].first == 0
-    assert all(b.first == a.first + a.rows for a, b in zip(found, found[1:], strict=False))
+    assert all(b.first == a.first + a.rows for a, b in itertools.pairwise(found))
 
 
 def test_long_texts_make_smaller_partitions(tmp_path, monkeypatch):
@@ -156,7 +158,7 @@ def test_removing_takes_parts_and_leftovers_alone(part):
 
 
 def test_the_command_without_ray(folder, file, tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    monkeypatch.setitem(sys.modules, "ray", None)
     for address in ((), ("127.0.0.1:6379",)):
         result = invoke(file, tmp_path / "out", "--model", folder, "--ray", *address)
         assert result.exit_code == 2
