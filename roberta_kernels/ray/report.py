@@ -17,8 +17,8 @@ class RayReport:
 
     partitions: of the output; resumed: texts in those that an earlier run had made, resumed_tokens: their tokens.
     seconds: of this run, from the call to the last partition; worker_seconds: that its workers encoded. packed: in
-    every partition. kernels: what computed, each once. bad_rows: the first ones, (file, row, reason); the column `error`
-    has them all.
+    every partition. kernels: what computed, each once. bad_rows: the first, (file, row, reason); the column `error` has
+    them all.
     """
 
     texts: int = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import uuid
 from typing import Any
 
@@ -111,15 +112,22 @@ def _foreign(path: str) -> EncodingError:
 
 def parts(folder: str) -> set[int]:
     """The numbers of the parts that are in the folder."""
-    system, root = file_system(folder)
-    names = {path.rsplit("/", 1)[-1] for path in system.glob(f"{root}/part-*.parquet")}
-    numbers = {name.removeprefix("part-").removesuffix(".parquet") for name in names}
-    return {int(number) for number in numbers if number.isdecimal()}
+    found = (re.fullmatch(r"part-(\d+)\.parquet", name) for name in _names(folder))
+    return {int(match[1]) for match in found if match}
 
 
 def remove(folder: str, *, leftovers_only: bool = False) -> None:
     """Parts, and what killed workers left of them beside."""
     system, root = file_system(folder)
-    for pattern in (".part-*", *(() if leftovers_only else ("part-*.parquet",))):
-        for path in system.glob(f"{root}/{pattern}"):
-            system.rm_file(path)
+    for name in _names(folder):
+        if re.match(r"\.part-\d+\.parquet\." if leftovers_only else r"\.?part-\d+\.parquet", name):
+            system.rm_file(f"{root}/{name}")
+
+
+def _names(folder: str) -> list[str]:
+    """Of what is in a folder, which need not be there; as it is now, whatever the file system remembers."""
+    system, root = file_system(folder)
+    system.invalidate_cache()
+    if not system.isdir(root):
+        return []
+    return [path.rstrip("/").rsplit("/", 1)[-1] for path in system.ls(root, detail=False)]

@@ -136,10 +136,10 @@ def _uri(path: str | os.PathLike[str]) -> str:
 
 
 def _check_output(source: str, target: str) -> None:
-    system, folder = file_system(target)
+    (system, folder), (other, root) = file_system(target), file_system(source)
     if system.isfile(folder):
         raise EncodingError(f"{target} is a file, and the output is a folder")
-    if f"{target}/".startswith(f"{source}/"):
+    if system is other and f"{folder}/".startswith(f"{root}/"):
         raise EncodingError(f"the output {target} lies in the input {source}, and would be read as such")
 
 
