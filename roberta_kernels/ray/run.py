@@ -87,9 +87,9 @@ def encode(
     }
     report = RayReport(workers=workers, files=len(files), output=str(output))
     with _connected(ray, address, progress), _own_errors(ray):
+        partitions = _indexed(ray, files, field, window)
         if overwrite:
             results.remove(target)
-        partitions = _indexed(ray, files, field, window)
         done = _done(ray, target, partitions, described)
         report.resumed = sum(counts["texts"] for counts in done.values())
         report.resumed_tokens = sum(counts["tokens"] for counts in done.values())
