@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -163,15 +164,17 @@ def load_for_encoding(path: str, dtype: Dtype, *, own_pooling: bool) -> tuple[An
 
 
 def encode_on_ray(
-    path: str, dtype: Dtype, source: str, output: str, *, own_pooling: bool, **wanted: Any
+    path: str, model_dtype: Dtype, source: str, output: str, *, own_pooling: bool, **wanted: Any
 ) -> ray.RayReport:
-    """roberta_kernels.ray.encode with the model of a folder or hub name."""
+    """roberta_kernels.ray.encode with the model of a folder or hub name. wanted: its options."""
     engine = ray.import_ray()  # before a model is loaded in vain
-    load = functools.partial(load_for_encoding, path, dtype, own_pooling=own_pooling)
+    load = functools.partial(load_for_encoding, path, model_dtype, own_pooling=own_pooling)
     try:
         return ray.encode(load, source, output, **wanted)
     except engine.exceptions.RayError as error:
-        fail(f"Ray: {type(error).__name__}: {first_line(error)}")
+        # Of an exception in a task Ray gives the whole way; that it ends in says what it is.
+        told = [line for line in str(error).splitlines() if re.match(r"[\w.]+(Error|Exception): ", line)]
+        fail(f"Ray: {told[0] if told else first_line(error)}")
 
 
 def _is_sentence_transformer(path: str) -> bool:

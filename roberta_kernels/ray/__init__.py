@@ -5,6 +5,6 @@ Ray is the engine, and the extra `ray` installs it. Importing this does not impo
 
 from roberta_kernels.ray.encoder import Encoder
 from roberta_kernels.ray.report import RayReport
-from roberta_kernels.ray.run import encode
+from roberta_kernels.ray.run import encode, import_ray
 
-__all__ = ["Encoder", "RayReport", "encode"]
+__all__ = ["Encoder", "RayReport", "encode", "import_ray"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +18,7 @@ from roberta_kernels.encoding.sources import EncodingError, Source, column_bytes
 from roberta_kernels.encoding.subject import subject_of
 from roberta_kernels.patching import patch as patch_model
 from roberta_kernels.ray import results
+from roberta_kernels.ray.answers import REFUSALS, answer
 from roberta_kernels.ray.partitions import Partition, source_of
 
 # A model and its tokenizer; None for a SentenceTransformer's. Called on a worker, so it is pickled.
@@ -117,14 +117,22 @@ class PartitionEncoder(Encoder):
     """Reads, encodes and writes a partition. output: the folder. described: the options that its parts depend on."""
 
     def __init__(self, load: Load, output: str, described: dict[str, Any], **options: Any) -> None:
-        super().__init__(load, **options)
         self._output, self._described = output, described
+        self._refusal: Exception | None = None
+        try:
+            super().__init__(load, **options)
+        except REFUSALS as error:  # said in the place of the first partition
+            self._refusal = error
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """A Partition's fields -> its number, its counts as JSON, and the seconds that encoding took."""
-        partition = Partition(**row)
+    def __call__(self, row: dict[str, Any]) -> dict[str, str]:
+        """A Partition's fields -> an answer: its number, its counts, and the seconds that encoding took."""
+        return answer(lambda: self._made(Partition(**row)))
+
+    def _made(self, partition: Partition) -> dict[str, Any]:
+        if self._refusal is not None:
+            raise self._refusal
         report = self.encode(source_of(partition, self.field), partition.rows)
         counts = results.counts_of(report, self.kernels)
         told = {"description": results.description(partition, self._described), "counts": counts}
         results.write(self._output, partition, report, told)
-        return {"number": partition.number, "counts": json.dumps(counts), "seconds": report.seconds}
+        return {"number": partition.number, "counts": counts, "seconds": report.seconds}

@@ -94,7 +94,7 @@ def index(file: InputFile, field: str, rows: int) -> list[dict[str, Any]]:
 
     Raises EncodingError for a file that is not what its format says.
     """
-    found = []
+    found: list[dict[str, Any]] = []
     with _Rows(file.uri, file.kind, field) as content:
         first = 0
         while True:
@@ -187,13 +187,13 @@ class _Rows:
             return
         metadata = self._parquet.metadata
         sizes = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
-        before, groups = 0, []
-        for number, size in enumerate(sizes):
-            if before + size <= partition.first:
-                before += size
-            else:
-                groups.append(number)
-        self._rows = itertools.islice(cells_of(self._parquet, self._field, groups), partition.first - before, None)
+        ends = list(itertools.accumulate(sizes))
+        # From the row group that holds the first row on.
+        begin = next((number for number, end in enumerate(ends) if end > partition.first), len(ends))
+        skipped = partition.first - (ends[begin - 1] if begin else 0)
+        self._rows = itertools.islice(
+            cells_of(self._parquet, self._field, list(range(begin, len(ends)))), max(0, skipped), None
+        )
 
 
 def numbered(found: Iterable[dict[str, Any]]) -> list[Partition]:

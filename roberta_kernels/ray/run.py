@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
+import itertools
 import logging
 import os
 import time
@@ -16,6 +16,7 @@ from roberta_kernels.encoding.encode import check_options
 from roberta_kernels.encoding.sources import EncodingError, WorthlessRunError, import_pyarrow
 from roberta_kernels.encoding.subject import subject_of
 from roberta_kernels.ray import results
+from roberta_kernels.ray.answers import answer, values
 from roberta_kernels.ray.encoder import Load, PartitionEncoder
 from roberta_kernels.ray.partitions import InputFile, Partition, file_system, files_of, index, numbered
 from roberta_kernels.ray.report import RayReport
@@ -86,7 +87,7 @@ def encode(
         **{"device": device, "threads": threads, "identity": identity},
     }
     report = RayReport(workers=workers, files=len(files), output=str(output))
-    with _connected(ray, address, progress), _own_errors(ray):
+    with _connected(ray, address, progress):
         partitions = _indexed(ray, files, field, window)
         if overwrite:
             results.remove(target)
@@ -106,9 +107,9 @@ def encode(
                 num_cpus=threads,
                 num_gpus=gpus_per_worker or None,
             )
-            for row in encoded.iter_rows():
-                done[row["number"]] = json.loads(row["counts"])
-                report.worker_seconds += row["seconds"]
+            for made in values(encoded):
+                done[made["number"]] = made["counts"]
+                report.worker_seconds += made["seconds"]
     for partition in partitions:
         report.add(partition.name, partition.first, done[partition.number])
     if 0 < report.texts == report.bad:
@@ -153,10 +154,11 @@ def _indexed(ray: Any, files: list[InputFile], field: str, window: int) -> list[
     if not files:
         return []
 
-    def look(row: dict[str, Any]) -> list[dict[str, Any]]:
-        return index(InputFile(**row), field, window)
+    def look(row: dict[str, Any]) -> dict[str, str]:
+        return answer(lambda: index(InputFile(**row), field, window))
 
-    return numbered(_items(ray, map(dataclasses.asdict, files)).flat_map(look).iter_rows())
+    found = values(_items(ray, map(dataclasses.asdict, files)).map(look))
+    return numbered(itertools.chain.from_iterable(found))
 
 
 def _done(ray: Any, target: str, partitions: list[Partition], described: dict[str, Any]) -> dict[int, dict[str, Any]]:
@@ -169,13 +171,12 @@ def _done(ray: Any, target: str, partitions: list[Partition], described: dict[st
     if not there:
         return {}
 
-    def look(row: dict[str, Any]) -> dict[str, Any]:
+    def look(row: dict[str, Any]) -> dict[str, str]:
         partition = Partition(**row)
-        return {"number": partition.number, "counts": json.dumps(results.read_whole(target, partition, described))}
+        return answer(lambda: (partition.number, results.read_whole(target, partition, described)))
 
-    found = _items(ray, (dataclasses.asdict(known[number]) for number in sorted(there))).map(look).iter_rows()
-    counts = {row["number"]: json.loads(row["counts"]) for row in found}
-    return {number: told for number, told in counts.items() if told is not None}
+    found = values(_items(ray, (dataclasses.asdict(known[number]) for number in sorted(there))).map(look))
+    return {number: counts for number, counts in found if counts is not None}
 
 
 @contextlib.contextmanager
@@ -196,21 +197,3 @@ def _connected(ray: Any, address: str | None, progress: bool) -> Iterator[None]:
         context.enable_progress_bars = before
         if here:
             ray.shutdown()
-
-
-@contextlib.contextmanager
-def _own_errors(ray: Any) -> Iterator[None]:
-    """What a worker raised of ours, or of the system's, as if it had been raised here."""
-    try:
-        yield
-    except ray.exceptions.RayError as error:
-        found: BaseException | None = error
-        while found is not None:
-            cause = getattr(found, "cause", None)
-            for candidate in (found, cause):
-                if isinstance(candidate, (EncodingError, OSError)) and not isinstance(
-                    candidate, ray.exceptions.RayError
-                ):
-                    raise candidate from error
-            found = found.__cause__ or cause
-        raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,8 @@ def pytest_collection_modifyitems(items):
 def cluster():
     """Its address. Two nodes of two CPUs each, whatever the machine has."""
     node = {"num_cpus": 2, "object_store_memory": 100 << 20}
-    started = Cluster(initialize_head=True, head_node_args=node)
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    started = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
     started.add_node(**node)
     ray.init(address=started.address, log_to_driver=False, logging_level="warning")
     yield started.address
