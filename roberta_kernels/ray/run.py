@@ -74,8 +74,8 @@ def encode(
     if workers < 1 or threads < 1:
         raise ValueError(f"workers and threads must be at least 1, got {workers} and {threads}")
     source, target = _uri(input), _uri(output)
-    files = files_of(source, format)
     _check_output(source, target)
+    files = files_of(source, format)
     identity = subject_of(*load(), pooling, normalize, max_length).identity()
     described = {
         **{**identity, "field": field, "dtype": dtype, "batch_tokens": batch_tokens, "patch": patch},

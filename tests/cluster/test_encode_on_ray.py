@@ -132,7 +132,7 @@ def test_what_is_whole_is_kept_and_the_rest_is_made_again(cluster, load, corpus,
 def test_another_run_is_not_continued(cluster, load, corpus, tmp_path):
     output = tmp_path / "out"
     rk_ray.encode(load, corpus, output, **SMALL)
-    for options in ({**SMALL, "pooling": "cls"}, {**SMALL, "window": 20}, {**SMALL, "dtype": "float16"}):
+    for options in ({**SMALL, "pooling": "cls"}, {**SMALL, "window": 14}, {**SMALL, "dtype": "float16"}):
         with pytest.raises(EncodingError, match="is of a run that differs in: "):
             rk_ray.encode(load, corpus, output, **options)
     with pytest.raises(EncodingError, match=r"part-\d+.parquet, which this run does not make"):
