@@ -188,12 +188,15 @@ def _connected(ray: Any, address: str | None, progress: bool) -> Iterator[None]:
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
         except ConnectionError as error:
             raise EncodingError(f"no Ray cluster answers at {address}: {error}") from error
-    context = ray.data.DataContext.get_current()
-    before = context.enable_progress_bars
+    context, log = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
+    before = context.enable_progress_bars, log.level
     context.enable_progress_bars = progress
+    if not progress:
+        log.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        context.enable_progress_bars = before
+        context.enable_progress_bars = before[0]
+        log.setLevel(before[1])
         if here:
             ray.shutdown()
