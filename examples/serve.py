@@ -36,16 +36,18 @@ class Embedder:
         from transformers import AutoModel, AutoTokenizer
 
         import roberta_kernels as rk
+        from roberta_kernels.encoding import longest_input
 
         torch.set_num_threads(1)
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         self.model = AutoModel.from_pretrained(path).eval()
+        self.longest = longest_input(self.model, self.tokenizer)
         if patched:
             print(rk.patch(self.model, padded_rows="zeros"))  # `embed` reads no row at padding
 
     async def __call__(self, request) -> list[float]:
         body = await request.json()
-        ids = self.tokenizer(body["text"], truncation=True, max_length=512)["input_ids"]
+        ids = self.tokenizer(body["text"], truncation=True, max_length=self.longest)["input_ids"]
         return await self.embed(ids)
 
     @serve.batch(max_batch_size=BATCH_TOKENS, batch_size_fn=tokens_of, batch_wait_timeout_s=0.002)
