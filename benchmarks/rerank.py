@@ -168,8 +168,8 @@ def _scores(model: Any, question: str, passages: list[str]) -> Tensor:
 
 
 def _check(name: str, scores: Tensor, stock: Tensor, exact: Tensor) -> dict[str, Any]:
-    """The largest error against float64, of the largest distance from the mean score: random weights give scores that lie
-    close together. Raises RuntimeError where the promise is broken, or a peer gives nonsense."""
+    """The largest error against float64, of the largest distance from the mean score: random weights give scores that
+    lie close together. Raises RuntimeError where the promise is broken, or a peer gives nonsense."""
     middle = exact.mean()
     row: dict[str, Any] = {"error": relative_error(scores.double() - middle, exact - middle), "within_promise": None}
     if name == OURS:
