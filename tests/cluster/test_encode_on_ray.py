@@ -202,7 +202,7 @@ def test_the_command(cluster, load, folder, corpus, tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
 
     def run(*more):
-        return subprocess.run([*command, *more], env=environment, capture_output=True, text=True, timeout=300)
+        return subprocess.run([*command, *more], env=environment, capture_output=True, text=True, timeout=600)
 
     done = run()
     assert done.returncode == 0, done.stderr
@@ -227,4 +227,4 @@ def test_importing_does_not_import_ray():
         "import sys, roberta_kernels, roberta_kernels.ray, roberta_kernels.cli.loading; sys.exit('ray' in sys.modules)"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    assert subprocess.run([sys.executable, "-c", code], env=environment, timeout=300).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], env=environment, timeout=600).returncode == 0
