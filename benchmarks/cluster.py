@@ -77,6 +77,7 @@ def measure(folder: Path, console: Console, *, smoke: bool) -> dict[str, Any]:
 
     from roberta_kernels import ray as rk_ray
 
+    turns = 1 if smoke else TURNS
     prepare(folder, 40 if smoke else ROWS)
     results: dict[str, Any] = {
         "cluster": True,
@@ -103,19 +104,19 @@ def measure(folder: Path, console: Console, *, smoke: bool) -> dict[str, Any]:
         )
 
     on_ray("tiny", "one", 1)  # Ray Data itself is imported, and its first run prepared
-    results["first_s"] = [on_ray("MiniLM", "one", WORKERS).seconds for _ in range(TURNS)]
-    turns = []
-    for _ in range(1 if smoke else TURNS):
+    results["first_s"] = [on_ray("MiniLM", "one", WORKERS).seconds for _ in range(turns)]
+    rates = []
+    for _ in range(turns):
         command = [sys.executable, "-m", "benchmarks.cluster", str(folder), "MiniLM", str(folder / "out.parquet")]
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
         one, two = json.loads(done.stdout.splitlines()[-1]), on_ray("MiniLM", "texts", WORKERS)
         if one["tokens"] != two.tokens:
             raise RuntimeError("the two did not encode the same texts")
         steady = two.tokens / (two.worker_seconds / WORKERS)
-        turns.append({"alone": one["tokens_per_second"], "workers": steady, "whole_run": two.tokens_per_second})
-        console.print(turns[-1])
-    results["tokens_per_s"] = turns
-    small = [on_ray("tiny", "texts", WORKERS) for _ in range(1 if smoke else TURNS)]
+        rates.append({"alone": one["tokens_per_second"], "workers": steady, "whole_run": two.tokens_per_second})
+        console.print(rates[-1])
+    results["tokens_per_s"] = rates
+    small = [on_ray("tiny", "texts", WORKERS) for _ in range(turns)]
     results["rows"] = small[0].texts
     results["tiny_s"] = [report.seconds for report in small]
     results["tiny_encoding_s"] = [report.worker_seconds / WORKERS for report in small]
