@@ -145,7 +145,7 @@ $(VENV)/.peers: $(VENV)/.tools
 	touch $@
 
 MODELS_ARGS ?=
-bench-models: $(VENV)/.peers  ## whole models on a CPU against ONNX Runtime, OpenVINO, ...: some 20 minutes
+bench-models: $(VENV)/.peers  ## whole models on a CPU against ONNX Runtime, OpenVINO, ...: some 30 minutes
 	$(BIN)/python -m benchmarks models $(MODELS_ARGS)
 
 RERANK_ARGS ?=

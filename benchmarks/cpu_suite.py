@@ -6,7 +6,7 @@
 | export | the model for ONNX Runtime and OpenVINO, in a process of its own |
 | the workloads | one to four thousand tokens, all contenders in turns, answers checked against float64 |
 | corpus | real text through roberta_kernels.encode, against peers that sort it by length and pad |
-| training | with --only training: forward + backward against transformers |
+| training | forward + backward against transformers |
 | scaling | ours and the best known peers over tokens, over padding, over threads |
 | memory | a process for each contender |
 
@@ -214,7 +214,7 @@ class CpuSuite:
             known = ", ".join([*names, *PARTS, *self.known])
             raise ValueError(f"--only does not know {', '.join(sorted(unknown))}; there are {known}")
         parts = [part for part in only if part in {*names, *PARTS}]
-        self.parts = set(parts) or {*names, *PARTS} - {"training"}
+        self.parts = set(parts) or {*names, *PARTS}
         self.wanted = {name for name in only if name in self.known} or set(self.known)
         self.batches = [batch for batch in self.batches if batch.name in self.parts]
         self.prepared: dict[str, Prepared] = {}

@@ -120,19 +120,29 @@ inline void multiply_whole_tiles(const WholeWeight& w, const WholeRows& x, const
     parallel_tasks(blocks * ranges, threads, [&](int64_t task) {
         const int64_t range = task / blocks, block = task % blocks;
         const TileUse use;
-        alignas(64) int32_t sums[4 * kTileFloats];
+        // A block is finished after the tiles of the next: what they store can be read again only after a while.
+        alignas(64) int32_t sums[2][4 * kTileFloats];
+        int64_t last_row = -1, last_column = 0;
+        int turn = 0;
+        const auto finish_last = [&] {
+            if (last_row < 0) return;
+            const int32_t* const last = sums[1 - turn];
+            finish_whole_block(w, x, last_row, last_column, last, epilogue);
+            if (last_row + kTileSide < x.rows)
+                finish_whole_block(w, x, last_row + kTileSide, last_column, last + 2 * kTileFloats, epilogue);
+        };
         for (int64_t strip = block * most; strip < min64(strips, (block + 1) * most); ++strip) {
             const char* const tiles = w.tiles + strip * steps * 2 * kTileBytes;
             for (int64_t pair = pairs * range / ranges; pair < pairs * (range + 1) / ranges; ++pair) {
                 const int64_t row = pair * 2 * kTileSide, column = strip * kWholeStrip;
                 const uint8_t* const group = x.tiles + pair * 2 * steps * kTileBytes;
-                const bool both = row + kTileSide < x.rows;
-                both ? multiply_whole_block<2>(tiles, group, steps, sums)
-                     : multiply_whole_block<1>(tiles, group, steps, sums);
-                finish_whole_block(w, x, row, column, sums, epilogue);
-                if (both) finish_whole_block(w, x, row + kTileSide, column, sums + 2 * kTileFloats, epilogue);
+                row + kTileSide < x.rows ? multiply_whole_block<2>(tiles, group, steps, sums[turn])
+                                         : multiply_whole_block<1>(tiles, group, steps, sums[turn]);
+                finish_last();
+                last_row = row, last_column = column, turn = 1 - turn;
             }
         }
+        finish_last();
     });
 }
 
