@@ -31,6 +31,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     arguments = parser.parse_args()
 
+    # A worker that dies while it starts is replaced, as one that dies later is.
+    ray.data.DataContext.get_current().max_consecutive_actor_init_deaths = 3
     dataset = ray.data.read_json(arguments.source, file_extensions=["jsonl"], lines=True)
     dataset = dataset.map_batches(
         Encoder,

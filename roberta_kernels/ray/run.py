@@ -189,14 +189,15 @@ def _connected(ray: Any, address: str | None, progress: bool) -> Iterator[None]:
         except ConnectionError as error:
             raise EncodingError(f"no Ray cluster answers at {address}: {error}") from error
     context, log = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
-    before = context.enable_progress_bars, log.level
+    before = context.enable_progress_bars, context.max_consecutive_actor_init_deaths, log.level
     context.enable_progress_bars = progress
+    context.max_consecutive_actor_init_deaths = 3  # Ray's own: a worker that dies while it starts is replaced too
     if not progress:
         log.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        context.enable_progress_bars = before[0]
-        log.setLevel(before[1])
+        context.enable_progress_bars, context.max_consecutive_actor_init_deaths = before[:2]
+        log.setLevel(before[2])
         if here:
             ray.shutdown()
