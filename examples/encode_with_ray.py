@@ -39,7 +39,7 @@ def main() -> None:
         fn_constructor_kwargs={"load": functools.partial(load, arguments.model), "normalize": True},
         batch_format="pyarrow",
         batch_size=8192,  # sorted by length together, then cut into batches by tokens
-        compute=ray.data.ActorPoolStrategy(size=arguments.workers),
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=arguments.workers),
         num_cpus=1,
     )
     dataset.write_parquet(arguments.output)

@@ -31,7 +31,7 @@ def test_encode_with_ray(cluster, load, folder, tmp_path):
     source.mkdir()
     path = write(source / "texts.jsonl", TEXTS)
     path.write_text(path.read_text().replace('"body"', '"text"'))
-    told = run("encode_with_ray.py", source, tmp_path / "out", "--model", folder, "--workers", 2)
+    told = run("encode_with_ray.py", source, tmp_path / "out", "--model", folder, "--workers", 1)
     assert f"{len(TEXTS)} rows with the columns text, embedding, error" in told
     table = pytest.importorskip("pyarrow.parquet").read_table(tmp_path / "out")
     alone = rk.encode(*load(), TEXTS, normalize=True).embeddings
