@@ -7,8 +7,10 @@ BIN := $(VENV)/bin
 # A CUDA build of torch, in a venv of its own (5.5 GB), to link and load the CUDA library; no GPU is needed for that.
 CUDA_VENV := .venv-cuda
 CUDA_TORCH ?= 2.14.1
+# Ray, in a venv of its own that finds everything else in .venv: some 500 MB, which nothing but its tests needs.
+RAY_VENV := .venv-ray
 SOURCES := setup.py roberta_kernels/schemas.def $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*.*)
-PYTHON_FILES := roberta_kernels tests benchmarks csrc setup.py noxfile.py
+PYTHON_FILES := roberta_kernels tests benchmarks examples csrc setup.py noxfile.py
 CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cpp csrc/cuda/*.cu csrc/cuda/*.h csrc/cuda/*.cuh tests/cuda_emulation/*.h tests/cuda_emulation/*.cuh tests/cuda_emulation/*.cpp tests/cpu/*.cpp benchmarks/*.cpp benchmarks/gpu_suite/*.cu)
 PYTEST := $(BIN)/python -m pytest
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -18,7 +20,7 @@ WORKERS ?= 2
 NOT_CUDA := --ignore=tests/cuda --ignore=tests/cuda_emulation
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format test-fast test-slow test-releases test-floor test-newest test-matrix test-cuda-source test-cuda-library cuda-library cuda-emulation bench bench-models gpu-suite gpu-bundle clean
+.PHONY: help setup demo test lint format test-fast test-slow test-releases test-ray test-floor test-newest test-matrix test-cuda-source test-cuda-library cuda-library cuda-emulation bench bench-models bench-rerank gpu-suite gpu-bundle clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -71,7 +73,7 @@ format: setup  ## rewrite the sources in the project's style
 	$(BIN)/clang-format -i $(CPP_FILES)
 
 test-fast: setup  ## the tests that take seconds
-	$(PYTEST) -n $(WORKERS) -m "not slow and not cuda_source and not releases" $(NOT_CUDA)
+	$(PYTEST) -n $(WORKERS) -m "not slow and not cuda_source and not releases and not ray" $(NOT_CUDA)
 
 test-slow: setup $(VENV)/.torchao  ## the tests that take minutes
 	$(PYTEST) -n $(WORKERS) -m slow $(NOT_CUDA) --deselect tests/models/test_quantised.py::test_torchao
@@ -85,6 +87,16 @@ $(VENV)/.torchao: constraints.txt $(VENV)/.packages
 
 test-releases: setup  ## releases of transformers that nobody made yet: the installed one with edited sources
 	$(PYTEST) -n $(WORKERS) tests/releases
+
+$(RAY_VENV)/.packages: constraints.txt $(VENV)/.tools
+	test -x $(RAY_VENV)/bin/python || $(PYTHON) -m venv $(RAY_VENV)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(\"" + sysconfig.get_paths()["purelib"] + "\")")' \
+		> "$$($(RAY_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/packages_of_venv.pth"
+	$(RAY_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'ray[data,serve]'
+	touch $@
+
+test-ray: setup $(RAY_VENV)/.packages  ## a corpus and a service on a Ray cluster of this machine, in .venv-ray (500 MB)
+	$(RAY_VENV)/bin/python -m pytest -m ray tests/cluster
 
 test-floor: setup  ## the quick model tests with the oldest transformers (noxfile.py), in .nox
 	$(BIN)/nox -s floor
@@ -136,6 +148,10 @@ MODELS_ARGS ?=
 bench-models: $(VENV)/.peers  ## whole models on a CPU against ONNX Runtime, OpenVINO, ...: some 30 minutes
 	$(BIN)/python -m benchmarks models $(MODELS_ARGS)
 
+RERANK_ARGS ?=
+bench-rerank: $(VENV)/.peers  ## CrossEncoder.rank on a CPU, 100 passages, against stock, ONNX Runtime, OpenVINO: minutes
+	$(BIN)/python -m benchmarks rerank $(RERANK_ARGS)
+
 OUT ?= bench-output
 # Where the packages are there already (a GPU machine without a network): make gpu-suite SUITE_PYTHON=python3
 SUITE_PYTHON ?= $(BIN)/python
@@ -147,4 +163,4 @@ gpu-bundle: setup  ## the CUDA library for a Hopper GPU that gpu-suite need not 
 	$(BIN)/python -m benchmarks gpu-bundle
 
 clean:  ## remove what was built, and .venv
-	rm -rf $(VENV) $(CUDA_VENV) .nox build gpu-bundle dist *.egg-info roberta_kernels/*.so roberta_kernels/build_report.json demo-output
+	rm -rf $(VENV) $(CUDA_VENV) $(RAY_VENV) .nox build gpu-bundle dist *.egg-info roberta_kernels/*.so roberta_kernels/build_report.json demo-output

@@ -1,5 +1,6 @@
 """`python -m benchmarks run` measures the kernels and `models` whole models on a CPU: JSON, tables and plots. Also
-`report`, `compare`, the `gpu-suite` with its `gpu-bundle`, and `choose`, which makes the package follow its results.
+`rerank`, a reranker on a CPU, `cluster`, a corpus on Ray, `report`, `compare`, the `gpu-suite` with its `gpu-bundle`,
+and `choose`, which makes the package follow its results.
 """
 
 from __future__ import annotations
@@ -108,6 +109,16 @@ def models(arguments: argparse.Namespace, console: Console) -> int:
     return status
 
 
+def small_suite(arguments: argparse.Namespace, console: Console) -> int:
+    """`rerank` or `cluster`; returns 1 where ours failed."""
+    import importlib
+
+    from benchmarks import machine
+
+    folder = (arguments.out or _default_folder(machine.machine("cpu"))).resolve()
+    return importlib.import_module(f"benchmarks.{arguments.command}").run(arguments, console, folder)
+
+
 def _write_report(results_path: Path, console: Console) -> None:
     from benchmarks import model_plots, model_report, plots
 
@@ -193,6 +204,14 @@ def main(argv: list[str] | None = None) -> int:
     )
     wholes.add_argument("--smoke", action="store_true", help="a tiny model: proves that it runs, measures nothing")
 
+    for name, what in (
+        ("rerank", "CrossEncoder.rank on a CPU against stock and other engines; some minutes on two cores"),
+        ("cluster", "a corpus by two Ray workers against one process, and what Ray costs; needs ray[data]"),
+    ):
+        small = commands.add_parser(name, help=what)
+        small.add_argument("--out", type=Path, help="folder to write; default: benchmarks/results/<machine>-<date>")
+        small.add_argument("--smoke", action="store_true", help="tiny: proves that it runs, measures nothing")
+
     renders = commands.add_parser("report", help="render a result file again")
     renders.add_argument("results", type=Path)
     renders.add_argument(
@@ -229,6 +248,8 @@ def main(argv: list[str] | None = None) -> int:
                 return run(arguments, console)
             if arguments.command == "models":
                 return models(arguments, console)
+            if arguments.command in ("rerank", "cluster"):
+                return small_suite(arguments, console)
             if arguments.command == "gpu-suite":
                 return gpu_suite.run(arguments)
             if arguments.command == "gpu-bundle":

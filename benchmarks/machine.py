@@ -49,10 +49,10 @@ def machine(device: str) -> dict[str, Any]:
     return described
 
 
-def versions() -> dict[str, str]:
-    """Of everything that computes something here."""
+def versions(*more: str) -> dict[str, str]:
+    """Of everything that computes something here. more: packages of a run's own."""
     found = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
-    for package in ("roberta_kernels", "triton", "transformers", "numpy", "pytest-benchmark", *_ENGINES):
+    for package in ("roberta_kernels", "triton", "transformers", "numpy", "pytest-benchmark", *_ENGINES, *more):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -24,7 +24,7 @@ LEVELS = (
     ("models", "patch_report"),
     ("patching",),
     ("verification", "encoding"),
-    ("demo", "api"),
+    ("demo", "api", "ray"),
     ("cli",),
     ("__main__",),
 )

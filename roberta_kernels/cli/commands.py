@@ -8,10 +8,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.text import Text
+from typer.core import TyperCommand
 
 from roberta_kernels._version import __version__
 from roberta_kernels.cli import options
@@ -151,7 +152,17 @@ def demo(
         raise typer.Exit(BROKEN)
 
 
-@app.command()
+class _RayAddressIsOptional(TyperCommand):
+    """`--ray` takes the word after it where there is one that is no option."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        place = args.index("--ray") if "--ray" in args else None
+        if place is not None and (place + 1 == len(args) or args[place + 1].startswith("-")):
+            args = [*args[:place], "--ray", "", *args[place + 1 :]]
+        return super().parse_args(ctx, args)
+
+
+@app.command(cls=_RayAddressIsOptional)
 def encode(
     source: options.SourceArgument,
     output: options.OutputArgument,
@@ -172,46 +183,61 @@ def encode(
     threads: options.ThreadsOption = None,
     overwrite: options.OverwriteOption = False,
     as_json: options.ReportJsonOption = False,
+    ray: options.RayOption = None,
+    workers: options.WorkersOption = None,
+    gpus_per_worker: options.GpusPerWorkerOption = None,
 ) -> None:
     """Embeds a corpus of any size: a row of OUT for each line of IN, in the same order, in bounded memory.
 
     A line that cannot be read becomes a row of NaN (null in Parquet), and OUT.errors.jsonl says why; the exit code is
     still 0, unless no line can be read. Interrupted, the same command goes on where it was (OUT.state.json,
     OUT.partial) and gives the same file. IN may be a pipe (/dev/stdin, with --format), which cannot be continued.
+
+    With --ray, after IN and OUT, IN may be a folder, OUT is a folder of Parquet partitions, and both may be URIs that
+    fsspec knows. Partitions that are there and whole are kept; a line that cannot be read says why in the column error.
     """
     from roberta_kernels.cli import loading
 
     loading.check_environment()
+    if ray is None and (workers is not None or gpus_per_worker is not None):
+        fail("--workers and --gpus-per-worker are options of a run with --ray")
 
     loading.quiet_transformers()
     from roberta_kernels import encoding
 
-    with loading.one_line_errors(source, output):
-        encoding.check_output(output)
-        encoding.check_source(source, options.value(format))
-        loaded, tokenizer = loading.load_for_encoding(model, dtype, own_pooling=pooling is Pooling.auto)
-        loading.use_threads(threads)
-        loading.move(loaded, device)
-        with interruptible():
-            report = encoding.encode(
-                loaded,
-                tokenizer,
-                source,
-                output,
-                pooling=options.value(pooling),
-                normalize=normalize,
-                dtype=output_dtype.value,
-                max_length=max_length,
-                batch_tokens=batch_tokens,
-                window=window or encoding.WINDOW,
-                format=options.value(format),
-                field=field,
-                patch=not original,
-                backend=backend.value,
-                quantization=options.value(quantization),
-                overwrite=overwrite,
-                progress=err.is_terminal,
+    own_pooling = pooling is Pooling.auto
+    wanted: dict[str, Any] = {
+        "pooling": options.value(pooling),
+        "normalize": normalize,
+        "dtype": output_dtype.value,
+        "max_length": max_length,
+        "batch_tokens": batch_tokens,
+        "window": window or encoding.WINDOW,
+        "format": options.value(format),
+        "field": field,
+        "patch": not original,
+        "backend": backend.value,
+        "quantization": options.value(quantization),
+        "overwrite": overwrite,
+        "progress": err.is_terminal,
+    }
+    report: Any
+    if ray is not None:
+        wanted |= {"workers": workers or 1, "gpus_per_worker": gpus_per_worker or 0, "threads": threads or 1}
+        with loading.one_line_errors(output, continued=True), interruptible():
+            report = loading.encode_on_ray(
+                model, dtype, source, output, own_pooling=own_pooling, address=ray or None, device=device, **wanted
             )
+    else:
+        path = Path(source)
+        with loading.one_line_errors(output, continued=path.is_file()):
+            encoding.check_output(Path(output))
+            encoding.check_source(path, options.value(format))
+            loaded, tokenizer = loading.load_for_encoding(model, dtype, own_pooling=own_pooling)
+            loading.use_threads(threads)
+            loading.move(loaded, device)
+            with interruptible():
+                report = encoding.encode(loaded, tokenizer, path, Path(output), **wanted)
     if as_json:
         typer.echo(json.dumps(report.as_dict(), indent=2))
     else:

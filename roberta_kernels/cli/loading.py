@@ -6,6 +6,8 @@ Importing this imports torch, transformers and the whole package, which takes se
 from __future__ import annotations
 
 import contextlib
+import functools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import transformers
 import typer
 from transformers.utils import cached_file, logging
 
-from roberta_kernels import api, backends  # noqa: F401  # api first: it knows the order, and registers the attention
+from roberta_kernels import api, backends, ray  # noqa: F401  # api first: it knows the order, and registers the attention
 from roberta_kernels.backends import BackendError
 from roberta_kernels.cli.console import INTERRUPTED, fail, first_line, say
 from roberta_kernels.cli.options import Dtype, Task
@@ -135,12 +137,12 @@ def load(path: str, task: Task, dtype: Dtype, unused: tuple[str, ...] = ()) -> t
 
 
 @contextlib.contextmanager
-def one_line_errors(source: Path, output: Path) -> Iterator[None]:
-    """What an encoding can end in, as a line and an exit code."""
+def one_line_errors(output: str, *, continued: bool) -> Iterator[None]:
+    """What an encoding can end in, as a line and an exit code. continued: whether one that is interrupted can be."""
     try:
         yield
     except KeyboardInterrupt:
-        kept = "the same command continues it" if source.is_file() else "nothing is kept: its input was a pipe"
+        kept = "the same command continues it" if continued else "nothing is kept: its input was a pipe"
         say(f"interrupted; {kept}")
         raise typer.Exit(INTERRUPTED) from None
     except (ValueError, BackendError) as error:
@@ -159,6 +161,20 @@ def load_for_encoding(path: str, dtype: Dtype, *, own_pooling: bool) -> tuple[An
     for note in notes:
         say(f"note: {note}")
     return model, tokenizer
+
+
+def encode_on_ray(
+    path: str, model_dtype: Dtype, source: str, output: str, *, own_pooling: bool, **wanted: Any
+) -> ray.RayReport:
+    """roberta_kernels.ray.encode with the model of a folder or hub name. wanted: its options."""
+    engine = ray.import_ray()  # before a model is loaded in vain
+    load = functools.partial(load_for_encoding, path, model_dtype, own_pooling=own_pooling)
+    try:
+        return ray.encode(load, source, output, **wanted)
+    except engine.exceptions.RayError as error:
+        # Of an exception in a task Ray gives the whole way; that it ends in says what it is.
+        told = [line for line in str(error).splitlines() if re.match(r"[\w.]+(Error|Exception): ", line)]
+        fail(f"Ray: {told[0] if told else first_line(error)}")
 
 
 def _is_sentence_transformer(path: str) -> bool:

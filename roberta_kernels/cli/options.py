@@ -114,9 +114,15 @@ TrainingSecondsOption = Annotated[
 
 # -- of encode ---------------------------------------------------------------------------------------------------------
 
-SourceArgument = Annotated[Path, typer.Argument(metavar="IN", help="Texts: .txt (one a line), .jsonl or .parquet.")]
+SourceArgument = Annotated[
+    str,
+    typer.Argument(metavar="IN", help="Texts: .txt (one a line), .jsonl or .parquet; with --ray also a folder or URI."),
+]
 OutputArgument = Annotated[
-    Path, typer.Argument(metavar="OUT", help="Embeddings, a row for each text: .npy or .parquet.")
+    str,
+    typer.Argument(
+        metavar="OUT", help="Embeddings, a row for each text: .npy or .parquet; with --ray a folder or URI."
+    ),
 ]
 ModelOption = Annotated[str, typer.Option(metavar="PATH_OR_ID", help="A model folder, or the name of one on a hub.")]
 FormatOption = Annotated[Format, _named(Format, "Of IN: {}; auto: by its extension.")]
@@ -145,5 +151,18 @@ WindowOption = Annotated[
 OriginalOption = Annotated[bool, typer.Option("--original", help="Run the model's own code, not the kernels.")]
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Replace OUT, and begin again where a run was interrupted.")
+]
+RayOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="[ADDRESS]",
+        help="Run on a Ray cluster: at this address, else the one that Ray finds, else one that is started here.",
+    ),
+]
+WorkersOption = Annotated[
+    int | None, typer.Option(min=1, help="With --ray: how many, each with a model and --threads CPUs (one by default).")
+]
+GpusPerWorkerOption = Annotated[
+    float | None, typer.Option(min=0, help="With --ray: GPUs of each worker; by default 0.")
 ]
 ReportJsonOption = Annotated[bool, typer.Option("--json", help="Print the report as JSON instead of a table.")]

@@ -18,7 +18,6 @@ from roberta_kernels.encoding.batching import BATCH_TOKENS, batches_of, counted
 from roberta_kernels.encoding.outputs import FileOutput, MemoryOutput, check_output
 from roberta_kernels.encoding.progress import progress_bar
 from roberta_kernels.encoding.report import EncodeReport
-from roberta_kernels.encoding.sentence_model import as_sentence_model
 from roberta_kernels.encoding.sources import (
     EncodingError,
     InputChangedError,
@@ -27,7 +26,8 @@ from roberta_kernels.encoding.sources import (
     format_of,
     open_source,
 )
-from roberta_kernels.encoding.tokenization import WINDOW, Tokens, Window, windows
+from roberta_kernels.encoding.subject import Subject, subject_of
+from roberta_kernels.encoding.tokenization import WINDOW, Window, windows
 from roberta_kernels.patching import is_patched
 
 OUTPUT_DTYPES = ("float32", "float16")
@@ -36,7 +36,7 @@ OUTPUT_DTYPES = ("float32", "float16")
 def encode(
     model: nn.Module,
     tokenizer: Any,
-    texts: Iterable[str] | Path,
+    texts: Iterable[str] | Path | Source,
     output: str | os.PathLike[str] | None = None,
     *,
     pooling: str | None = None,
@@ -59,7 +59,8 @@ def encode(
         model: a Hugging Face encoder, bare or with a head, which is not used; or a SentenceTransformer of an encoder, a
             pooling and perhaps a normalisation. Runs in evaluation mode, where it is.
         tokenizer: the model's own. None: a SentenceTransformer's.
-        texts: a collection or iterator of strings, or the Path of a file: text (a line each), JSONL or Parquet.
+        texts: a collection or iterator of strings, or the Path of a file: text (a line each), JSONL or Parquet. (A
+            Source is what encoding makes of either; its rows may be Bad.)
         output: the file to write, .npy or .parquet; None: in memory only. With a file, and texts that can be read again
             (anything but an iterator), an interrupted run is continued by the same call, and ends with the same bytes.
         pooling: over a text's token vectors, special tokens included: "mean", "cls" (the first) or "max". None:
@@ -87,31 +88,26 @@ def encode(
         EncodingError (a ValueError): the files, the saved state or the model do not allow it. ValueError: an unknown
         option. TypeError: not a transformers model, no tokenizer, or one string as texts. BackendError. OSError.
     """
-    sentences = as_sentence_model(model, embedding.POOLINGS)
-    if sentences is not None:
-        model, tokenizer = sentences.model, tokenizer or sentences.tokenizer
-        pooling = sentences.pooling if pooling is None else pooling
-        normalize = sentences.normalize if normalize is None else normalize
-    pooling, normalize = pooling or "mean", bool(normalize)
-    _check_options(pooling, dtype, max_length, batch_tokens, window)
-    base = embedding.encoder_of(model)
-    _check_model(model, tokenizer, patch, quantization)
+    check_options(dtype, batch_tokens, window)
+    subject = subject_of(model, tokenizer, pooling, normalize, max_length)
+    if quantization is not None and (not patch or is_patched(subject.model)):
+        raise ValueError("quantization is an option of patching, and this call does not patch the model")
+    base, tokens = subject.base, subject.tokens
     path = _checked_output(output, texts)
-    source = open_source(texts, format, field)
-    tokens = Tokens(tokenizer, _longest(base, tokenizer, max_length), base.config)
+    source = texts if isinstance(texts, Source) else open_source(texts, format, field)
     # Before weights leave memory, which reading them would bring back.
-    weights = embedding.model_fingerprint(base) if path is not None and source.fingerprint is not None else None
-    with embedding.running(model, patch, backend, quantization) as original:
+    identity = subject.identity() if path is not None and source.fingerprint is not None else None
+    with embedding.running(subject.model, patch, backend, quantization) as original:
         device = next(base.parameters()).device.type
         width, unpadded, detours = embedding.probe(base, tokens.pad, original)
         budget = batch_tokens or BATCH_TOKENS.get(device, BATCH_TOKENS["cuda"])
-        job = _Job(base, tokens, source, pooling, normalize, np.dtype(dtype), budget, window, unpadded, detours)
+        job = _Job(subject, source, np.dtype(dtype), budget, window, unpadded, detours)
         target: FileOutput | MemoryOutput
         if path is None:
             target = MemoryOutput(width, job.dtype)
         else:
             form = {"format": format_of(texts, format) if isinstance(texts, Path) else "objects", "field": field}
-            target = FileOutput(path, width, job.dtype, _description(job, weights, form), overwrite)
+            target = FileOutput(path, width, job.dtype, _description(job, identity, form), overwrite)
         resumed, embeddings = _run(job, target, progress)
         return _report(job, target, path, resumed, embeddings)
 
@@ -120,11 +116,8 @@ def encode(
 class _Job:
     """What is to be done, with every option decided. budget: tokens of a batch. detours: why padding is computed."""
 
-    base: Any
-    tokens: Tokens
+    subject: Subject
     source: Source
-    pooling: str
-    normalize: bool
     dtype: np.dtype
     budget: int
     window: int
@@ -135,21 +128,13 @@ class _Job:
 # -- checks ------------------------------------------------------------------------------------------------------------
 
 
-def _check_options(pooling: str, dtype: str, max_length: int | None, batch_tokens: int | None, window: int) -> None:
-    if pooling not in embedding.POOLINGS:
-        raise ValueError(f"pooling must be one of {', '.join(embedding.POOLINGS)}, got {pooling!r}")
+def check_options(dtype: str, batch_tokens: int | None, window: int) -> None:
+    """Raises ValueError."""
     if dtype not in OUTPUT_DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(OUTPUT_DTYPES)}, got {dtype!r}")
-    for name, value in (("max_length", max_length), ("batch_tokens", batch_tokens), ("window", window)):
+    for name, value in (("batch_tokens", batch_tokens), ("window", window)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-
-
-def _check_model(model: nn.Module, tokenizer: Any, patch: bool, quantization: str | None) -> None:
-    if quantization is not None and (not patch or is_patched(model)):
-        raise ValueError("quantization is an option of patching, and this call does not patch the model")
-    if tokenizer is None:
-        raise TypeError("encode needs the model's tokenizer; only a SentenceTransformer brings its own")
 
 
 def _checked_output(output: str | os.PathLike[str] | None, texts: Any) -> Path | None:
@@ -162,38 +147,21 @@ def _checked_output(output: str | os.PathLike[str] | None, texts: Any) -> Path |
     return path
 
 
-def _longest(base: Any, tokenizer: Any, max_length: int | None) -> int:
-    """The most tokens of a text."""
-    longest = embedding.longest_input(base, tokenizer)
-    if max_length is not None and max_length > longest:
-        raise EncodingError(f"max_length must be at most {longest}, which the model takes, got {max_length}")
-    special = tokenizer.num_special_tokens_to_add() if hasattr(tokenizer, "num_special_tokens_to_add") else 0
-    if max_length is not None and max_length <= special:
-        raise EncodingError(
-            f"max_length must be at least {special + 1}, {special} special tokens and one of the text, got {max_length}"
-        )
-    return max_length or longest
-
-
-def _description(job: _Job, weights: str | None, form: dict[str, str]) -> dict[str, Any] | None:
+def _description(job: _Job, identity: dict[str, Any] | None, form: dict[str, str]) -> dict[str, Any] | None:
     """What the bytes of the output depend on; None where the input cannot be read a second time."""
-    if job.source.fingerprint is None:
+    if identity is None:
         return None
     return {
         "version": __version__,
         "input": job.source.fingerprint,
-        "model": weights,
-        "tokenizer": embedding.tokenizer_fingerprint(job.tokens.tokenizer),
+        **identity,
         **form,
-        "pooling": job.pooling,
-        "normalize": job.normalize,
         "dtype": job.dtype.name,
-        "max_length": job.tokens.longest,
         "batch_tokens": job.budget,
         "window": job.window,
-        "device": next(job.base.parameters()).device.type,
+        "device": next(job.subject.base.parameters()).device.type,
         "packed": job.unpadded,
-        "kernels": embedding.kernels(job.base),
+        "kernels": embedding.kernels(job.subject.base),
     }
 
 
@@ -210,7 +178,7 @@ def _run(job: _Job, target: FileOutput | MemoryOutput, progress: bool) -> tuple[
 
         def read_ahead() -> Any:
             rows = next(rest, None)
-            return None if rows is None else ahead.submit(job.tokens.window, rows)
+            return None if rows is None else ahead.submit(job.subject.tokens.window, rows)
 
         future = read_ahead()
         while future is not None:
@@ -229,6 +197,7 @@ def _encode_window(
     job: _Job, target: FileOutput | MemoryOutput, window: Window, progressed: Callable[[int, int], None]
 ) -> int:
     """Encodes and writes a window's rows. Returns how many of them an earlier run had done."""
+    subject = job.subject
     batches = batches_of(window.lengths, job.budget, job.unpadded)
     counts = counted(target.state.counts, window, batches, job.unpadded)
     target.start_window(len(window.lengths), window.bad)
@@ -237,7 +206,7 @@ def _encode_window(
     progressed(len(window.bad) + earlier, 0)
     for rows in batches[done:]:
         ids = [window.ids[row] for row in rows]
-        values = embedding.embed(job.base, ids, job.tokens.pad, job.pooling, job.normalize)
+        values = embedding.embed(subject.base, ids, subject.tokens.pad, subject.pooling, subject.normalize)
         target.write(rows, values.cpu().numpy().astype(job.dtype))
         progressed(len(rows), int(window.lengths[rows].sum()))
     target.end_window(len(window.lengths), counts)
@@ -264,5 +233,5 @@ def _report(
         output=path,
         errors=target.errors_path if isinstance(target, FileOutput) and counts.bad else None,
         embeddings=embeddings,
-        quantization=embedding.patched_quantization(job.base),
+        quantization=embedding.patched_quantization(job.subject.base),
     )

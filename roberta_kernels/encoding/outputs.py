@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from roberta_kernels.encoding.sources import EncodingError, WorthlessRunError, import_pyarrow
-from roberta_kernels.encoding.state import Block, Counts, State
+from roberta_kernels.encoding.state import Block, Counts, State, differences
 
 try:
     import fcntl
@@ -160,12 +160,7 @@ class FileOutput:
                 f"{self._state_path} is of an interrupted run, which a pipe or an iterator cannot continue; "
                 f"{start_again}"
             )
-        now = self._description
-        changed = [
-            f"{key} (was {_short(before.get(key))}, is {_short(now.get(key))})"
-            for key in {**now, **before}
-            if before.get(key) != now.get(key)
-        ]
+        changed = differences(before, self._description)
         if changed:
             raise EncodingError(
                 f"{self._state_path} is of an interrupted run that differs in: {', '.join(changed)}. Continue it with "
@@ -355,8 +350,3 @@ def _replacing(path: Path) -> Iterator[Path]:
         os.replace(new, path)
     finally:
         new.unlink(missing_ok=True)
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 16 else text[:12] + "..."

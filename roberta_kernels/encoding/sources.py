@@ -28,7 +28,7 @@ _NOT_TEXT = {
     b"\xff\xfe": "UTF-16: convert it (iconv -f UTF-16 -t UTF-8)",
     b"\xfe\xff": "UTF-16: convert it (iconv -f UTF-16 -t UTF-8)",
 }
-_MAGIC = 16  # bytes that tell these
+MAGIC = 16  # bytes that tell these
 
 
 class EncodingError(ValueError):
@@ -86,7 +86,7 @@ def check_source(path: Path, format: str | None) -> None:
         import_pyarrow()
     if can_be_read_again(path):
         with open(path, "rb") as file:
-            _check_beginning(path, file.read(_MAGIC), kind)
+            check_beginning(path, file.read(MAGIC), kind)
     elif kind == "parquet":
         raise EncodingError(f"Parquet is read from its end, and {path} is a pipe: write it to a file first")
 
@@ -97,7 +97,8 @@ def can_be_read_again(path: Path) -> bool:
     return stat.S_ISREG(mode) or stat.S_ISDIR(mode)  # opening a folder says what is wrong with that
 
 
-def _check_beginning(path: Path, head: bytes, kind: str) -> None:
+def check_beginning(path: Path | str, head: bytes, kind: str) -> None:
+    """Raises EncodingError for a file that is no text, by its first bytes, where it should be."""
     for magic, what in _NOT_TEXT.items():
         if kind != "parquet" and head.startswith(magic):
             raise EncodingError(f"{path} must be UTF-8 text, got {what}")
@@ -114,7 +115,7 @@ def open_source(texts: Iterable[Any] | Path, format: str | None, field: str) -> 
         check_source(texts, kind)
         if kind == "parquet":
             return _parquet_source(texts, field)
-        return _line_source(texts, _json_text(field) if kind == "jsonl" else lambda line: line)
+        return _line_source(texts, text_parser(kind, field))
     if isinstance(texts, (str, bytes)):
         raise TypeError("texts is one string: give a list of them, or a pathlib.Path to read a file")
     if isinstance(texts, Mapping) or hasattr(texts, "columns") or hasattr(texts, "column_names"):
@@ -178,13 +179,14 @@ def _line_source(path: Path, parse: Callable[[str], Row]) -> Source:
 
 def _rows(path: Path, start: int, end: int | None, parse: Callable[[str], Row]) -> Iterator[Row]:
     with open(path, "rb") as file:
-        _check_beginning(path, file.peek(_MAGIC), "text")
-        for number, line in enumerate(itertools.islice(_lines(file), end)):
+        check_beginning(path, file.peek(MAGIC), "text")
+        for number, line in enumerate(itertools.islice(lines_of(file), end)):
             if number >= start:
-                yield line if isinstance(line, Bad) else _decoded(line, number, parse)
+                yield row_of_line(line, number, parse)
 
 
-def _lines(file: Any) -> Iterator[bytes | Bad]:
+def lines_of(file: Any) -> Iterator[bytes | Bad]:
+    """The lines of a binary file from where it stands, with their ends."""
     while line := file.readline(LONGEST_LINE + 1):
         if len(line) <= LONGEST_LINE:
             yield line
@@ -194,7 +196,10 @@ def _lines(file: Any) -> Iterator[bytes | Bad]:
         yield Bad(f"longer than {LONGEST_LINE} bytes")
 
 
-def _decoded(line: bytes, number: int, parse: Callable[[str], Row]) -> Row:
+def row_of_line(line: bytes | Bad, number: int, parse: Callable[[str], Row]) -> Row:
+    """number: of the line in its file, from 0. parse: of `text_parser`."""
+    if isinstance(line, Bad):
+        return line
     if line.endswith(b"\n"):
         line = line[:-2] if line.endswith(b"\r\n") else line[:-1]
     try:
@@ -205,7 +210,11 @@ def _decoded(line: bytes, number: int, parse: Callable[[str], Row]) -> Row:
     return row if isinstance(row, Bad) else _checked(row)
 
 
-def _json_text(field: str) -> Callable[[str], Any]:
+def text_parser(kind: str, field: str) -> Callable[[str], Any]:
+    """What makes a text, or what is wrong with it, of a decoded line of a "text" or "jsonl" file."""
+    if kind == "text":
+        return lambda line: line
+
     def parse(line: str) -> Any:
         try:
             value = json.loads(line)
@@ -251,6 +260,20 @@ def _parquet_source(path: Path, field: str) -> Source:
             schema, rows = parquet.schema_arrow, parquet.metadata.num_rows
     except pyarrow.ArrowInvalid as error:
         raise EncodingError(f"{path} is not a Parquet file: {error}") from error
+    check_column(path, schema, field)
+
+    def read(start: int) -> Iterator[Row]:
+        with pyarrow.parquet.ParquetFile(path) as parquet:
+            yield from map(row_of_cell, itertools.islice(cells_of(parquet, field), start, None))
+        _unchanged(path, before)
+
+    return Source(rows, digest.hexdigest(), read)
+
+
+def check_column(path: Path | str, schema: Any, field: str) -> None:
+    """Raises EncodingError where a Parquet file's schema has no such column of text."""
+    import pyarrow
+
     if field not in schema.names:
         raise EncodingError(f"{path} has no column {field!r}; it has: {', '.join(schema.names)}")
     kind = schema.field(field).type
@@ -258,22 +281,22 @@ def _parquet_source(path: Path, field: str) -> Source:
     if not (pyarrow.types.is_string(value) or pyarrow.types.is_large_string(value)):
         raise EncodingError(f"column {field!r} of {path} is not text, but {kind}")
 
-    def read(start: int) -> Iterator[Row]:
-        number = 0
-        with pyarrow.parquet.ParquetFile(path) as parquet:
-            for batch in parquet.iter_batches(batch_size=1024, columns=[field]):
-                if number + len(batch) > start:
-                    # As bytes, because one value that is not UTF-8 would make the whole batch fail.
-                    column = batch.column(0).cast(value).cast(pyarrow.large_binary())
-                    for cell in column[max(0, start - number) :]:
-                        yield _cell(cell.as_py())
-                number += len(batch)
-        _unchanged(path, before)
 
-    return Source(rows, digest.hexdigest(), read)
+def cells_of(parquet: Any, field: str, row_groups: list[int] | None = None) -> Iterator[bytes | None]:
+    """A column of text of an open ParquetFile, of these row groups or all."""
+    for batch in parquet.iter_batches(batch_size=1024, row_groups=row_groups, columns=[field]):
+        yield from column_bytes(batch.column(0))
 
 
-def _cell(value: bytes | None) -> Row:
+def column_bytes(column: Any) -> list[bytes | None]:
+    """A pyarrow array of text as bytes, because one value that is not UTF-8 would make all of it fail."""
+    import pyarrow
+
+    value = column.type.value_type if pyarrow.types.is_dictionary(column.type) else column.type
+    return column.cast(value).cast(pyarrow.large_binary()).to_pylist()
+
+
+def row_of_cell(value: bytes | None) -> Row:
     if value is None:
         return Bad("null")
     if len(value) > LONGEST_LINE:

@@ -85,3 +85,17 @@ class State:
         if not all(type(number) is int and number >= 0 for number in numbers):
             raise TypeError("not all are counts")
         return state
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """In words, what differs between two descriptions of what a run depends on."""
+    return [
+        f"{key} (was {_short(before.get(key))}, is {_short(now.get(key))})"
+        for key in {**now, **before}
+        if before.get(key) != now.get(key)
+    ]
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 16 else text[:12] + "..."

@@ -1,0 +1,160 @@
+"""What Ray costs: a corpus by two workers of one thread each, against one process of two threads.
+
+The texts are docstrings of Python's standard library in a JSONL file; the model has the size of all-MiniLM-L6-v2 and
+random weights. Rates are of reading, tokenizing and encoding, with everything started; that of the whole run, from the
+call to the last part, is told beside them. In turns, as everywhere: what disturbs the machine disturbs both.
+
+* `start`: ray.init(), of a cluster on this machine.
+* `first`: of a run of one row, from the call to the end: index, workers that start, import torch and load the model.
+* `row`: of a run of a model so small that Ray and the files are what takes the time, over one that is `first`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks import machine
+from benchmarks.results_file import commit, save
+
+SIZES = {
+    "MiniLM": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
+    "tiny": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64},
+}
+ROWS, WINDOW, TURNS, WORKERS, VOCABULARY = 4096, 256, 3, 2, 8000
+
+
+def prepare(folder: Path, rows: int) -> None:
+    """Models with their tokenizer, and the texts."""
+    import torch
+    from transformers import RobertaConfig, RobertaModel
+
+    from roberta_kernels.demo.corpus import docstrings, train_tokenizer
+
+    texts = docstrings()
+    texts = (texts * (1 + rows // len(texts)))[:rows]
+    tokenizer = train_tokenizer(texts[:4000], VOCABULARY)
+    for name, size in SIZES.items():
+        torch.manual_seed(0)
+        config = RobertaConfig(vocab_size=VOCABULARY, max_position_embeddings=514, pad_token_id=1, **size)
+        RobertaModel(config).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    for name, count in (("texts", rows), ("one", 1)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:count]))
+
+
+def load(path: str) -> tuple[Any, Any]:
+    from transformers import AutoModel, AutoTokenizer
+
+    return AutoModel.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+
+
+def alone(folder: Path, model: str, output: Path) -> int:
+    """One process of as many threads as there are workers; prints its report."""
+    import torch
+
+    from roberta_kernels import encode
+
+    torch.set_num_threads(WORKERS)
+    report = encode(*load(str(folder / model)), folder / "texts.jsonl", output, overwrite=True, window=WINDOW)
+    print(json.dumps(report.as_dict()))
+    return 0
+
+
+def measure(folder: Path, console: Console, *, smoke: bool) -> dict[str, Any]:
+    import ray
+
+    from roberta_kernels import ray as rk_ray
+
+    turns = 1 if smoke else TURNS
+    prepare(folder, 40 if smoke else ROWS)
+    results: dict[str, Any] = {
+        "cluster": True,
+        "quick": smoke,
+        "datetime": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit_info": commit(),
+        "machine_info": machine.machine("cpu"),
+        "versions": machine.versions("ray", "pyarrow"),
+        "load_average_at_start": machine.load_average(),
+    }
+    began = time.perf_counter()
+    ray.init(address="local", num_cpus=WORKERS, log_to_driver=False, logging_level="warning")
+    results["start_s"] = time.perf_counter() - began
+
+    def on_ray(model: str, texts: str, workers: int) -> rk_ray.RayReport:
+        output = folder / "out"
+        return rk_ray.encode(
+            functools.partial(load, str(folder / model)),
+            folder / f"{texts}.jsonl",
+            output,
+            workers=workers,
+            window=WINDOW,
+            overwrite=True,
+        )
+
+    on_ray("tiny", "one", 1)  # Ray Data itself is imported, and its first run prepared
+    results["first_s"] = [on_ray("MiniLM", "one", WORKERS).seconds for _ in range(turns)]
+    rates = []
+    for _ in range(turns):
+        command = [sys.executable, "-m", "benchmarks.cluster", str(folder), "MiniLM", str(folder / "out.parquet")]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+        one, two = json.loads(done.stdout.splitlines()[-1]), on_ray("MiniLM", "texts", WORKERS)
+        if one["tokens"] != two.tokens:
+            raise RuntimeError("the two did not encode the same texts")
+        steady = two.tokens / (two.worker_seconds / WORKERS)
+        rates.append({"alone": one["tokens_per_second"], "workers": steady, "whole_run": two.tokens_per_second})
+        console.print(rates[-1])
+    results["tokens_per_s"] = rates
+    small = [on_ray("tiny", "texts", WORKERS) for _ in range(turns)]
+    results["rows"] = small[0].texts
+    results["tiny_s"] = [report.seconds for report in small]
+    results["tiny_encoding_s"] = [report.worker_seconds / WORKERS for report in small]
+    ray.shutdown()
+    first = statistics.median(results["first_s"])
+    results["row_us"] = statistics.median(
+        1e6 * (whole - encoding - first) / results["rows"]
+        for whole, encoding in zip(results["tiny_s"], results["tiny_encoding_s"], strict=True)
+    )
+    return results
+
+
+def lines(results: dict[str, Any]) -> list[str]:
+    """The results in words."""
+    info, turns = results["machine_info"], results["tokens_per_s"]
+    rate = {name: statistics.median(turn[name] for turn in turns) for name in turns[0]}
+    ratio = statistics.median(turn["workers"] / turn["alone"] for turn in turns)
+    load, first = results["load_average_at_start"], statistics.median(results["first_s"])
+    return [
+        f"{results['rows']} docstrings, a model of MiniLM's size, {info['cpu']}, load {load:.1f}",
+        f"one process of {WORKERS} threads: {rate['alone']:,.0f} tokens/s",
+        f"{WORKERS} workers of one thread: {rate['workers']:,.0f} tokens/s while they encode ({ratio:.2f} times), "
+        f"{rate['whole_run']:,.0f} with starting and ending",
+        f"Ray: {results['start_s']:.1f} s to start, {first:.1f} s from a call to its first row, "
+        f"{results['row_us']:.0f} us a row",
+    ]
+
+
+def run(arguments: argparse.Namespace, console: Console, folder: Path) -> int:
+    """Writes cluster.json into folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="bench-cluster-") as work:
+        results = measure(Path(work), console, smoke=arguments.smoke)
+    save(folder / "cluster.json", results)
+    for line in lines(results):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(alone(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])))

@@ -1,0 +1,10 @@
+"""A corpus larger than a machine: encode() on Ray Data (docs/design.md, section 11; docs/encoding.md, "On a cluster").
+
+Ray is the engine, and the extra `ray` installs it. Importing this does not import it.
+"""
+
+from roberta_kernels.ray.encoder import Encoder
+from roberta_kernels.ray.report import RayReport
+from roberta_kernels.ray.run import encode, import_ray
+
+__all__ = ["Encoder", "RayReport", "encode", "import_ray"]
