@@ -72,9 +72,7 @@ def main() -> None:
     trained = DistributedDataParallel(model) if parallel else model
 
     for step in range(len(losses), given.steps):
-        torch.manual_seed(
-            step
-        )  # the batch and its masks: those of this step, in any process and after any interruption
+        torch.manual_seed(step)  # the batch and its masks are the step's, in any process and after any interruption
         batch = collate([{"input_ids": row} for row in rows[torch.randint(len(rows), (given.batch,))]])
         count = (batch["labels"] != -100).sum()  # in all processes
         torch.manual_seed(given.steps + step * world + rank)  # dropout
@@ -100,6 +98,8 @@ def main() -> None:
         if rank == 0 and ((step + 1) % given.save == 0 or step + 1 == given.steps):
             save(given.out, model, tokenizer, optimizer, schedule, losses)
     if parallel:
+        # Gloo's threads let go of the last sum first: DDP's end waits for them with Python's lock, which they may need.
+        dist.barrier()
         dist.destroy_process_group()
 
 

@@ -27,14 +27,14 @@ _FEWEST_WORDS = 512
 _BLOCK = 1024
 
 
-@triton.jit(do_not_specialize=["first", "words", "stride16"])
+@triton.jit(do_not_specialize=["rows", "first", "words", "stride16"])
 def linear_cross_entropy_forward_kernel(
     logits_ptr,  # [T, stride]: those of the words from `first` on, and what is not read
     bias_ptr,  # [V], or None
     labels_ptr,  # [T]
-    largest_ptr,  # [T] float32
-    sum_ptr,  # [T] float32: of exp(logit - largest)
+    statistics_ptr,  # [2, T] float32: largest logit, sum of exp(logit - largest)
     at_label_ptr,  # [T] float32: the label's logit
+    rows,
     first,
     words,
     stride16,  # the stride over 16: so that loads are known to be aligned
@@ -56,13 +56,13 @@ def linear_cross_entropy_forward_kernel(
         shift = tl.where(larger > float("-inf"), larger, 0.0)
         total = total * tl.exp(largest - shift) + tl.exp(x - shift)
         largest = larger
-    before = tl.load(largest_ptr + row)
+    largest_ptr = statistics_ptr + row
+    sum_ptr = largest_ptr + rows
+    before = tl.load(largest_ptr)
     most = tl.maximum(tl.max(largest, 0), before)
     shift = tl.where(most > float("-inf"), most, 0.0)
-    tl.store(
-        sum_ptr + row, tl.sum(total * tl.exp(largest - shift), 0) + tl.load(sum_ptr + row) * tl.exp(before - shift)
-    )
-    tl.store(largest_ptr + row, most)
+    tl.store(sum_ptr, tl.sum(total * tl.exp(largest - shift), 0) + tl.load(sum_ptr) * tl.exp(before - shift))
+    tl.store(largest_ptr, most)
     label = tl.load(labels_ptr + row) - first
     here = (label >= 0) & (label < words)
     at_label = tl.load(logits_row + label, mask=here, other=0.0).to(tl.float32)
@@ -71,14 +71,14 @@ def linear_cross_entropy_forward_kernel(
     tl.store(at_label_ptr + row, at_label, mask=here)
 
 
-@triton.jit(do_not_specialize=["first", "words", "stride16", "ignore_index"])
+@triton.jit(do_not_specialize=["rows", "first", "words", "stride16", "ignore_index"])
 def linear_cross_entropy_backward_kernel(
     logits_ptr,  # [T, stride]: those of the words from `first` on; their gradient afterwards
     bias_ptr,  # [V], or None
     labels_ptr,  # [T]
-    largest_ptr,  # [T] float32
-    log_sum_ptr,  # [T] float32
+    statistics_ptr,  # [2, T] float32: largest logit, log(sum(exp(logit - largest)))
     grad_loss_ptr,  # [T] float32
+    rows,
     first,
     words,
     stride16,
@@ -94,9 +94,10 @@ def linear_cross_entropy_backward_kernel(
     if bias_ptr is not None:
         x += tl.load(bias_ptr + first + word, mask=inside, other=0.0).to(tl.float32)
     label = tl.load(labels_ptr + row)
-    p = tl.exp((x - tl.load(largest_ptr + row)) - tl.load(log_sum_ptr + row))
+    p = tl.exp((x - tl.load(statistics_ptr + row)) - tl.load(statistics_ptr + rows + row))
     p = tl.where(word == label - first, p - 1.0, p)
-    grad = tl.where(label == ignore_index, 0.0, p * tl.load(grad_loss_ptr + row))
+    # Beside the words too there is a number: products of odd widths on a CPU read it, and multiply it with zero.
+    grad = tl.where(inside & (label != ignore_index), p * tl.load(grad_loss_ptr + row), 0.0)
     tl.store(here, grad.to(logits_ptr.dtype.element_ty), mask=word < stride)
 
 
@@ -133,7 +134,7 @@ def linear_cross_entropy_forward(
             for first, some, logits in _chunks(x, weight):
                 torch.mm(x, some.t(), out=logits)
                 linear_cross_entropy_forward_kernel[(rows,)](
-                    logits, bias, labels, largest, total, at_label, first, some.shape[0], logits.stride(0) // 16,
+                    logits, bias, labels, statistics, at_label, rows, first, some.shape[0], logits.stride(0) // 16,
                     BLOCK=_BLOCK, num_warps=4,
                 )  # fmt: skip
     total.log_()
@@ -157,14 +158,14 @@ def linear_cross_entropy_backward(
     if rows == 0:
         return torch.empty_like(x), grad_weight.zero_(), grad_bias.zero_()
     x, weight, labels, grad_loss = x.contiguous(), weight.contiguous(), labels.contiguous(), grad_loss.contiguous()
-    largest, log_sum = statistics.contiguous().unbind(0)
+    statistics = statistics.contiguous()
     grad_x = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     with device_facts.on_device(x):
         for first, some, logits in _chunks(x, weight):
             words = some.shape[0]
             torch.mm(x, some.t(), out=logits)
             linear_cross_entropy_backward_kernel[(rows, triton.cdiv(words, _BLOCK))](
-                logits, bias, labels, largest, log_sum, grad_loss, first, words, logits.stride(0) // 16, ignore_index,
+                logits, bias, labels, statistics, grad_loss, rows, first, words, logits.stride(0) // 16, ignore_index,
                 BLOCK=_BLOCK, num_warps=4,
             )  # fmt: skip
             grad_x += torch.mm(logits, some)
