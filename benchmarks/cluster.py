@@ -12,7 +12,6 @@ call to the last part, is told beside them. In turns, as everywhere: what distur
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
 import json
 import statistics
@@ -26,7 +25,7 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks import machine
-from benchmarks.results_file import commit, save
+from benchmarks.results_file import save
 
 SIZES = {
     "MiniLM": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
@@ -82,11 +81,7 @@ def measure(folder: Path, console: Console, *, smoke: bool) -> dict[str, Any]:
     results: dict[str, Any] = {
         "cluster": True,
         "quick": smoke,
-        "datetime": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit_info": commit(),
-        "machine_info": machine.machine("cpu"),
-        "versions": machine.versions("ray", "pyarrow"),
-        "load_average_at_start": machine.load_average(),
+        **machine.conditions("cpu", "ray", "pyarrow"),
     }
     began = time.perf_counter()
     ray.init(address="local", num_cpus=WORKERS, log_to_driver=False, logging_level="warning")

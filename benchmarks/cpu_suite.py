@@ -16,7 +16,6 @@ which is written after every part.
 
 from __future__ import annotations
 
-import datetime
 import functools
 import inspect
 import json
@@ -36,7 +35,7 @@ from benchmarks import corpus, machine, timing
 from benchmarks.engines import ENGINES, INPUTS, Engine
 from benchmarks.gpu_suite.jobs import Job, run_jobs
 from benchmarks.models import Prepared, Runner, compiled, model_config, original, patched, run_models
-from benchmarks.results_file import commit, save
+from benchmarks.results_file import save
 from benchmarks.roofs import measure_roofs
 from benchmarks.timing import Clock
 from benchmarks.workloads import CPU_MODEL_BATCHES, SMOKE_MODEL_BATCHES, scaling_plan
@@ -222,11 +221,7 @@ class CpuSuite:
             "roberta_kernels_schema": SCHEMA,
             "whole_models": True,
             "quick": smoke,
-            "datetime": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "commit_info": commit(),
-            "machine_info": machine.machine("cpu"),
-            "versions": machine.versions(),
-            "load_average_at_start": machine.load_average(),
+            **machine.conditions("cpu"),
             "roofs": None,
             "unavailable": {},
             "benchmarks": [],

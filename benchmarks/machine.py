@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib.metadata
 import os
 import platform
@@ -9,9 +10,21 @@ from typing import Any
 
 import torch
 
+from benchmarks.results_file import commit
 from roberta_kernels import backends
 
 _ENGINES = ("onnx", "onnxruntime", "openvino")
+
+
+def conditions(device: str, *packages: str) -> dict[str, Any]:
+    """What a result file says of its run: when, which code, on what, beside what. packages: as in versions()."""
+    return {
+        "datetime": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit_info": commit(),
+        "machine_info": machine(device),
+        "versions": versions(*packages),
+        "load_average_at_start": load_average(),
+    }
 
 
 def pick_device(wanted: str | None) -> str:

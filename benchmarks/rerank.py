@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import functools
 import importlib
 import itertools
@@ -35,7 +34,7 @@ from torch import Tensor, nn
 from benchmarks import machine, timing
 from benchmarks.engines import ENGINES, INPUTS, Engine
 from benchmarks.models import model_config, original
-from benchmarks.results_file import commit, save
+from benchmarks.results_file import save
 from benchmarks.runner import first_line, percentile, relative_error
 from benchmarks.timing import Call, Clock
 from roberta_kernels import patch, tolerance
@@ -203,11 +202,7 @@ def measure(folder: Path, console: Console, *, smoke: bool) -> dict[str, Any]:
     results: dict[str, Any] = {
         "rerank": True,
         "quick": smoke,
-        "datetime": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit_info": commit(),
-        "machine_info": machine.machine("cpu"),
-        "versions": machine.versions("sentence-transformers", "optimum", "optimum-onnx", "optimum-intel"),
-        "load_average_at_start": machine.load_average(),
+        **machine.conditions("cpu", "sentence-transformers", "optimum", "optimum-onnx", "optimum-intel"),
         "questions": len(questions),
         "tokens": tokens,
         "unavailable": missing,

@@ -71,7 +71,7 @@ static long long on_tiles(long long rounds, float* out, int along_k, Dot dot) {
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    // Numbers, not zeros: with zeros the units draw less power, and the clock is higher than it ever is at work.
+    // Numbers, not zeros: how fast the units are may depend on what they multiply.
     alignas(64) unsigned short operand[512];
     unsigned state = 1;
     const auto fill = [&] {
