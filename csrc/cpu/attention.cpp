@@ -15,12 +15,14 @@
 // a sum over them.
 #include "csrc/cpu/attention.h"
 
+#include "csrc/cpu/key_dropout.h"
 #include "csrc/cpu/scratch.h"
 #include "csrc/cpu/simd.h"
 #include "csrc/cpu/small_gemm.h"
 #include "csrc/cpu/util.h"
 #if defined(RK_CPU_ISA_AMX)
 #    include "csrc/cpu/tile_attention.h"
+#    include "csrc/cpu/tile_attention_backward.h"
 #    include "csrc/cpu/tile_layers.h"
 #endif
 
@@ -142,29 +144,6 @@ Keys gather_keys(const AttentionArgs& a, int64_t sequence, int64_t head, bool in
     }
     return keys;
 }
-
-// Dropout factors of one vector of queries down the keys: four adjacent keys share a Philox block.
-struct KeyDropout {
-    Dropout dropout;
-    vu32 row;
-    uint32_t head;
-    int64_t block = -1;
-    vu32 words[4];
-
-    KeyDropout(const Dropout& d, int64_t first_row, int64_t h)
-        : dropout(d),
-          row((vu32)lane_index() + static_cast<uint32_t>(first_row)),
-          head(static_cast<uint32_t>(h)),
-          words{} {}
-    vf32 multiplier(int64_t key) {
-        if (key >> 2 != block) {
-            block = key >> 2;
-            philox(set1(static_cast<uint32_t>(block)), row, set1(head), dropout.key0, dropout.key1, words);
-        }
-        const vi32 keep = words[key & 3] >= set1(dropout.threshold);
-        return (vf32)(keep & (vi32)set1(dropout.scale));
-    }
-};
 
 // -inf where causal attention hides a key: query lane i (of all vectors) sees key index[j] when it is <= last
 // + i.
@@ -346,6 +325,7 @@ struct NoTiles {
     NoTiles(const AttentionArgs&, int64_t) {}
     bool bring(int64_t, int64_t) { return false; }
     bool block(int64_t) { return false; }
+    bool run(int64_t, int64_t) { return false; }
 };
 
 // A task is up to kBlocksOfTask blocks of queries of a head.
@@ -574,7 +554,7 @@ struct BackwardMemory {
     }
 };
 
-template <class T>
+template <class T, class Tiles = NoTiles>
 void backward(const AttentionArgs& a) {
     const int64_t longest = longest_sequence(a.cu_seqlens_k, a.batch);
     const auto cost = [&](int64_t b) { return 5 * score_work(a, b) + 1.0; };
@@ -595,10 +575,12 @@ void backward(const AttentionArgs& a) {
         a, [&](int64_t) { return a.heads; }, cost,
         [&](const Plan& plan, int64_t task, int64_t end) {
             const BackwardMemory memory(a, longest);
+            Tiles tiles(a, longest);
             int64_t sequence = 0;
             for (; task < end; ++task) {
                 while (plan.first_task[sequence + 1] <= task) ++sequence;
                 const int64_t head = task - plan.first_task[sequence];
+                if (tiles.run(sequence, head)) continue;
                 const Keys keys = gather_keys<T>(a, sequence, head, false, memory.keys);
                 backward_head<T>(a, memory.s, keys, sequence, head);
             }

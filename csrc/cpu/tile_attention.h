@@ -25,6 +25,7 @@
 #pragma once
 #include "csrc/cpu/attention.h"
 #include "csrc/cpu/tile_blocks.h"
+#include "csrc/cpu/tile_heads.h"
 
 namespace rk::cpu::RK_CPU_ISA {
 
@@ -56,21 +57,19 @@ class TileAttention {
         scores_ = memory.take<float>(kTileKeys / kGroup32 * kStripFloats);
         p_ = memory.take<char>(kTileKeys / kGroup32 * kParts * kTileBytes);
         out_ = memory.take<float>(steps_ * 3 * kTileFloats * 2);
-        index_ = memory.take<int32_t>(longest);
+        keys_.index = memory.take<int32_t>(longest);
         rows_[0] = memory.take<T>(rows), rows_[1] = memory.take<T>(rows);
     }
 
     // Makes the tiles of K and V^T. False: this (sequence, head) is not for tiles.
     bool bring(int64_t sequence, int64_t head) {
         sequence_ = sequence, head_ = head;
-        begin_k_ = a_.cu_seqlens_k[sequence], length_k_ = a_.cu_seqlens_k[sequence + 1] - begin_k_;
-        count_ = 0;
-        for (int64_t j = 0; j < length_k_; ++j)
-            if (a_.key_mask == nullptr || a_.key_mask[begin_k_ + j]) index_[count_++] = int32_t(j);
-        if (count_ < kFewestKeys || !(a_.scale > 0.0f)) return false;
-        const Rows k = kept_rows(a_.k, rows_[0]), v = kept_rows(a_.v, rows_[1]);
+        keys_.find(a_, sequence);
+        if (keys_.count < kFewestKeys || !(a_.scale > 0.0f)) return false;
+        const Rows k = keys_.rows(a_.k, head, a_.head_dim, rows_[0]);
+        const Rows v = keys_.rows(a_.v, head, a_.head_dim, rows_[1]);
         const bool finite = pack_keys(k, v);
-        return pack_values(v) && finite;
+        return pack_columns<kParts>(v, v_) && finite;
     }
 
     // The block that starts at a query. False: nothing was written, it is not for tiles.
@@ -78,12 +77,10 @@ class TileAttention {
         const int64_t begin = a_.cu_seqlens_q[sequence_], length = a_.cu_seqlens_q[sequence_ + 1] - begin;
         first_row_ = begin + first_query, queries_ = int(min64(length - first_query, kTileQueries));
         T* const out = static_cast<T*>(a_.out) + (first_row_ * a_.heads + head_) * a_.head_dim;
-        for (int i = 0; i < queries_; ++i) ask(out + i * a_.heads * a_.head_dim);
+        for (int i = 0; i < queries_; ++i) Rows::ask_row(out + i * a_.heads * a_.head_dim, a_.head_dim);
         if (!pack_queries()) return false;
-        last_ = first_query + length_k_ - length;
-        int64_t visible = count_;
-        if (a_.causal)
-            while (visible > 0 && index_[visible - 1] > last_ + queries_ - 1) --visible;
+        last_ = first_query + keys_.length - length;
+        const int64_t visible = a_.causal ? keys_.visible(last_ + queries_ - 1) : keys_.count;
         const int groups = int(ceil_div(queries_, kTileSide));
         for (int i = 0; i < groups * kTileSide; ++i) max_[i] = -__builtin_inff(), sum_[i] = 0.0f;
         for (int64_t key = 0; key < visible; key += kTileKeys) {
@@ -99,131 +96,28 @@ class TileAttention {
     }
 
   private:
-    struct Rows {
-        const T* data;
-        int64_t stride;
-    };
-    // Of the keys that may be seen, one after the other.
-    Rows kept_rows(const HeadsView& view, T* room) const {
-        const T* const from =
-            static_cast<const T*>(view.data) + begin_k_ * view.token_stride + head_ * view.head_stride;
-        if (count_ == length_k_) return {from, view.token_stride};
-        for (int64_t j = 0; j < count_; ++j)
-            __builtin_memcpy(room + j * a_.head_dim, from + index_[j] * view.token_stride,
-                             size_t(a_.head_dim) * sizeof(T));
-        return {room, a_.head_dim};
-    }
+    using Rows = HeadRows<T>;
 
-    // Asks the memory for rows of keys that will be read.
-    void ask(const Rows& rows, int64_t first, int64_t count) const {
-        for (int64_t r = first; r < min64(first + count, count_); ++r) ask(rows.data + r * rows.stride);
-    }
-    void ask(const T* row) const {
-        for (int64_t i = 0; i < a_.head_dim; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + i);
-    }
-
-    // Some rows (up to 16) of one step of 32 elements, parts part_bytes apart.
-    template <class E>
-    static vu32 split_rows(const E* from, int64_t stride, int rows, int64_t left, char* to,
-                           int64_t part_bytes) {
-        vu32 largest{};
-        for (int r = 0; r < rows; ++r)
-            largest = larger(largest,
-                             split_step<kParts>(from + r * stride, left, to + r * kTileRowBytes, part_bytes));
-        if (has_special(largest))
-            for (int r = 0; r < rows; ++r)
-                if (split_special_step<kParts>(from + r * stride, left, to + r * kTileRowBytes, part_bytes))
-                    return set1(~uint32_t{0});
-        return vu32{};
-    }
-
-    // False: there is an infinity or NaN (not told of bfloat16).
     bool pack_keys(const Rows& k, const Rows& v) {
         vu32 found{};
-        ask(k, 0, 2 * kTileSide);
-        for (int64_t key = 0; key < count_; key += kTileSide) {
-            const int rows = int(min64(kTileSide, count_ - key));
-            ask(k, key + 2 * kTileSide, kTileSide), ask(v, key, kTileSide);
-            for (int64_t step = 0; step < steps_; ++step) {
-                char* const to = k_ + key / kGroup32 * strip_bytes_ + step * kPairBytes +
-                                 key % kGroup32 / kTileSide * kTileBytes;
-                if (rows < kTileSide)
-                    for (int part = 0; part < kParts; ++part)
-                        __builtin_memset(to + part * steps_ * kPairBytes, 0, kTileBytes);
-                found |= split_rows(k.data + key * k.stride + step * kStepElements, k.stride, rows,
-                                    a_.head_dim - step * kStepElements, to, steps_ * kPairBytes);
-            }
-        }
-        return !any((vi32)found);
-    }
-    bool pack_values(const Rows& v) {
-        const int64_t strip_bytes = key_steps() * kParts * kPairBytes, part_bytes = key_steps() * kPairBytes;
-        if constexpr (sizeof(T) == 2) {  // pairs are turned as words
-            for (int64_t column = 0; column < a_.head_dim; column += kGroup32)
-                pack_strip_across<1>(v.data + column, int(min64(kGroup32, a_.head_dim - column)), v.stride,
-                                     count_, key_steps(), v_ + column / kGroup32 * strip_bytes, nullptr);
-            return true;
-        }
-        vu32 found{};
-        for (int64_t column = 0; column < steps_ * kGroup32; column += kTileSide) {
-            const T* const from = v.data + column;
-            const int64_t left = a_.head_dim - column;
-            char* to = v_ + column / kGroup32 * strip_bytes + column % kGroup32 / kTileSide * kTileBytes;
-            for (int64_t key = 0; key < count_; key += kGroup32, to += kPairBytes) {
-                alignas(64) float turned[kTileSide * kGroup32];
-                for (int half = 0; half < kGroup32; half += kTileSide)
-                    turn(from + (key + half) * v.stride, v.stride, count_ - key - half, left, turned + half,
-                         kGroup32);
-                found |= split_rows(turned, kGroup32, kTileSide, kGroup32, to, part_bytes);
-            }
+        k.ask(0, 2 * kTileSide);
+        for (int64_t key = 0; key < keys_.count; key += kTileSide) {
+            k.ask(key + 2 * kTileSide, kTileSide), v.ask(key, kTileSide);
+            found |= pack_rows<kParts>(k, key, k_);
         }
         return !any((vi32)found);
     }
     bool pack_queries() {
-        const T* const from =
-            static_cast<const T*>(a_.q.data) + first_row_ * a_.q.token_stride + head_ * a_.q.head_stride;
+        const Rows q = head_rows<T>(a_.q, first_row_, queries_, head_, a_.head_dim);
         bool finite = true;
         for (int query = 0; query < queries_; query += kTileSide)
-            for (int64_t step = 0; step < steps_; ++step) {
-                char* const to = q_ + query / kGroup32 * strip_bytes_ + step * kPairBytes +
-                                 query % kGroup32 / kTileSide * kTileBytes;
-                if constexpr (sizeof(T) == 2) {
-                    alignas(64) char rows[kTileBytes] = {};
-                    split_rows(from + query * a_.q.token_stride + step * kStepElements, a_.q.token_stride,
-                               int(min64(kTileSide, queries_ - query)), a_.head_dim - step * kStepElements,
-                               rows, 0);
-                    transpose_tile(rows, to);
-                    continue;
-                }
-                alignas(64) float turned[kStepElements * kTileSide];
-                for (int half = 0; half < kStepElements; half += kTileSide)
-                    turn(from + query * a_.q.token_stride + step * kStepElements + half, a_.q.token_stride,
-                         queries_ - query, a_.head_dim - step * kStepElements - half,
-                         turned + half * kTileSide, kTileSide);
-                interleave_step<kParts>(turned, kTileSide, kTileSide, kStepElements, to, steps_ * kPairBytes,
-                                        [&](int) { finite = false; });
-            }
+            finite &= pack_rows_turned<kParts>(
+                q.some(query, kTileSide),
+                q_ + query / kGroup32 * strip_bytes_ + query % kGroup32 / kTileSide * kTileBytes);
         return finite;
     }
 
-    // to[column][row] of up to 16 rows and columns; what is not there is zero.
-    static RK_INLINE void turn(const T* from, int64_t stride, int64_t rows, int64_t columns, float* to,
-                               int64_t to_stride) {
-        for (int r = 0; r < kTileSide; r += kLanes)
-            for (int c = 0; c < kTileSide; c += kLanes) {
-                vf32 square[kLanes];
-#pragma GCC unroll 16
-                for (int i = 0; i < kLanes; ++i)
-                    square[i] = r + i < rows && c < columns
-                                    ? load_some(from + (r + i) * stride + c, int(columns - c))
-                                    : zero();
-                transpose(square);
-#pragma GCC unroll 16
-                for (int i = 0; i < kLanes; ++i) store(to + (c + i) * to_stride + r, square[i]);
-            }
-    }
-
-    int64_t key_steps() const { return ceil_div(count_, kGroup32); }
+    int64_t key_steps() const { return ceil_div(keys_.count, kGroup32); }
 
     // ---- scores ----
 
@@ -238,24 +132,17 @@ class TileAttention {
                 const StepsOf of{k, q_ + panel * strip_bytes_, steps_ * kPairBytes, steps_ * kPairBytes,
                                  steps_};
                 const int here = queries_ - panel * kGroup32;
-                here > kTileSide ? multiply_block<2>(of, block) : multiply_block<1>(of, block);
+                here > kTileSide ? multiply_steps<kParts, 2>(of, block, false)
+                                 : multiply_steps<kParts, 1>(of, block, false);
                 for (int half = 0; half * kTileSide < here && half < 2; ++half)
                     look(block + half * kTileFloats, key + strip * kGroup32, rows,
                          panel * kGroup32 + half * kTileSide);
             }
         }
     }
-    template <int kHalves>
-    static void multiply_block(const StepsOf& of, float* block) {
-        WriteAhead none;
-        zero_sums<kHalves>();
-        if constexpr (kParts > 1) multiply_small<kParts, kHalves>(of, &none, 0);
-        multiply_large<kHalves>(of.w, of.x, of.steps);
-        store_sums<kHalves>(block);
-    }
     // Hides what causal attention hides of one half, whose keys lie in two tiles, and takes the maximum.
     void look(float* tiles, int64_t key, int rows, int query) {
-        const bool hides = a_.causal && index_[key + rows - 1] > last_ + query;
+        const bool hides = a_.causal && keys_.index[key + rows - 1] > last_ + query;
         for (int v = 0; v < kTileSide; v += kLanes) {
             vf32 top[4];
             for (vf32& t : top) t = load(top_ + query + v);
@@ -263,7 +150,7 @@ class TileAttention {
                 float* const at = block_row(tiles, row, 0) + v;
                 vf32 s = load(at);
                 if (hides) {
-                    const vi32 hidden = lane_index() < set1(int32_t(index_[key + row] - last_ - query - v));
+                    const vi32 hidden = lane_index() < set1(int32_t(keys_.index[key + row] - last_ - query - v));
                     s = select(hidden, set1(-__builtin_inff()), s);
                     store(at, s);
                 }
@@ -401,19 +288,9 @@ class TileAttention {
             factor[i] = blind ? 0.0f : 1.0f / sum;
         }
         T* const out = static_cast<T*>(a_.out) + ((first_row_ + query) * a_.heads + head_) * a_.head_dim;
-        const float* const from = out_ + group * steps_ * 2 * kTileFloats;
-        for (int64_t column = 0; column < a_.head_dim; column += kLanes)
-            for (int v = 0; v < rows; v += kLanes) {
-                const vf32 scale = load(factor + v);
-                vf32 square[kLanes];
-#pragma GCC unroll 16
-                for (int i = 0; i < kLanes; ++i)
-                    square[i] = sees ? load(from + (column + i) * kTileSide + v) * scale : zero();
-                transpose(square);
-                for (int i = 0; i < min64(kLanes, rows - v); ++i)
-                    store_some(out + (v + i) * a_.heads * a_.head_dim + column, square[i],
-                               int(a_.head_dim - column));
-            }
+        float* const from = out_ + group * steps_ * 2 * kTileFloats;
+        if (!sees) __builtin_memset(from, 0, size_t(steps_ * 2 * kTileFloats) * 4);
+        store_turned(from, factor, rows, a_.head_dim, out, a_.heads * a_.head_dim);
     }
 
     const AttentionArgs& a_;
@@ -421,9 +298,9 @@ class TileAttention {
     const int64_t strip_bytes_;  // of K, and of a panel of queries
     char *k_, *v_, *q_, *p_;
     float *scores_, *out_;  // [strips][2 panels][block]; [3 groups][columns][16]
-    int32_t* index_;        // a kept key's place in its sequence
+    SeenKeys keys_;
     T* rows_[2];
-    int64_t sequence_, head_, begin_k_, length_k_, count_ = 0, first_row_, last_;
+    int64_t sequence_, head_, first_row_, last_;
     int queries_;
     alignas(64) float max_[kTileQueries], top_[kTileQueries], sum_[kTileQueries];
     const TileUse use_;
