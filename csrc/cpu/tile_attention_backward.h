@@ -34,19 +34,18 @@ class TileAttentionBackward {
           group_bytes_(steps_ * kParts * kPairBytes) {
         const int64_t strips = ceil_div(longest, kGroup32), tiles = strips * group_bytes_;
         const int64_t rows = args.key_mask == nullptr ? 0 : longest * args.head_dim;
-        const int64_t scores = strips * kBlockFloats, gradients = strips * steps_ * kBlockFloats;
-        const int64_t p = strips * kBlockPanels * kParts * kPairBytes, ds = strips * kParts * kPairBytes;
+        const int64_t scores = strips * kBlockPanels * kBlockFloats, sums = strips * steps_ * kBlockFloats;
+        const int64_t p = kBlockPanels * kParts * kPairBytes, block = kBlockPanels * group_bytes_;
         Scratch& memory = thread_scratch(Use::column_block);
-        memory.reset(size_t(3 * tiles + (2 + 2 * kBlockPanels) * group_bytes_ + 2 * p + ds +
-                            4 * (2 * scores + 2 * gradients + longest) + 2 * rows * int64_t(sizeof(T))),
-                     16);
+        memory.reset(size_t(3 * tiles + 4 * block + 2 * p + strips * p + 4 * (2 * scores + 2 * sums + longest) +
+                            2 * rows * int64_t(sizeof(T))),
+                     17);
         k_ = memory.take<char>(tiles), v_ = memory.take<char>(tiles), k_turned_ = memory.take<char>(tiles);
-        q_turned_ = memory.take<char>(group_bytes_), grad_out_turned_ = memory.take<char>(group_bytes_);
-        q_ = memory.take<char>(kBlockPanels * group_bytes_);
-        grad_out_ = memory.take<char>(kBlockPanels * group_bytes_);
+        q_turned_ = memory.take<char>(block), grad_out_turned_ = memory.take<char>(block);
+        q_ = memory.take<char>(block), grad_out_ = memory.take<char>(block);
         scores_ = memory.take<float>(scores), grad_p_ = memory.take<float>(scores);
-        p_ = memory.take<char>(p), ds_ = memory.take<char>(p), ds_turned_ = memory.take<char>(ds);
-        grad_k_ = memory.take<float>(gradients), grad_v_ = memory.take<float>(gradients);
+        p_ = memory.take<char>(p), ds_ = memory.take<char>(p), ds_turned_ = memory.take<char>(strips * p);
+        grad_k_ = memory.take<float>(sums), grad_v_ = memory.take<float>(sums);
         keys_.index = memory.take<int32_t>(longest);
         room_[0] = memory.take<T>(rows), room_[1] = memory.take<T>(rows);
     }
@@ -70,7 +69,7 @@ class TileAttentionBackward {
     using Rows = HeadRows<T>;
     static constexpr int kParts = sizeof(T) == 2 ? 1 : 3;
     static constexpr int64_t kFewest = 32;  // fewer queries or keys are faster in attention.cpp's way
-    static constexpr int64_t kBlockPanels = 4;
+    static constexpr int64_t kBlockPanels = 2;
     static constexpr int64_t kChunk = 8;  // steps whose small and large products share sums
 
     bool pack_keys(const Rows& k, const Rows& v) {
@@ -86,69 +85,77 @@ class TileAttentionBackward {
     // Some queries, and what they add to the gradients of keys.
     bool block(int64_t first) {
         const int64_t queries = min64(length_ - first, kBlockPanels * kGroup32);
-        query_steps_ = ceil_div(queries, kGroup32);
+        panels_ = ceil_div(queries, kGroup32), first_ = first;
         last_ = first + keys_.length - length_;  // the last key that the first query sees, if causal
         seen_ = a_.causal ? keys_.visible(last_ + queries - 1) : keys_.count;
         strips_ = ceil_div(seen_, kGroup32);
         const Rows q = head_rows<T>(a_.q, begin_ + first, queries, head_, a_.head_dim);
         const Rows grad_out = head_rows<T>(a_.grad_out, begin_ + first, queries, head_, a_.head_dim);
-        for (int64_t panel = 0; panel < query_steps_; ++panel)
-            if (!gradient_of_queries(q, grad_out, first, panel)) return false;
+        for (int64_t panel = 0; panel < panels_; ++panel)
+            if (!pack_panel(q, panel, q_turned_, q_) || !pack_panel(grad_out, panel, grad_out_turned_, grad_out_))
+                return false;
         const bool last = first + queries == length_;
+        a_.dropout.on ? products<true>(last) : products<false>(last);
+        summed_strips_ = strips_;
+        return !has_special(largest_);
+    }
+
+    template <bool kDropout>
+    void products(bool last) {
+        start_sums();
+        const int64_t part_bytes = steps_ * kPairBytes;
         for (int64_t strip = 0; strip < strips_; ++strip) {
+            for (int64_t panel = 0; panel < panels_; ++panel) {
+                const int64_t from = strip * group_bytes_, to = panel * group_bytes_;
+                multiply({k_ + from, q_turned_ + to, part_bytes, part_bytes, steps_}, scores(panel, strip), false);
+                multiply({v_ + from, grad_out_turned_ + to, part_bytes, part_bytes, steps_}, grad_p(panel, strip),
+                         false);
+            }
+            for (int64_t panel = 0; panel < panels_; ++panel) probabilities<kDropout>(strip, panel);
+        }
+        finish_sums();
+        for (int64_t strip = 0; strip < strips_; ++strip) {
+            for (int64_t panel = 0; panel < panels_; ++panel) score_gradients<kDropout>(strip, panel);
             gradient_of_keys(p_, grad_out_, strip, grad_v_, last, a_.grad_v, 1.0f);
             gradient_of_keys(ds_, q_, strip, grad_k_, last, a_.grad_k, a_.scale);
         }
-        summed_strips_ = strips_;
-        return true;
+        for (int64_t panel = 0; panel < panels_; ++panel) gradient_of_queries(panel);
     }
 
     // ---- of queries ----
 
-    bool gradient_of_queries(const Rows& q, const Rows& grad_out, int64_t first, int64_t panel) {
-        queries_ = int(min64(kGroup32, q.count - panel * kGroup32));
-        row_ = begin_ + first + panel * kGroup32, query_ = panel * kGroup32;
-        if (!pack_panel(q, panel, q_turned_, q_) || !pack_panel(grad_out, panel, grad_out_turned_, grad_out_))
-            return false;
-        alignas(64) float lse[kGroup32];
-        for (int i = 0; i < kGroup32; ++i) {
+    void start_sums() {
+        const int64_t rows = min64(length_ - first_, kBlockPanels * kGroup32);
+        const float* const lse = a_.lse + head_ * a_.total_q + begin_ + first_;
+        for (int64_t i = 0; i < panels_ * kGroup32; ++i) {
             // +inf for a row that sees no key, and for lanes beyond the last query: their P is zero
-            lse[i] = i < queries_ ? a_.lse[head_ * a_.total_q + row_ + i] : -__builtin_inff();
-            if (lse[i] == -__builtin_inff()) lse[i] = __builtin_inff();
+            lse_[i] = i < rows ? lse[i] : -__builtin_inff();
+            if (lse_[i] == -__builtin_inff()) lse_[i] = __builtin_inff();
             sum_p_[i] = sum_p_dp_[i] = 0.0f;
         }
-        const int64_t part_bytes = steps_ * kPairBytes;
-        for (int64_t strip = 0; strip < strips_; ++strip) {
-            multiply({k_ + strip * group_bytes_, q_turned_, part_bytes, part_bytes, steps_}, scores(strip), false);
-            multiply({v_ + strip * group_bytes_, grad_out_turned_, part_bytes, part_bytes, steps_},
-                     grad_p(strip), false);
-            if (a_.causal || queries_ < kGroup32) hide(strip);
-            a_.dropout.on ? probabilities<true>(strip, lse) : probabilities<false>(strip, lse);
-        }
-        for (int v = 0; v < kGroup32; v += kLanes) {
+        largest_ = vu32{};
+    }
+    void finish_sums() {
+        for (int64_t v = 0; v < panels_ * kGroup32; v += kLanes) {
             const vf32 sum = load(sum_p_ + v), inverse = select(sum == vf32{}, vf32{}, 1.0f / sum);
             store(sum_p_ + v, inverse), store(sum_p_dp_ + v, load(sum_p_dp_ + v) * inverse);
         }
-        largest_ = vu32{};
-        for (int64_t strip = 0; strip < strips_; ++strip)
-            a_.dropout.on ? score_gradients<true>(strip, panel) : score_gradients<false>(strip, panel);
-        if (has_special(largest_)) return false;
-        store_gradient_of_queries();
-        return true;
     }
 
     // 32 queries as a panel to be summed over columns, and as a step of the panels that are summed over queries.
     bool pack_panel(const Rows& all, int64_t panel, char* turned, char* panels) const {
         bool finite = true;
         const Rows from = all.some(panel * kGroup32, kGroup32);
+        all.ask((panel + 1) * kGroup32, kGroup32);
         for (int half = 0; half < kGroup32; half += kTileSide)
-            finite &= pack_rows_turned<kParts>(from.some(half, kTileSide), turned + half / kTileSide * kTileBytes);
+            finite &= pack_rows_turned<kParts>(from.some(half, kTileSide),
+                                               turned + panel * group_bytes_ + half / kTileSide * kTileBytes);
         for (int64_t column = 0; column < steps_ * kGroup32; column += kTileSide)
             interleave_step<kParts>(
                 from.at(0, column), from.stride, int(max64(0, from.columns - column)), from.count,
-                panels + column / kGroup32 * query_steps_ * kParts * kPairBytes + panel * kPairBytes +
+                panels + column / kGroup32 * panels_ * kParts * kPairBytes + panel * kPairBytes +
                     column % kGroup32 / kTileSide * kTileBytes,
-                query_steps_ * kPairBytes, [&](int) { finite = false; });
+                panels_ * kPairBytes, [&](int) { finite = false; });
         return finite;
     }
 
@@ -160,8 +167,13 @@ class TileAttentionBackward {
                                       block, add || step > 0);
     }
 
-    float* scores(int64_t strip) const { return scores_ + strip * kBlockFloats; }
-    float* grad_p(int64_t strip) const { return grad_p_ + strip * kBlockFloats; }
+    float* scores(int64_t panel, int64_t strip) const {
+        return scores_ + (strip * panels_ + panel) * kBlockFloats;
+    }
+    float* grad_p(int64_t panel, int64_t strip) const {
+        return grad_p_ + (strip * panels_ + panel) * kBlockFloats;
+    }
+    int queries_of(int64_t panel) const { return int(min64(kGroup32, length_ - first_ - panel * kGroup32)); }
     int keys_of(int64_t strip) const { return int(min64(kGroup32, seen_ - strip * kGroup32)); }
     // Where a vector of queries of a key of a strip is, in a block of floats.
     static RK_INLINE int64_t place(int key, int query) {
@@ -170,13 +182,12 @@ class TileAttentionBackward {
     }
 
     // What is not there, or hidden by causal attention: a score of -inf.
-    void hide(int64_t strip) const {
+    void hide(float* s, float* dp, int64_t strip, int64_t panel) const {
         const int32_t* const index = keys_.index + strip * kGroup32;
-        float *const s = scores(strip), *const dp = grad_p(strip);
+        const int64_t last = last_ + panel * kGroup32;
         for (int key = 0; key < keys_of(strip); ++key)
             for (int v = 0; v < kGroup32; v += kLanes) {
-                const vi32 query = lane_index() + v, beyond = query >= set1(int32_t(queries_));
-                const int64_t last = last_ + query_;
+                const vi32 query = lane_index() + v, beyond = query >= set1(int32_t(queries_of(panel)));
                 const vi32 later = query < set1(int32_t(a_.causal ? index[key] - last : 0));
                 const int64_t at = place(key, v);
                 store(s + at, select(beyond | later, set1(-__builtin_inff()), load(s + at)));
@@ -187,14 +198,16 @@ class TileAttentionBackward {
     // e^(score - lse) in place of the scores, negative where dropout drops it, and dP with its dropout factor; adds to
     // the row sums.
     template <bool kDropout>
-    void probabilities(int64_t strip, const float* lse) {
-        float *const s = scores(strip), *const dp = grad_p(strip);
+    void probabilities(int64_t strip, int64_t panel) {
+        float *const s = scores(panel, strip), *const dp = grad_p(panel, strip);
+        if (a_.causal || queries_of(panel) < kGroup32) hide(s, dp, strip, panel);
         const int32_t* const index = keys_.index + strip * kGroup32;
         const int keys = keys_of(strip);
         for (int v = 0; v < kGroup32; v += kLanes) {
-            const vf32 shift = load(lse + v), scale = set1(a_.scale);
-            vf32 p_sum = load(sum_p_ + v), p_dp_sum = load(sum_p_dp_ + v);
-            KeyDropout keep(a_.dropout, row_ + v, head_);
+            const int64_t row = panel * kGroup32 + v;
+            const vf32 shift = load(lse_ + row), scale = set1(a_.scale);
+            vf32 p_sum = load(sum_p_ + row), p_dp_sum = load(sum_p_dp_ + row);
+            KeyDropout keep(a_.dropout, begin_ + first_ + row, head_);
             for (int key = 0; key < keys; ++key) {
                 const int64_t at = place(key, v);
                 const vf32 e = exp(fma(load(s + at), scale, -shift));
@@ -207,17 +220,19 @@ class TileAttentionBackward {
                 p_sum += e, p_dp_sum = fma(e, g, p_dp_sum);
                 store(s + at, p);
             }
-            store(sum_p_ + v, p_sum), store(sum_p_dp_ + v, p_dp_sum);
+            store(sum_p_ + row, p_sum), store(sum_p_dp_ + row, p_dp_sum);
         }
     }
 
     // P^T with its dropout factor, and dS^T = P (dP - sum), as parts of tiles.
     template <bool kDropout>
     void score_gradients(int64_t strip, int64_t panel) {
-        const float *const s = scores(strip), *const dp = grad_p(strip);
+        const float *const s = scores(panel, strip), *const dp = grad_p(panel, strip);
+        const float *const inverse = sum_p_ + panel * kGroup32, *const sum = sum_p_dp_ + panel * kGroup32;
         const int keys = keys_of(strip);
-        const int64_t strip_at = strip * query_steps_ * kParts * kPairBytes + panel * kPairBytes;
-        const int64_t part_bytes = query_steps_ * kPairBytes;
+        const int64_t part_bytes = panels_ * kPairBytes, turned_part = strips_ * kPairBytes;
+        char* const turned = ds_turned_ + panel * kParts * turned_part + strip * kPairBytes;
+        vu32 largest = largest_;
         for (int key = 0; key < kGroup32; key += 2)
             for (int v = 0; v < kGroup32; v += 2 * kLanes) {
                 vf32 p[2][2] = {}, ds[2][2] = {};  // [key][vector of queries]
@@ -228,21 +243,20 @@ class TileAttentionBackward {
                         if (key + i >= keys) continue;
                         const int query = v + j * kLanes;
                         const int64_t at = place(key + i, query);
-                        const vf32 e = load(s + at) * load(sum_p_ + query);
-                        const vf32 rest = load(dp + at) - load(sum_p_dp_ + query);
+                        const vf32 e = load(s + at) * load(inverse + query);
+                        const vf32 rest = load(dp + at) - load(sum + query);
                         ds[i][j] = (kDropout ? vabs(e) : e) * rest;
                         p[i][j] = kDropout ? select(e < vf32{}, vf32{}, e * a_.dropout.scale) : e;
-                        largest_ = larger(largest_, size_bits(ds[i][j]));
+                        largest = larger(largest, size_bits(ds[i][j]));
                     }
-                const int64_t row = strip_at + key / kTileSide * kTileBytes + key % kTileSide * kTileRowBytes + v * 2;
+                const int64_t row = panel * kPairBytes + key / kTileSide * kTileBytes + key % kTileSide * kTileRowBytes + v * 2;
+                const int64_t first = v / kTileSide * kTileBytes + v % kTileSide * 4;
+                const int64_t second = (v + kLanes) / kTileSide * kTileBytes + (v + kLanes) % kTileSide * 4;
                 store_parts(p, p_ + row, part_bytes, nullptr, 0, 0);
-                store_parts(ds, ds_ + row, part_bytes,
-                            ds_turned_ + strip * kPairBytes + v / kTileSide * kTileBytes +
-                                key / 2 * kTileRowBytes + v % kTileSide * 4,
-                            strips_ * kPairBytes,
-                            (v + kLanes) / kTileSide * kTileBytes + (v + kLanes) % kTileSide * 4 -
-                                v / kTileSide * kTileBytes - v % kTileSide * 4);
+                store_parts(ds, ds_ + row, part_bytes, turned + key / 2 * kTileRowBytes + first, turned_part,
+                            second - first);
             }
+        largest_ = largest;
     }
     // Two keys by two vectors of queries: a piece of two rows of a strip, and of a row of two tiles of a panel (unless that
     // is null), `other` bytes from each other.
@@ -263,23 +277,22 @@ class TileAttentionBackward {
         }
     }
 
-    void store_gradient_of_queries() const {
-        alignas(64) float block[kBlockFloats], turned[kGroup32 * kTileSide], factor[kTileSide];
+    void gradient_of_queries(int64_t panel) const {
+        alignas(64) float block[kBlockFloats] = {}, turned[kGroup32 * kTileSide], factor[kTileSide];
         for (float& f : factor) f = a_.scale;
         const int64_t key_steps = ceil_div(keys_.count, kGroup32), stride = a_.heads * a_.head_dim;
-        T* const out = static_cast<T*>(a_.grad_q) + row_ * stride + head_ * a_.head_dim;
+        T* const out =
+            static_cast<T*>(a_.grad_q) + (begin_ + first_ + panel * kGroup32) * stride + head_ * a_.head_dim;
         for (int64_t strip = 0; strip < steps_; ++strip) {
-            if (strips_ == 0)
-                __builtin_memset(block, 0, sizeof block);
-            else
-                multiply({k_turned_ + strip * kParts * key_steps * kPairBytes, ds_turned_, key_steps * kPairBytes,
-                          strips_ * kPairBytes, strips_},
-                         block, false);
-            for (int half = 0; half < kGroup32 && half < queries_; half += kTileSide) {
+            multiply({k_turned_ + strip * kParts * key_steps * kPairBytes,
+                      ds_turned_ + panel * kParts * strips_ * kPairBytes, key_steps * kPairBytes,
+                      strips_ * kPairBytes, strips_},
+                     block, false);
+            for (int half = 0; half < queries_of(panel); half += kTileSide) {
                 const float* const from = block + half / kTileSide * kTileFloats;
                 __builtin_memcpy(turned, from, kTileFloats * 4);
                 __builtin_memcpy(turned + kTileFloats, from + 2 * kTileFloats, kTileFloats * 4);
-                store_turned(turned, factor, min64(kTileSide, queries_ - half),
+                store_turned(turned, factor, min64(kTileSide, queries_of(panel) - half),
                              min64(kGroup32, a_.head_dim - strip * kGroup32),
                              out + half * stride + strip * kGroup32, stride);
             }
@@ -291,10 +304,10 @@ class TileAttentionBackward {
     // What the block's queries add to the gradient of a strip of keys; after the last block it is stored.
     void gradient_of_keys(const char* left, const char* right, int64_t strip, float* sums, bool last, void* out,
                           float factor) const {
-        const int64_t bytes = query_steps_ * kParts * kPairBytes, part_bytes = query_steps_ * kPairBytes;
+        const int64_t bytes = panels_ * kParts * kPairBytes, part_bytes = panels_ * kPairBytes;
         for (int64_t panel = 0; panel < steps_; ++panel) {
             float* const block = sums + (strip * steps_ + panel) * kBlockFloats;
-            multiply({left + strip * bytes, right + panel * bytes, part_bytes, part_bytes, query_steps_}, block,
+            multiply({left, right + panel * bytes, part_bytes, part_bytes, panels_}, block,
                      strip < summed_strips_);
             if (!last) continue;
             for (int key = 0; key < keys_of(strip); ++key) {
@@ -323,15 +336,18 @@ class TileAttentionBackward {
     const int64_t steps_;        // along head_dim; strips and panels of its columns
     const int64_t group_bytes_;  // of a strip or panel that is summed over head_dim
     SeenKeys keys_;
-    char *k_, *v_, *k_turned_;                           // [strips]
-    char *q_turned_, *grad_out_turned_, *q_, *grad_out_;  // of 32 queries; of a block: [panels of columns]
-    float *scores_, *grad_p_, *grad_k_, *grad_v_;         // [strips][block]; [strips][panels of columns][block]
-    char *p_, *ds_, *ds_turned_;                          // [strips]; a panel
+    char *k_, *v_, *k_turned_;                            // [strips]
+    char *q_turned_, *grad_out_turned_, *q_, *grad_out_;  // of a block: [panels], [panels of columns]
+    float *scores_, *grad_p_;                             // [strips][panels][block]
+    char *p_, *ds_, *ds_turned_;                          // a strip; [panels]
+    float *grad_k_, *grad_v_;                             // [strips][panels of columns][block]
     T* room_[2];
-    int64_t head_, begin_, length_, query_steps_, last_, seen_, strips_, summed_strips_, row_, query_;
-    int queries_;
+    int64_t head_, begin_, length_;           // of a (sequence, head): its queries
+    int64_t first_, panels_, seen_, strips_;  // of a block: its first query; the keys that it sees
+    int64_t last_, summed_strips_;            // strips that have sums of earlier blocks
     vu32 largest_;
-    alignas(64) float sum_p_[kGroup32], sum_p_dp_[kGroup32];
+    static constexpr int64_t kRows = kBlockPanels * kGroup32;
+    alignas(64) float lse_[kRows], sum_p_[kRows], sum_p_dp_[kRows];
     const TileUse use_;
 };
 
