@@ -605,6 +605,11 @@ void attention_forward(const AttentionArgs& a) {
 }
 
 void attention_backward(const AttentionArgs& a) {
+#if defined(RK_CPU_ISA_AMX)
+    if (a.bias == nullptr)
+        return a.bf16 ? backward<bf16, TileAttentionBackward<bf16>>(a)
+                      : backward<float, TileAttentionBackward<float>>(a);
+#endif
     if (a.bf16)
         backward<bf16>(a);
     else

@@ -107,9 +107,10 @@ class TileAttentionBackward {
         for (int64_t strip = 0; strip < strips_; ++strip) {
             for (int64_t panel = 0; panel < panels_; ++panel) {
                 const int64_t from = strip * group_bytes_, to = panel * group_bytes_;
-                multiply({k_ + from, q_turned_ + to, part_bytes, part_bytes, steps_}, scores(panel, strip), false);
+                multiply({k_ + from, q_turned_ + to, part_bytes, part_bytes, steps_}, scores(panel, strip), false,
+                         width_of(panel));
                 multiply({v_ + from, grad_out_turned_ + to, part_bytes, part_bytes, steps_}, grad_p(panel, strip),
-                         false);
+                         false, width_of(panel));
             }
             for (int64_t panel = 0; panel < panels_; ++panel) probabilities<kDropout>(strip, panel);
         }
@@ -159,14 +160,19 @@ class TileAttentionBackward {
         return finite;
     }
 
-    static void multiply(const StepsOf& of, float* block, bool add) {
+    // block (+)= a strip by a panel, of which `width` columns are needed.
+    static void multiply(const StepsOf& of, float* block, bool add, int width) {
         const int64_t chunk = kParts == 1 ? of.steps : kChunk;
-        for (int64_t step = 0; step < of.steps; step += chunk)
-            multiply_steps<kParts, 2>({of.w + step * kPairBytes, of.x + step * kPairBytes, of.w_part, of.x_part,
-                                       min64(chunk, of.steps - step)},
-                                      block, add || step > 0);
+        for (int64_t step = 0; step < of.steps; step += chunk) {
+            const StepsOf part{of.w + step * kPairBytes, of.x + step * kPairBytes, of.w_part, of.x_part,
+                               min64(chunk, of.steps - step)};
+            width > kTileSide ? multiply_steps<kParts, 2>(part, block, add || step > 0)
+                              : multiply_steps<kParts, 1>(part, block, add || step > 0);
+        }
     }
 
+    // Of a panel's tiles, those that have queries.
+    int width_of(int64_t panel) const { return queries_of(panel) > kTileSide ? kGroup32 : kTileSide; }
     float* scores(int64_t panel, int64_t strip) const {
         return scores_ + (strip * panels_ + panel) * kBlockFloats;
     }
@@ -181,17 +187,15 @@ class TileAttentionBackward {
                key % kTileSide * kTileSide + query % kTileSide;
     }
 
-    // What is not there, or hidden by causal attention: a score of -inf.
-    void hide(float* s, float* dp, int64_t strip, int64_t panel) const {
+    // Hides what causal attention hides: a score of -inf.
+    void hide(float* s, int64_t strip, int64_t panel) const {
         const int32_t* const index = keys_.index + strip * kGroup32;
         const int64_t last = last_ + panel * kGroup32;
         for (int key = 0; key < keys_of(strip); ++key)
-            for (int v = 0; v < kGroup32; v += kLanes) {
-                const vi32 query = lane_index() + v, beyond = query >= set1(int32_t(queries_of(panel)));
-                const vi32 later = query < set1(int32_t(a_.causal ? index[key] - last : 0));
-                const int64_t at = place(key, v);
-                store(s + at, select(beyond | later, set1(-__builtin_inff()), load(s + at)));
-                store(dp + at, select(beyond, vf32{}, load(dp + at)));
+            for (int v = 0; v < width_of(panel); v += kLanes) {
+                const vi32 hidden = lane_index() < set1(int32_t(index[key] - last - v));
+                float* const at = s + place(key, v);
+                store(at, select(hidden, set1(-__builtin_inff()), load(at)));
             }
     }
 
@@ -200,10 +204,10 @@ class TileAttentionBackward {
     template <bool kDropout>
     void probabilities(int64_t strip, int64_t panel) {
         float *const s = scores(panel, strip), *const dp = grad_p(panel, strip);
-        if (a_.causal || queries_of(panel) < kGroup32) hide(s, dp, strip, panel);
+        if (a_.causal) hide(s, strip, panel);
         const int32_t* const index = keys_.index + strip * kGroup32;
         const int keys = keys_of(strip);
-        for (int v = 0; v < kGroup32; v += kLanes) {
+        for (int v = 0; v < width_of(panel); v += kLanes) {
             const int64_t row = panel * kGroup32 + v;
             const vf32 shift = load(lse_ + row), scale = set1(a_.scale);
             vf32 p_sum = load(sum_p_ + row), p_dp_sum = load(sum_p_dp_ + row);
@@ -229,7 +233,7 @@ class TileAttentionBackward {
     void score_gradients(int64_t strip, int64_t panel) {
         const float *const s = scores(panel, strip), *const dp = grad_p(panel, strip);
         const float *const inverse = sum_p_ + panel * kGroup32, *const sum = sum_p_dp_ + panel * kGroup32;
-        const int keys = keys_of(strip);
+        const int keys = keys_of(strip), width = width_of(panel);
         const int64_t part_bytes = panels_ * kPairBytes, turned_part = strips_ * kPairBytes;
         char* const turned = ds_turned_ + panel * kParts * turned_part + strip * kPairBytes;
         vu32 largest = largest_;
@@ -240,8 +244,8 @@ class TileAttentionBackward {
                 for (int i = 0; i < 2; ++i)
 #pragma GCC unroll 2
                     for (int j = 0; j < 2; ++j) {
-                        if (key + i >= keys) continue;
                         const int query = v + j * kLanes;
+                        if (key + i >= keys || query >= width) continue;
                         const int64_t at = place(key + i, query);
                         const vf32 e = load(s + at) * load(inverse + query);
                         const vf32 rest = load(dp + at) - load(sum + query);
@@ -287,7 +291,7 @@ class TileAttentionBackward {
             multiply({k_turned_ + strip * kParts * key_steps * kPairBytes,
                       ds_turned_ + panel * kParts * strips_ * kPairBytes, key_steps * kPairBytes,
                       strips_ * kPairBytes, strips_},
-                     block, false);
+                     block, false, width_of(panel));
             for (int half = 0; half < queries_of(panel); half += kTileSide) {
                 const float* const from = block + half / kTileSide * kTileFloats;
                 __builtin_memcpy(turned, from, kTileFloats * 4);
@@ -308,7 +312,7 @@ class TileAttentionBackward {
         for (int64_t panel = 0; panel < steps_; ++panel) {
             float* const block = sums + (strip * steps_ + panel) * kBlockFloats;
             multiply({left, right + panel * bytes, part_bytes, part_bytes, panels_}, block,
-                     strip < summed_strips_);
+                     strip < summed_strips_, kGroup32);
             if (!last) continue;
             for (int key = 0; key < keys_of(strip); ++key) {
                 T* const to = key_row(out, keys_.index[strip * kGroup32 + key]) + panel * kGroup32;

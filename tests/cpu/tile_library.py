@@ -84,6 +84,26 @@ class TileAttention:
         assert lse_margin.isnan().all(), "written past the end"
         return out, lse
 
+    def backward(
+        self, grad_out, q, k, v, lse, lengths_q, lengths_k=None, *, causal=False, key_mask=None, dropout_p=0.0, seed=0
+    ):
+        """(grad_q, grad_k, grad_v); lse: float32 [heads, Tq], of the forward."""
+        starts = [torch.tensor([0, *n]).cumsum(0).int() for n in (lengths_q, lengths_k or lengths_q)]
+        tokens, heads, head_dim = q.shape
+        grads, margins = zip(*(poisoned(*t.shape, dtype=t.dtype) for t in (q, k, v)), strict=True)
+        self.library.tile_attention_backward(
+            q.dtype == torch.bfloat16,
+            causal,
+            ctypes.c_float(head_dim**-0.5),
+            ctypes.c_double(dropout_p),
+            ctypes.c_int64(seed),
+            numbers(len(lengths_q), heads, head_dim, tokens),
+            numbers(*(stride for t in (q, k, v, grad_out) for stride in t.stride()[:2])),
+            pointers([q, k, v, *starts, key_mask, grad_out, lse, *grads]),
+        )
+        assert all(margin.isnan().all() for margin in margins), "written past the end"
+        return grads
+
 
 class Tiles:
     def __init__(self, library: ctypes.CDLL) -> None:
