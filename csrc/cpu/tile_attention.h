@@ -150,7 +150,8 @@ class TileAttention {
                 float* const at = block_row(tiles, row, 0) + v;
                 vf32 s = load(at);
                 if (hides) {
-                    const vi32 hidden = lane_index() < set1(int32_t(keys_.index[key + row] - last_ - query - v));
+                    const vi32 hidden =
+                        lane_index() < set1(int32_t(keys_.index[key + row] - last_ - query - v));
                     s = select(hidden, set1(-__builtin_inff()), s);
                     store(at, s);
                 }

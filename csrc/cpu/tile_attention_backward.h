@@ -11,13 +11,14 @@
 //   dV    = P^T dO      strips of 32 keys      panels of 32 columns   over queries
 //   dK    = dS^T Q      strips of 32 keys      panels of 32 columns   over queries
 //
-// K, V and K^T are laid out once. A block is up to kBlockPanels panels of 32 queries. Of each panel come S^T and dP^T of all
-// keys (float32) with the exponentials and row sums, then P^T and dS^T as parts, then dQ; at the end of the block dV and
-// dK, so that their sums stay in tiles over all its queries. Later blocks add to earlier ones in float32.
+// K, V and K^T are laid out once. A block is up to kBlockPanels panels of queries. First come S^T and dP^T of all keys
+// (float32), with the exponentials and the row sums while a strip's are in the first-level cache; then strip by strip P^T and
+// dS^T as parts, and at once what they add to dV and dK; then dQ. dV and dK are summed in tiles over the queries of a block,
+// and block by block in float32. Two panels: with four what a block keeps (12 bytes a score with six products) and the
+// operands leave the second-level cache at 512 keys, and float32 takes a sixth longer.
 //
 // Which way a (sequence, head) takes depends on its numbers of queries and of keys that may be seen. In attention.cpp's way
-// is also computed one of which an operand in float32 has an infinity or NaN, or where dS is none or has no finite
-// rounding to 8 bits.
+// is also computed one of which an operand in float32 has an infinity or NaN, or where dS is NaN or would round to infinity.
 #pragma once
 #include "csrc/cpu/key_dropout.h"
 #include "csrc/cpu/tile_heads.h"
@@ -37,8 +38,8 @@ class TileAttentionBackward {
         const int64_t scores = strips * kBlockPanels * kBlockFloats, sums = strips * steps_ * kBlockFloats;
         const int64_t p = kBlockPanels * kParts * kPairBytes, block = kBlockPanels * group_bytes_;
         Scratch& memory = thread_scratch(Use::column_block);
-        memory.reset(size_t(3 * tiles + 4 * block + 2 * p + strips * p + 4 * (2 * scores + 2 * sums + longest) +
-                            2 * rows * int64_t(sizeof(T))),
+        memory.reset(size_t(3 * tiles + 4 * block + 2 * p + strips * p +
+                            4 * (2 * scores + 2 * sums + longest) + 2 * rows * int64_t(sizeof(T))),
                      17);
         k_ = memory.take<char>(tiles), v_ = memory.take<char>(tiles), k_turned_ = memory.take<char>(tiles);
         q_turned_ = memory.take<char>(block), grad_out_turned_ = memory.take<char>(block);
@@ -68,7 +69,8 @@ class TileAttentionBackward {
   private:
     using Rows = HeadRows<T>;
     static constexpr int kParts = sizeof(T) == 2 ? 1 : 3;
-    static constexpr int64_t kFewest = 32;  // fewer queries or keys are faster in attention.cpp's way
+    // Fewer queries or keys are faster in attention.cpp's way.
+    static constexpr int64_t kFewest = sizeof(T) == 2 ? 40 : 64;
     static constexpr int64_t kBlockPanels = 2;
     static constexpr int64_t kChunk = 8;  // steps whose small and large products share sums
 
@@ -92,7 +94,8 @@ class TileAttentionBackward {
         const Rows q = head_rows<T>(a_.q, begin_ + first, queries, head_, a_.head_dim);
         const Rows grad_out = head_rows<T>(a_.grad_out, begin_ + first, queries, head_, a_.head_dim);
         for (int64_t panel = 0; panel < panels_; ++panel)
-            if (!pack_panel(q, panel, q_turned_, q_) || !pack_panel(grad_out, panel, grad_out_turned_, grad_out_))
+            if (!pack_panel(q, panel, q_turned_, q_) ||
+                !pack_panel(grad_out, panel, grad_out_turned_, grad_out_))
                 return false;
         const bool last = first + queries == length_;
         a_.dropout.on ? products<true>(last) : products<false>(last);
@@ -107,10 +110,10 @@ class TileAttentionBackward {
         for (int64_t strip = 0; strip < strips_; ++strip) {
             for (int64_t panel = 0; panel < panels_; ++panel) {
                 const int64_t from = strip * group_bytes_, to = panel * group_bytes_;
-                multiply({k_ + from, q_turned_ + to, part_bytes, part_bytes, steps_}, scores(panel, strip), false,
-                         width_of(panel));
-                multiply({v_ + from, grad_out_turned_ + to, part_bytes, part_bytes, steps_}, grad_p(panel, strip),
+                multiply({k_ + from, q_turned_ + to, part_bytes, part_bytes, steps_}, scores(panel, strip),
                          false, width_of(panel));
+                multiply({v_ + from, grad_out_turned_ + to, part_bytes, part_bytes, steps_},
+                         grad_p(panel, strip), false, width_of(panel));
             }
             for (int64_t panel = 0; panel < panels_; ++panel) probabilities<kDropout>(strip, panel);
         }
@@ -152,11 +155,11 @@ class TileAttentionBackward {
             finite &= pack_rows_turned<kParts>(from.some(half, kTileSide),
                                                turned + panel * group_bytes_ + half / kTileSide * kTileBytes);
         for (int64_t column = 0; column < steps_ * kGroup32; column += kTileSide)
-            interleave_step<kParts>(
-                from.at(0, column), from.stride, int(max64(0, from.columns - column)), from.count,
-                panels + column / kGroup32 * panels_ * kParts * kPairBytes + panel * kPairBytes +
-                    column % kGroup32 / kTileSide * kTileBytes,
-                panels_ * kPairBytes, [&](int) { finite = false; });
+            interleave_step<kParts>(from.at(0, column), from.stride, int(max64(0, from.columns - column)),
+                                    from.count,
+                                    panels + column / kGroup32 * panels_ * kParts * kPairBytes +
+                                        panel * kPairBytes + column % kGroup32 / kTileSide * kTileBytes,
+                                    panels_ * kPairBytes, [&](int) { finite = false; });
         return finite;
     }
 
@@ -253,7 +256,8 @@ class TileAttentionBackward {
                         p[i][j] = kDropout ? select(e < vf32{}, vf32{}, e * a_.dropout.scale) : e;
                         largest = larger(largest, size_bits(ds[i][j]));
                     }
-                const int64_t row = panel * kPairBytes + key / kTileSide * kTileBytes + key % kTileSide * kTileRowBytes + v * 2;
+                const int64_t row = panel * kPairBytes + key / kTileSide * kTileBytes +
+                                    key % kTileSide * kTileRowBytes + v * 2;
                 const int64_t first = v / kTileSide * kTileBytes + v % kTileSide * 4;
                 const int64_t second = (v + kLanes) / kTileSide * kTileBytes + (v + kLanes) % kTileSide * 4;
                 store_parts(p, p_ + row, part_bytes, nullptr, 0, 0);
@@ -270,8 +274,7 @@ class TileAttentionBackward {
         for (int part = 0; part < kParts; ++part, rows += rows_part) {
             vu32 of[2][2];
 #pragma GCC unroll 4
-            for (int i = 0; i < 4; ++i)
-                of[i / 2][i % 2] = part < 2 ? take_part(&x[i / 2][i % 2]) : bits(x[i / 2][i % 2]);
+            for (int i = 0; i < 4; ++i) of[i / 2][i % 2] = take_part(&x[i / 2][i % 2]);
             store_upper_halves(rows, of[0][0], of[0][1]);
             store_upper_halves(rows + kTileRowBytes, of[1][0], of[1][1]);
             if (words == nullptr) continue;
@@ -306,8 +309,8 @@ class TileAttentionBackward {
     // ---- of keys ----
 
     // What the block's queries add to the gradient of a strip of keys; after the last block it is stored.
-    void gradient_of_keys(const char* left, const char* right, int64_t strip, float* sums, bool last, void* out,
-                          float factor) const {
+    void gradient_of_keys(const char* left, const char* right, int64_t strip, float* sums, bool last,
+                          void* out, float factor) const {
         const int64_t bytes = panels_ * kParts * kPairBytes, part_bytes = panels_ * kPairBytes;
         for (int64_t panel = 0; panel < steps_; ++panel) {
             float* const block = sums + (strip * steps_ + panel) * kBlockFloats;

@@ -66,8 +66,8 @@ inline vu32 split_rows(const T* from, int64_t stride, int64_t rows, int64_t left
                        int64_t part_bytes) {
     vu32 largest{};
     for (int64_t r = 0; r < rows; ++r)
-        largest = larger(largest,
-                         split_step<kParts>(from + r * stride, left, to + r * kTileRowBytes, part_bytes));
+        largest =
+            larger(largest, split_step<kParts>(from + r * stride, left, to + r * kTileRowBytes, part_bytes));
     if (has_special(largest))
         for (int64_t r = 0; r < rows; ++r)
             if (split_special_step<kParts>(from + r * stride, left, to + r * kTileRowBytes, part_bytes))
@@ -121,7 +121,8 @@ inline bool pack_columns(const HeadRows<T>& from, char* strips) {
     }
     vu32 found{};
     for (int64_t column = 0; column < round_up(from.columns, kGroup32); column += kTileSide) {
-        char* to = strips + column / kGroup32 * kParts * part_bytes + column % kGroup32 / kTileSide * kTileBytes;
+        char* to =
+            strips + column / kGroup32 * kParts * part_bytes + column % kGroup32 / kTileSide * kTileBytes;
         for (int64_t row = 0; row < from.count; row += kGroup32, to += kPairBytes) {
             alignas(64) float turned[kTileSide * kGroup32];
             for (int half = 0; half < kGroup32; half += kTileSide)

@@ -42,17 +42,17 @@ def check(attention, q, k, v, lengths, lengths_k=None, **rest):
 
 
 @DTYPES
-@pytest.mark.parametrize("head_dim", [16, 24, 32, 64, 80, 128])
+@pytest.mark.parametrize("head_dim", [16, 24, 64, 80, 128])
 def test_against_float64(attention, dtype, head_dim):
     check(attention, *qkv(sum(LENGTHS), 2, head_dim, dtype), LENGTHS)
 
 
 @DTYPES
 def test_several_blocks_of_queries(attention, dtype):
-    q, k, v = qkv(300, 1, 32, dtype)
-    check(attention, q, k, v, [300])
-    check(attention, q[:66], k, v, [66], [300])
-    check(attention, q, k[:70], v[:70], [300], [70])
+    q, k, v = qkv(150, 1, 16, dtype)
+    check(attention, q, k, v, [150])
+    check(attention, q[:66], k, v, [66], [150])
+    check(attention, q, k[:70], v[:70], [150], [70])
 
 
 @DTYPES
@@ -147,16 +147,18 @@ def test_what_is_not_finite(attention, dtype, value, which, length):
 
 
 @DTYPES
-def test_what_has_no_finite_rounding(attention, dtype):
-    """dS, or an operand, so large that 8 bits of it would be infinity."""
+def test_largest_numbers(attention, dtype):
+    """A number whose rounding to 8 bits would be an infinity, and dP so large that it overflows."""
     q, k, v, grad_out = (torch.randn(80, 1, 32).to(dtype) for _ in range(4))
-    v, q, k = v * 1e19, q * 1e-3, k * 1e-3
-    grad_out = (grad_out * 3e18).to(dtype)
+    v[5, 0, 3], grad_out = torch.finfo(dtype).max, grad_out * 2.0**-100
     ours = gradients(attention, q, k, v, [80], grad_out=grad_out)
-    exact = expected(torch.float64, grad_out, q, k, v, [80])
-    for a, b in zip(ours, exact, strict=True):
-        assert a.isfinite().all()
-        assert (a - b).abs().max() < 0.02 * b.abs().max()
+    original, exact = (expected(to, grad_out, q, k, v, [80]) for to in (dtype, torch.float64))
+    for name, *of in zip(("grad_q", "grad_k", "grad_v"), ours, original, exact, strict=True):
+        assert_three_way(*of, name=name)
+    grad_out[7] = 2.0**60
+    ours = gradients(attention, q, k, v, [80], grad_out=grad_out)
+    assert not ours[0][7].isfinite().any()
+    assert ours[0][:7].isfinite().all()
 
 
 # ---- tiles and their twin ----
