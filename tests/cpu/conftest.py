@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 import roberta_kernels
+
+from .tile_library import TileAttention, compiled
 
 LIBRARY = Path(roberta_kernels.__file__).parent / "_cpu.so"
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
@@ -45,3 +48,38 @@ def on_threads():
             torch.set_num_threads(before)
 
     return call
+
+
+def has_amx():
+    if not LIBRARY.exists():
+        return False
+    torch.ops.load_library(LIBRARY)
+    return torch.ops.roberta_kernels_cpu.isa_available(ISAS.index("amx"))
+
+
+# Attention on tiles: (twin, AVX-512). Portable vectors have no fused multiply-add: only the second has the bits of the
+# third.
+TILE_KINDS = {"twin": (True, False), "twin-avx512": (True, True), "hardware": (False, True)}
+
+
+@pytest.fixture(scope="session")
+def attention_libraries(tmp_path_factory: pytest.TempPathFactory):
+    """attention_libraries(kind): TileAttention with two threads, compiled once for all tests."""
+    built = {}
+
+    def get(kind):
+        if kind != "twin" and not has_amx():
+            pytest.skip("this processor has no AMX")
+        if kind not in built:
+            folder, compiler = tmp_path_factory.mktemp(kind), os.environ.get("CXX", "g++")
+            built[kind] = TileAttention(compiled("tile_attention", folder, compiler, *TILE_KINDS[kind]))
+        built[kind].threads(2)
+        return built[kind]
+
+    return get
+
+
+@pytest.fixture(params=["twin", "hardware"])
+def attention(request: pytest.FixtureRequest, attention_libraries):
+    """Attention on tiles: of each kind."""
+    return attention_libraries(request.param)

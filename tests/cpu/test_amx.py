@@ -16,7 +16,7 @@ from roberta_kernels import backends
 from roberta_kernels.ops import gelu_ffn
 from roberta_kernels.tolerance import assert_three_way
 
-from .conftest import ISAS, LIBRARY
+from .conftest import ISAS, has_amx
 from .tile_library import address, build
 
 FLOAT32_PARTS = pytest.mark.parametrize("parts", [1, 2, 3], ids=["one-part", "two-parts", "three-parts"])
@@ -34,13 +34,6 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
-
-
-def has_amx():
-    if not LIBRARY.exists():
-        return False
-    torch.ops.load_library(LIBRARY)
-    return torch.ops.roberta_kernels_cpu.isa_available(ISAS.index("amx"))
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 
 import pytest
 import torch
@@ -12,40 +11,16 @@ from roberta_kernels import backends
 from roberta_kernels.ops import attention as attention_op
 from roberta_kernels.tolerance import assert_three_way
 
-from .test_amx import DTYPES, TINY, assert_same_bits, has_amx, pytestmark  # noqa: F401
+from .conftest import has_amx
+from .test_amx import DTYPES, TINY, assert_same_bits, pytestmark  # noqa: F401
 from .test_attention import plain
-from .tile_library import TileAttention, compiled
 
-# (twin, AVX-512): portable vectors have no fused multiply-add, so only the second has the bits of the third.
-KINDS = {"twin": (True, False), "twin-avx512": (True, True), "hardware": (False, True)}
 LENGTHS = [70, 0, 1, 97, 40]  # on both sides of what is done on tiles
 
 
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
-
-
-@pytest.fixture(scope="module")
-def libraries(tmp_path_factory):
-    built = {}
-
-    def get(kind):
-        if kind != "twin" and not has_amx():
-            pytest.skip("this processor has no AMX")
-        if kind not in built:
-            twin, avx512 = KINDS[kind]
-            folder, compiler = tmp_path_factory.mktemp(kind), os.environ.get("CXX", "g++")
-            built[kind] = TileAttention(compiled("tile_attention", folder, compiler, twin, avx512))
-        built[kind].threads(2)
-        return built[kind]
-
-    return get
-
-
-@pytest.fixture(params=["twin", "hardware"])
-def attention(request, libraries):
-    return libraries(request.param)
 
 
 def qkv(tokens, heads, head_dim, dtype):
@@ -207,8 +182,8 @@ def test_denormals(attention):
 
 @DTYPES
 @pytest.mark.parametrize("parts", [1, 2, 3], ids=["one-part", "two-parts", "three-parts"])
-def test_twin(libraries, dtype, parts):
-    twin, hardware = libraries("twin-avx512"), libraries("hardware")
+def test_twin(attention_libraries, dtype, parts):
+    twin, hardware = attention_libraries("twin-avx512"), attention_libraries("hardware")
     for head_dim, lengths in ((32, [65, 97]), (80, [70]), (16, [270])):
         q, k, v = qkv(sum(lengths), 2, head_dim, dtype)
         q, v = q * 2.0**3, v * torch.logspace(-120, 0, len(v), base=2.0).to(dtype)[:, None, None]

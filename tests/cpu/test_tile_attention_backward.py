@@ -1,4 +1,5 @@
-"""Attention's backward on tiles: with the twins of the tile instructions on any x86-64 machine, and with AMX where it is."""
+"""Attention's backward on tiles: with the twins of the tile instructions on any x86-64 machine, and with AMX where it
+is."""
 
 from __future__ import annotations
 
@@ -11,7 +12,12 @@ from roberta_kernels.tolerance import assert_three_way
 
 from .test_amx import DTYPES, assert_same_bits, pytestmark  # noqa: F401
 from .test_attention import plain
-from .test_tile_attention import LENGTHS, _seeded, attention, libraries, qkv  # noqa: F401
+from .test_tile_attention import LENGTHS, qkv
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
 
 
 def gradients(attention, q, k, v, lengths, lengths_k=None, grad_out=None, lse=None, **rest):
@@ -165,8 +171,8 @@ def test_largest_numbers(attention, dtype):
 
 
 @DTYPES
-def test_twin(libraries, dtype):
-    twin, hardware = libraries("twin-avx512"), libraries("hardware")
+def test_twin(attention_libraries, dtype):
+    twin, hardware = attention_libraries("twin-avx512"), attention_libraries("hardware")
     for head_dim, lengths in ((32, [65, 97]), (80, [70]), (16, [270])):
         q, k, v = qkv(sum(lengths), 2, head_dim, dtype)
         q, v = q * 2.0**3, v * torch.logspace(-120, 0, len(v), base=2.0).to(dtype)[:, None, None]
