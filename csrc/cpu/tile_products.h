@@ -176,13 +176,11 @@ class TileProduct {
         pack_strip<kParts>(in, at.rows, w.row_stride, w.columns - k, steps, tiles, nonfinite, next, lines);
     }
 
-    // Tasks of neighbouring strips, so that one can ask for what the next needs.
+    // A task is a strip, so that the threads end together; each asks for what its next one needs.
     void few(int64_t strips, int64_t threads) const {
-        const int64_t tasks = min64(strips, 8 * threads);
-        parallel_tasks(tasks, threads, [&](int64_t task) {
+        parallel_tasks(strips, threads, [&](int64_t strip) {
             const TileUse use;
-            for (int64_t strip = strips * task / tasks; strip < strips * (task + 1) / tasks; ++strip)
-                x_.tokens > kTileSide ? multiply_few<2>(strip) : multiply_few<1>(strip);
+            x_.tokens > kTileSide ? multiply_few<2>(strip) : multiply_few<1>(strip);
         });
     }
 
