@@ -159,7 +159,7 @@ class TileAttentionBackward {
                                     from.count,
                                     panels + column / kGroup32 * panels_ * kParts * kPairBytes +
                                         panel * kPairBytes + column % kGroup32 / kTileSide * kTileBytes,
-                                    panels_ * kPairBytes, [&](int) { finite = false; });
+                                    kTileRowBytes, panels_ * kPairBytes, [&](int) { finite = false; });
         return finite;
     }
 

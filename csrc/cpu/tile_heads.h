@@ -152,7 +152,7 @@ inline bool pack_rows_turned(const HeadRows<T>& from, char* to) {
         for (int half = 0; half < kStepElements; half += kTileSide)
             turn(from.at(0, column + half), from.stride, from.count, left - half, turned + half * kTileSide,
                  kTileSide);
-        interleave_step<kParts>(turned, kTileSide, kTileSide, kStepElements, to, part_bytes,
+        interleave_step<kParts>(turned, kTileSide, kTileSide, kStepElements, to, kTileRowBytes, part_bytes,
                                 [&](int) { finite = false; });
     }
     return finite;
