@@ -17,8 +17,9 @@
 // and block by block in float32. Two panels: with four what a block keeps (12 bytes a score with six products) and the
 // operands leave the second-level cache at 512 keys, and float32 takes a sixth longer.
 //
-// Which way a (sequence, head) takes depends on its numbers of queries and of keys that may be seen. In attention.cpp's way
-// is also computed one of which an operand in float32 has an infinity or NaN, or where dS is NaN or would round to infinity.
+// Which way a (sequence, head) takes depends on head_dim and its numbers of queries and of keys that may be seen. In
+// attention.cpp's way is also computed one of which an operand in float32 has an infinity or NaN, or where dS is NaN or would
+// round to infinity.
 #pragma once
 #include "csrc/cpu/key_dropout.h"
 #include "csrc/cpu/tile_heads.h"
@@ -55,7 +56,8 @@ class TileAttentionBackward {
     bool run(int64_t sequence, int64_t head) {
         head_ = head, begin_ = a_.cu_seqlens_q[sequence], length_ = a_.cu_seqlens_q[sequence + 1] - begin_;
         keys_.find(a_, sequence);
-        if (min64(length_, keys_.count) < kFewest || !(a_.scale > 0.0f)) return false;
+        if (min64(length_, keys_.count) < kFewest || a_.head_dim < kLeastHeadDim || !(a_.scale > 0.0f))
+            return false;
         const Rows k = keys_.rows(a_.k, head, a_.head_dim, room_[0]);
         const Rows v = keys_.rows(a_.v, head, a_.head_dim, room_[1]);
         if (!pack_keys(k, v)) return false;
@@ -69,8 +71,8 @@ class TileAttentionBackward {
   private:
     using Rows = HeadRows<T>;
     static constexpr int kParts = sizeof(T) == 2 ? 1 : 3;
-    // Fewer queries or keys are faster in attention.cpp's way.
-    static constexpr int64_t kFewest = sizeof(T) == 2 ? 40 : 64;
+    // Fewer queries or keys, or shorter ones, are faster in attention.cpp's way.
+    static constexpr int64_t kFewest = sizeof(T) == 2 ? 40 : 64, kLeastHeadDim = sizeof(T) == 2 ? 16 : 64;
     static constexpr int64_t kBlockPanels = 2;
     static constexpr int64_t kChunk = 8;  // steps whose small and large products share sums
 
