@@ -12,6 +12,7 @@ All answers are laid out ahead of the calls, for every backend that can be asked
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -123,9 +124,13 @@ def _select_by_size(asked: str, tensor: Tensor, op: str, size: int) -> Kernels:
     return _choose(asked, op, tensor.device.type, tensor.dtype)
 
 
-def cpu_serves(tensor: Tensor) -> bool:
-    """Whether the compiled CPU kernels serve every op on such tensors."""
-    return all(select(tensor, op, 0).name == "cpu" for op in OPS)
+def serves_alone(tensor: Tensor, ops: Iterable[str]) -> str | None:
+    """The name of the backend that serves all of these ops on such tensors, whatever the size, or None."""
+    _probe(tensor.device)
+    chosen, device_type, dtype = _answers[current_backend()].chosen, tensor.device.type, tensor.dtype
+    found = {chosen.get((op, device_type, dtype)) for op in ops}
+    kernels = found.pop() if len(found) == 1 else None
+    return None if kernels is None else kernels.name
 
 
 def check_environment() -> None:

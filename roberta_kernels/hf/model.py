@@ -66,14 +66,17 @@ class FastModel(HuggingFaceModule):
 
     def _rk_unpadded(self, chosen: route.Unpadded, batch_layout: Unpadding, kwargs: dict[str, Any]) -> Any:
         hidden_states = self._rk_embed(chosen, batch_layout, kwargs)
+        hidden_states = self._rk_layers(chosen, hidden_states, batch_layout)
+        return self._rk_output(batch_layout.pad(hidden_states), kwargs.get("return_dict"))
+
+    def _rk_layers(self, chosen: route.Unpadded, hidden_states: Tensor, batch_layout: Unpadding) -> Tensor:
         sequences = self._rk_sequences(batch_layout.sequences, hidden_states, batch_layout.length)
         if isinstance(chosen, route.Encoder):
-            hidden_states = chosen.call.run(hidden_states, sequences)
-        else:
-            layer_mask = LayerMask(sequences, chosen.choices)
-            for layer in encoder_of(self).layer:
-                hidden_states = self._rk_layer(layer, hidden_states, layer_mask)
-        return self._rk_output(batch_layout.pad(hidden_states), kwargs.get("return_dict"))
+            return chosen.call.run(hidden_states, sequences)
+        layer_mask = LayerMask(sequences, chosen.choices)
+        for layer in encoder_of(self).layer:
+            hidden_states = self._rk_layer(layer, hidden_states, layer_mask)
+        return hidden_states
 
     def _rk_embed(self, chosen: route.Unpadded, batch_layout: Unpadding, kwargs: dict[str, Any]) -> Tensor:
         embeddings = self.embeddings

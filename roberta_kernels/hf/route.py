@@ -113,7 +113,7 @@ class Call(NamedTuple):
     positions: whether position ids were given.
     embeds: dtype of the inputs_embeds given in the place of input_ids; embeds_grad: whether they need a gradient.
     autocast: its dtype, if any.
-    no_encoder: why no layer can run as an op call.
+    encoder: whose op can run layers, "cpu" or "cuda"; None: none can, and no_encoder says why.
     grad: whether gradients are recorded.
     """
 
@@ -124,6 +124,7 @@ class Call(NamedTuple):
     embeds: torch.dtype | None
     embeds_grad: bool
     autocast: torch.dtype | None
+    encoder: str | None
     no_encoder: str | None
     grad: bool
 
@@ -134,6 +135,10 @@ def call_of(model: Any, survey: Survey, kwargs: dict[str, Any]) -> Call:
     mask: Any = kwargs.get("attention_mask")
     marked = type(mask) is RealRows
     embeds = kwargs.get("inputs_embeds")
+    traced_reason = (None, "a graph is being traced")
+    encoder, no_encoder = (
+        traced_reason if traced else encoder_layers.op_backend(state_of(model).options, like, model._rk_biased)
+    )
     return Call(
         original=_original_reason(model, kwargs, mask.attention_mask if marked else mask),
         padded=_padded_call(model, like, kwargs),
@@ -142,7 +147,8 @@ def call_of(model: Any, survey: Survey, kwargs: dict[str, Any]) -> Call:
         embeds=None if embeds is None else embeds.dtype,
         embeds_grad=embeds is not None and embeds.requires_grad,
         autocast=autocast_dtype(like.device.type),
-        no_encoder="a graph is being traced" if traced else encoder_layers.no_call(state_of(model).options, like),
+        encoder=encoder,
+        no_encoder=no_encoder,
         grad=torch.is_grad_enabled(),
     )
 
@@ -254,7 +260,7 @@ def _decide(model: Any, survey: Survey, call: Call) -> Route:
     if survey.watch is None:
         return _padded(survey, "traced", handed, zeros=options.padded_rows == "zeros")
     differ, padded = _differ(model, survey, call, fused), _padded(survey, None, handed)
-    call_all = _one_call(survey, choices, options)
+    call_all = _one_call(survey, call, choices, options)
     if call_all is None:
         return Unpadded(fused, choices, call.reads, differ, padded)
     return Encoder(fused, choices, call.reads, differ, padded, call_all)
@@ -315,16 +321,22 @@ def layer_choices(survey: Survey, call: Call, options: Options) -> dict[int, Lay
         choice = layer_choice(layer, survey.like.dtype, survey.like.shape[-1], call.autocast)
         # From the first layer on that has something to learn, the hidden states need gradients.
         grad = grad or (call.grad and any(parameter.requires_grad for parameter in layer.parameters()))
-        reason = call.no_encoder or (encoder_layers.GRADIENTS if grad else encoder_layers.no_layer_call(layer, choice))
-        if reason is None:
-            own = encoder_layers.encoder_call([layer], [choice], options)
+        reason = call.no_encoder or (encoder_layers.GRADIENTS if grad else None)
+        reason = reason or encoder_layers.no_layer_call(layer, choice, survey.like)
+        if call.encoder is not None and reason is None:
+            own = encoder_layers.encoder_call([layer], [choice], options, call.encoder)
             choices[id(layer)] = choice._replace(call=own)
         else:
             choices[id(layer)] = choice._replace(no_call=reason)
     return choices
 
 
-def _one_call(survey: Survey, choices: dict[int, LayerChoice], options: Options) -> EncoderCall | QuantizedCall | None:
-    if any(choice.call is None for choice in choices.values()) or any(map(compiled, survey.layers)):
+def _one_call(
+    survey: Survey, call: Call, choices: dict[int, LayerChoice], options: Options
+) -> EncoderCall | QuantizedCall | None:
+    if call.encoder is None or any(choice.call is None for choice in choices.values()):
         return None
-    return encoder_layers.encoder_call(survey.layers, [choices[id(layer)] for layer in survey.layers], options)
+    if any(map(compiled, survey.layers)):
+        return None
+    found = [choices[id(layer)] for layer in survey.layers]
+    return encoder_layers.encoder_call(survey.layers, found, options, call.encoder)
