@@ -130,7 +130,7 @@ def parts_of(model: Any, inputs: dict[str, Any]) -> dict[str, Callable[[], Any]]
     kwargs = by_name(model, (), dict(inputs))
     chosen: Any = route.decide(model, kwargs)
     layout: Any = padding.layout(model, chosen, kwargs)
-    hidden = model._rk_embed(chosen, layout, kwargs)
+    hidden = model._rk_embed(model._rk_rows(layout, kwargs))
     survey = survey_of(model)
     assert survey.watch is not None
     calls: dict[str, Callable[[], Any]] = {
@@ -138,8 +138,8 @@ def parts_of(model: Any, inputs: dict[str, Any]) -> dict[str, Callable[[], Any]]
         "route of the call": lambda: route.decide(model, kwargs),
         "of which: has nothing changed": survey.watch.holds,
         "layout of the batch": lambda: padding.layout(model, chosen, kwargs),
-        "embeddings": lambda: model._rk_embed(chosen, layout, kwargs),
-        "layers": lambda: model._rk_layers(chosen, hidden, layout),
+        "embeddings": lambda: model._rk_embed(model._rk_rows(layout, kwargs)),
+        "layers": lambda: model._rk_layers(chosen, hidden, layout.sequences),
         "padding, pooler, output": lambda: model._rk_output(layout.pad(hidden), True),
     }
     if not isinstance(chosen, route.Encoder):

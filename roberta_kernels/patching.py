@@ -92,6 +92,9 @@ def patch(model: nn.Module, *, options: Options) -> PatchReport:
         return_logits: False says that nobody reads the logits of a masked-language-model head (*ForMaskedLM) in calls
             with labels: a training loop, Trainer's too, that reads `.loss`. The loss is then made from the rows with a
             label alone, without the logits ever being there, in far less memory; `outputs.logits` is None.
+        cuda_graphs: True: inference on a GPU is recorded as CUDA graphs, one for each bucket of batches that comes
+            twice, and replayed (docs/design.md, section 12). "auto": where that was measured to be faster, which is
+            nowhere yet. False: never. What ran without although it was asked for, report.graphs() says.
 
     Returns:
         What was replaced, what was left, and why. A model with nothing to replace is left untouched; so is any model

@@ -6,6 +6,7 @@ on them alone, and the decoder is ops.linear_cross_entropy, which never has all 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ class FastMaskedLMHead(FastTokenHead):
     def _rk_unread(self, mask: Tensor, kwargs: dict[str, Any]) -> RealRows | None:
         marked = super()._rk_unread(mask, kwargs)
         # Without logits nothing of padded rows goes back to the caller.
-        return marked if marked is None or state_of(self).options.return_logits else RealRows(mask)
+        return marked if marked is None or state_of(self).options.return_logits else replace(marked, returned=False)
 
     def _rk_loss(self, kwargs: dict[str, Any]) -> Any:
         parts: Any = vocabulary_parts(self)

@@ -32,6 +32,7 @@ from roberta_kernels.hf.fusable import (
     transform,
     unserved,
 )
+from roberta_kernels.hf.graphs import Graphs, make_recorder
 from roberta_kernels.hf.masks import RealRows
 from roberta_kernels.hf.same_attention import attention_difference
 from roberta_kernels.hf.state import Options, state_of
@@ -80,6 +81,7 @@ class Unpadded:
 
     fused_embeddings: else their original code runs, on the padded batch. reads: READS. differ: why the padded rows of a
     sequence are not one row, or None where the data tells. padded: the route where all of them are to be computed.
+    graphs: what records and replays it, or None; no_graphs says why, where that was asked for.
     """
 
     fused_embeddings: bool
@@ -87,6 +89,8 @@ class Unpadded:
     reads: str
     differ: str | None
     padded: Padded | ThroughInterface | Original
+    graphs: Graphs | None
+    no_graphs: str | None
 
 
 @dataclass(frozen=True)
@@ -154,11 +158,16 @@ def call_of(model: Any, survey: Survey, kwargs: dict[str, Any]) -> Call:
 
 
 def _reads(model: Any, mask: Any) -> str:
+    if state_of(model).options.padded_rows != "zeros" and type(mask) is RealRows:
+        return "returned" if mask.returned else "real"
+    return reads(model)
+
+
+def reads(model: Any) -> str:
+    """READS of a call whose padded rows nobody vouches for."""
     state = state_of(model)
     if state.options.padded_rows == "zeros":
         return "real"
-    if type(mask) is RealRows:
-        return "returned" if mask.returned else "real"
     # Only encoders: a loss over a decoder's rows is taken by labels.
     return "returned" if state.known_reader and not is_causal(model) else "all"
 
@@ -261,9 +270,38 @@ def _decide(model: Any, survey: Survey, call: Call) -> Route:
         return _padded(survey, "traced", handed, zeros=options.padded_rows == "zeros")
     differ, padded = _differ(model, survey, call, fused), _padded(survey, None, handed)
     call_all = _one_call(survey, call, choices, options)
+    recorded = _graphs(model, survey, call, choices, options) if fused else (None, "the embeddings are not fused")
     if call_all is None:
-        return Unpadded(fused, choices, call.reads, differ, padded)
-    return Encoder(fused, choices, call.reads, differ, padded, call_all)
+        return Unpadded(fused, choices, call.reads, differ, padded, *recorded)
+    return Encoder(fused, choices, call.reads, differ, padded, *recorded, call_all)
+
+
+def _graphs(
+    model: Any, survey: Survey, call: Call, choices: dict[int, LayerChoice], options: Options
+) -> tuple[Graphs | None, str | None]:
+    """What records such calls, and None; or None, and why they are not."""
+    if options.cuda_graphs is not True:  # "auto": no card has measured it
+        return None, None
+    reason = None
+    if call.grad:
+        reason = "gradients are recorded (torch.no_grad() was not set)"
+    elif call.autocast is not None:
+        reason = "autocast"
+    elif survey.dropout:
+        reason = "dropout"
+    elif model._rk_biased:
+        reason = "a bias on the scores"
+    elif any(c.attention.said or c.feed_forward.said or c.feed_forward.gelu is None for c in choices.values()):
+        reason = "a part of a layer runs its own code"
+    elif any(map(compiled, survey.layers)):
+        reason = "a layer is compiled"
+    if reason is None and survey.graphs is None:
+        recorder = make_recorder(survey.like.device)
+        if recorder is None:
+            reason = "hidden states are not on a GPU"
+        else:
+            survey.graphs = Graphs(recorder)
+    return (survey.graphs, None) if reason is None else (None, f"not recorded: {reason}")
 
 
 def _differ(model: Any, survey: Survey, call: Call, fused: bool) -> str | None:
