@@ -11,6 +11,7 @@ Times are the calling thread's processor time, so that other processes disturb t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import os
 import statistics
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +64,24 @@ def _again(arguments: argparse.Namespace, console: Console, folder: Path) -> int
     return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
 
 
-def model_of() -> Any:
+class _Silent:
+    """In the place of CUDA graphs: a replay that launches nothing."""
+
+    def record(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        return (lambda: None), run()
+
+    def alone(self, buffers: list[Any]) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext()
+
+
+def model_of(**options: Any) -> Any:
     """A patched model of as many layers as roberta-base, and small otherwise."""
     from transformers import RobertaConfig, RobertaModel
 
     import roberta_kernels as rk
 
     model = RobertaModel(RobertaConfig(**_CONFIG)).eval()
-    rk.patch(model, backend="cuda")
+    rk.patch(model, backend="cuda", **options)
     return model
 
 
@@ -85,22 +97,26 @@ def measure(*, smoke: bool) -> dict[str, Any]:
     """Milliseconds by batch and part."""
     from benchmarks import machine
     from roberta_kernels import backends
+    from roberta_kernels.hf import route
 
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # what no kernel wrote is what was in memory, on which products would be slow
     library = ctypes.CDLL(os.environ[backends.EMULATION_VARIABLE])
-    model = model_of()
+    model, recorded = model_of(), model_of(cuda_graphs=True)
+    make, route.make_recorder = route.make_recorder, lambda device: _Silent()
     found: dict[str, Any] = {}
     for name, sizes in BATCHES.items():
         inputs = batch_of(*sizes)
         with torch.no_grad(), backends.backend("cuda"):
-            model(**inputs)  # decided and kept
+            for one in (model, recorded, recorded):
+                one(**inputs)  # decided and kept; the second call of a bucket is recorded
             library.rk_emulation_set_dry_run(1)
             try:
-                calls = parts_of(model, inputs)
+                calls = parts_of(model, inputs) | {"forward, graphs replayed": partial(recorded, **inputs)}
                 found[name] = {what: _milliseconds(call, library, smoke) for what, call in calls.items()}
             finally:
                 library.rk_emulation_set_dry_run(0)
+    route.make_recorder = make
     return {"host_time": True, "quick": smoke, **machine.conditions("cpu"), "layers": LAYERS, "milliseconds": found}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from roberta_kernels import backends
 from roberta_kernels.ops import contract, matmul_precision
-from roberta_kernels.ops.contract import check, check_device, check_shape, check_tensor
+from roberta_kernels.ops.contract import check_device, check_shape, check_tensor
 
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 128
 
@@ -72,31 +73,29 @@ def attention(
             are checked when they are on the CPU; on a GPU that would need a synchronisation.
         backends.BackendError: the backend asked for cannot serve.
     """
-    check(q.dim() == 3, f"q has shape {list(q.shape)}, expected [tokens, heads, head_dim]")
+    contract.check_dims("q", q, 3, None, "tokens, heads, head_dim")
     heads, head_dim = q.shape[1], q.shape[2]
     contract.check_floating("q", q)
     check_tensor("k", k, (None, heads, head_dim), q)
     check_tensor("v", v, (k.shape[0], heads, head_dim), q)
-    check(heads > 0, "q has no heads")
-    check(
-        supported_head_dim(head_dim),
-        f"head_dim is {head_dim}; {MIN_HEAD_DIM} to {MAX_HEAD_DIM} in steps of 8 are served",
-    )
+    if heads == 0:
+        raise ValueError("q has no heads")
+    if not supported_head_dim(head_dim):
+        raise ValueError(f"head_dim is {head_dim}; {MIN_HEAD_DIM} to {MAX_HEAD_DIM} in steps of 8 are served")
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
         max_seqlen_k = max_seqlen_q if max_seqlen_k is None else max_seqlen_k
         _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q, max_seqlen_q)
-        if k.shape[0] != q.shape[0]:  # not check(): making the message would tie a traced graph to this size
+        if k.shape[0] != q.shape[0]:
             raise ValueError(f"q has {q.shape[0]} rows and k {k.shape[0]}: cu_seqlens_k is needed")
     else:
         if max_seqlen_k is None:
             raise ValueError("cu_seqlens_k needs max_seqlen_k")
         _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q, max_seqlen_q)
         _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k, max_seqlen_k)
-        check(
-            cu_seqlens_q.shape == cu_seqlens_k.shape,
-            f"cu_seqlens_q names {cu_seqlens_q.shape[0] - 1} sequences and cu_seqlens_k {cu_seqlens_k.shape[0] - 1}",
-        )
+        if cu_seqlens_q.shape != cu_seqlens_k.shape:
+            named = (cu_seqlens_q.shape[0] - 1, cu_seqlens_k.shape[0] - 1)
+            raise ValueError("cu_seqlens_q names {} sequences and cu_seqlens_k {}".format(*named))
     if key_mask is not None:
         check_shape("key_mask", key_mask, (k.shape[0],))
         check_device("key_mask", key_mask, q)
@@ -130,7 +129,6 @@ def attention(
 
 def check_bias(bias: Tensor, q: Tensor, max_seqlen_q: int, max_seqlen_k: int | None) -> None:
     check_tensor("bias", bias, (q.shape[1], None, None), q)
-    # not check(): making the message would tie a traced graph to these sizes
     if bias.shape[1] < max_seqlen_q or bias.shape[2] < max_seqlen_k:  # type: ignore[operator]
         raise ValueError(
             f"bias has shape {list(bias.shape)}, too small for {max_seqlen_q} queries, {max_seqlen_k} keys"
@@ -140,20 +138,21 @@ def check_bias(bias: Tensor, q: Tensor, max_seqlen_q: int, max_seqlen_k: int | N
 def _check_cu_seqlens(name: str, cu_seqlens: Tensor, rows: Tensor, max_seqlen: int) -> None:
     if cu_seqlens.dtype != torch.int32:
         raise TypeError(f"{name} is {cu_seqlens.dtype}, and must be int32")
-    check(cu_seqlens.dim() == 1 and cu_seqlens.shape[0] >= 1, f"{name} must have shape [sequences + 1]")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"{name} must have shape [sequences + 1]")
     check_device(name, cu_seqlens, rows)
     if cu_seqlens.device.type != "cpu" or type(cu_seqlens) is not Tensor or torch.compiler.is_compiling():
         return
     ends = cu_seqlens.tolist()
-    check(ends[0] == 0, f"{name} starts at {ends[0]}, and must start at 0")
-    check(ends[-1] == rows.shape[0], f"{name} ends at {ends[-1]}, and there are {rows.shape[0]} rows")
-    for b in range(len(ends) - 1):
-        length = ends[b + 1] - ends[b]
-        check(length >= 0, f"{name} falls from {ends[b]} to {ends[b + 1]} at sequence {b}")
-        check(
-            length <= max_seqlen,
-            f"sequence {b} of {name} has {length} rows, more than the max_seqlen of {max_seqlen}",
-        )
+    if ends[0] != 0:
+        raise ValueError(f"{name} starts at {ends[0]}, and must start at 0")
+    if ends[-1] != rows.shape[0]:
+        raise ValueError(f"{name} ends at {ends[-1]}, and there are {rows.shape[0]} rows")
+    for b, (start, end) in enumerate(pairwise(ends)):
+        if start > end:
+            raise ValueError(f"{name} falls from {start} to {end} at sequence {b}")
+        if end - start > max_seqlen:
+            raise ValueError(f"sequence {b} of {name} has {end - start} rows, more than the max_seqlen of {max_seqlen}")
 
 
 def _fake_forward(

@@ -16,10 +16,14 @@ from torch.autograd import forward_ad
 
 from roberta_kernels import backends, reference
 
+# Messages are made where something is wrong alone: making one takes as long as a launch, and would tie a traced graph
+# to the sizes in it.
 
-def check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
+
+def check_dims(name: str, tensor: Tensor, dims: int, filled: int | None, expected: str) -> None:
+    """tensor has so many dimensions, and that one of them is not empty."""
+    if tensor.dim() != dims or (filled is not None and tensor.shape[filled] == 0):
+        raise ValueError(f"{name} has shape {list(tensor.shape)}, expected [{expected}]")
 
 
 def check_tensor(name: str, tensor: Tensor, shape: tuple[int | None, ...], like: Tensor) -> None:
@@ -31,11 +35,14 @@ def check_tensor(name: str, tensor: Tensor, shape: tuple[int | None, ...], like:
 
 
 def check_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
-    if tensor.dim() != len(shape) or any(
-        want is not None and have != want for have, want in zip(tensor.shape, shape, strict=True)
-    ):
-        wanted = ", ".join("*" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name} has shape {list(tensor.shape)}, expected [{wanted}]")
+    if tensor.dim() == len(shape):
+        for have, want in zip(tensor.shape, shape, strict=True):
+            if want is not None and have != want:
+                break
+        else:
+            return
+    wanted = ", ".join("*" if size is None else str(size) for size in shape)
+    raise ValueError(f"{name} has shape {list(tensor.shape)}, expected [{wanted}]")
 
 
 def check_device(name: str, tensor: Tensor, like: Tensor) -> None:
