@@ -53,8 +53,8 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._pool = device, torch.cuda.graph_pool_handle()
-        self._home = torch.cuda.current_stream(device)  # the allocator's, of the buffers
-        self._last, self._done = self._home, torch.cuda.Event()
+        self._last, self._done = torch.cuda.current_stream(device), torch.cuda.Event()
+        self._several = False  # whether more than one stream has come
 
     def record(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         current, aside = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)
@@ -73,12 +73,13 @@ class CudaRecorder:
         with torch.cuda.device(self._device):
             current = torch.cuda.current_stream()
             if current != self._last:
+                self._several = True
                 current.wait_event(self._done)
             yield
             self._done.record(current)
             self._last = current
-            if current != self._home:
-                for buffer in buffers:  # which must outlive what this stream still has to do
+            if self._several:
+                for buffer in buffers:  # which may be another stream's, and must outlive what this one still has to do
                     buffer.record_stream(current)
 
 

@@ -7,6 +7,7 @@ python tests/cuda_emulation/build.py --plain -- python -m pytest tests/models/te
 from __future__ import annotations
 
 import copy
+import sys
 import threading
 from collections import Counter
 
@@ -18,7 +19,7 @@ from model_cases import assert_promise, batches_for, build, patched
 
 import roberta_kernels as rk
 from roberta_kernels import backends, unpadding
-from roberta_kernels.hf import graphs, route
+from roberta_kernels.hf import encoder_layers, graphs, route
 from roberta_kernels.hf.graphs import LIMIT, Graphs, Rows, bucket_of
 from roberta_kernels.hf.state import memory_of
 
@@ -301,3 +302,16 @@ def test_a_failure_runs_without(recorder):
     assert_promise(ours, original, batches)
     counted = ours._rk_state.graphs
     assert counted["not recorded: RuntimeError: operation not permitted when stream is capturing"] >= len(batches)
+
+
+@emulated
+def test_layer_by_layer(recorder, monkeypatch):
+    """As Triton's kernels run, which are launched from Python: what is replayed holds none of it."""
+    monkeypatch.setattr(encoder_layers, "op_backend", lambda *given: (None, "not here"))
+    # Of a GPU's tensors nothing is read; these lie on the host, where rows beyond the sequences are refused.
+    monkeypatch.setattr(sys.modules["roberta_kernels.ops.attention"], "_check_cu_seqlens", lambda *given: None)
+    original, ours, batches = model_and_batches()
+    run_twice(ours, batches)
+    before = recorder.replayed
+    assert_promise(ours, original, batches, everywhere=True)
+    assert recorder.replayed == before + len(batches)
