@@ -6,10 +6,12 @@ python tests/cuda_emulation/build.py --plain -- python -m pytest tests/models/te
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import sys
 import threading
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -181,6 +183,80 @@ def test_the_double_is_as_strict_as_a_graph():
         with recorder.alone([weight]):
             replay()
         assert out.tolist() == [10, 10, 10]
+
+
+class _Cuda:
+    """torch.cuda, as far as a recorder asks for it: what is called goes to `log`."""
+
+    def __init__(self):
+        self.log, self.current = [], "first"
+
+    def current_stream(self, device=None):
+        return _Stream(self, self.current)
+
+    def Stream(self, device):
+        return _Stream(self, "aside")
+
+    def Event(self):
+        return SimpleNamespace(record=lambda stream: self.log.append(f"{stream.name} records"))
+
+    def CUDAGraph(self):
+        return SimpleNamespace(replay=lambda: self.log.append("replay"))
+
+    def graph_pool_handle(self):
+        return "pool"
+
+    @contextlib.contextmanager
+    def graph(self, graph, *, pool, stream, capture_error_mode):
+        assert (pool, stream.name, capture_error_mode) == ("pool", "aside", "thread_local")
+        self.log.append("capture")
+        yield
+        self.log.append("captured")
+
+    def stream(self, stream):
+        return contextlib.nullcontext()
+
+    device = stream
+
+
+class _Stream:
+    def __init__(self, cuda, name):
+        self.cuda, self.name = cuda, name
+
+    def __eq__(self, other):
+        return self.name == other.name
+
+    __hash__ = None
+
+    def wait_stream(self, other):
+        self.cuda.log.append(f"{self.name} waits for {other.name}")
+
+    def wait_event(self, event):
+        self.cuda.log.append(f"{self.name} waits")
+
+
+def test_what_is_asked_of_cuda_and_in_which_order(monkeypatch):
+    """A first run beside the stream that is current, then the capture; a user on another stream waits for the last one,
+    and from then on buffers outlive what either still has to do."""
+    cuda = _Cuda()
+    monkeypatch.setattr(graphs.torch, "cuda", cuda)
+    recorder = graphs.CudaRecorder(torch.device("cpu"))
+    replay, out = recorder.record(lambda: cuda.log.append("run") or "out")
+    waits = ["aside waits for first", "run", "first waits for aside"]
+    assert (out, cuda.log) == ("out", [*waits, "capture", "run", "captured"])
+    buffer = SimpleNamespace(record_stream=lambda stream: cuda.log.append(f"{stream.name} keeps"))
+    found = []
+    for cuda.current in ("first", "first", "second", "first"):
+        cuda.log.clear()
+        with recorder.alone([buffer]):
+            replay()
+        found.append(cuda.log[:])
+    alone = ["replay", "first records"]
+    assert found[:2] == [alone, alone]
+    assert found[2:] == [
+        ["second waits", "replay", "second records", "second keeps"],
+        ["first waits", *alone, "first keeps"],
+    ]
 
 
 # --- options and the report -------------------------------------------------------------------------------------------
