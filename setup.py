@@ -251,6 +251,11 @@ def compiled_parts():
     class BuildKernels(BuildExtension):
         """Compiles the CPU ops once per instruction set, and the CUDA kernels; then links each into one library."""
 
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            # An editable install would compile in a folder that it throws away, and a wheel all of it once more.
+            self.build_temp = str(ROOT / "build/temp")
+
         def build_extension(self, ext) -> None:
             if ext.name.endswith("._cuda"):
                 names = ", ".join(map(str, architectures))
