@@ -564,7 +564,7 @@ def test_models_are_checked_timed_and_related(tmp_path):
     assert "| 1x8 | ours |" in (tmp_path / "models.md").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_every_peer_that_is_installed_is_measured(tmp_path, command_line):
     from benchmarks import model_report
     from benchmarks.engines import ENGINES

@@ -141,7 +141,7 @@ def on_every_backend() -> list[Any]:
         return backend != "triton" or head in ("masked_lm", "causal_lm")
 
     return [
-        pytest.param(backend, head, marks=() if quick(backend, head) else pytest.mark.slow)
+        pytest.param(backend, head, marks=() if quick(backend, head) else pytest.mark.full)
         for backend in ("reference", "cpu", "triton")
         for head in HEADS
     ]

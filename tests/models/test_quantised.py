@@ -166,7 +166,7 @@ def torchao_or_skip():
     return torchao.quantization
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("order", ["before", "after"])
 @pytest.mark.parametrize("kind", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
 def test_torchao(kind, order):

@@ -40,6 +40,11 @@ class Served:
         return "-".join(part for part in (self.backend, self.isa, str(self.dtype).removeprefix("torch.")) if part)
 
     @property
+    def factors(self) -> dict[str, str | torch.dtype]:
+        """What tests/covering.py pairs."""
+        return {"kernels": f"{self.backend}-{self.isa}", "dtype": self.dtype}
+
+    @property
     def interpreted(self) -> bool:
         """Runs in Triton's interpreter or the CUDA emulation: a thousand times slower than anything else."""
         return self.backend in ("triton", "cuda") and self.device == "cpu"
