@@ -20,7 +20,7 @@ WORKERS ?= 2
 NOT_CUDA := --ignore=tests/cuda --ignore=tests/cuda_emulation
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format test-fast test-slow test-releases test-ray test-floor test-newest test-matrix test-cuda-source test-cuda-library cuda-library cuda-emulation bench bench-models bench-rerank gpu-suite gpu-bundle clean
+.PHONY: help setup demo test lint format test-full test-fast test-matrices test-releases test-ray test-floor test-newest test-matrix test-cuda-source test-cuda-library cuda-library cuda-emulation bench bench-models bench-rerank gpu-suite gpu-bundle clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -59,7 +59,9 @@ setup: $(VENV)/.tools  ## make .venv, install what constraints.txt pins, build t
 demo: $(VENV)/.built  ## a RoBERTa-size model on real text, original against patched; pictures in demo-output/
 	$(BIN)/roberta-kernels demo
 
-test: lint test-fast test-slow test-releases test-cuda-source  ## all checks and all tests
+test: lint test-fast  ## the checks to wait for: linters, and tests of everything that is promised
+
+test-full: test-matrices test-releases test-cuda-source  ## what make test leaves out: long matrices, compilers, emulations
 
 lint: setup  ## ruff, mypy, clang-format
 	$(BIN)/ruff check $(PYTHON_FILES)
@@ -72,11 +74,13 @@ format: setup  ## rewrite the sources in the project's style
 	$(BIN)/ruff format $(PYTHON_FILES)
 	$(BIN)/clang-format -i $(CPP_FILES)
 
-test-fast: setup  ## the tests that take seconds
-	$(PYTEST) -n $(WORKERS) -m "not slow and not cuda_source and not releases and not ray" $(NOT_CUDA)
+# One worker has all tests of a file: some have fixtures that take long.
+FAST := not full and not cuda_source and not releases and not ray
+test-fast: setup  ## the tests of make test
+	$(PYTEST) -n $(WORKERS) --dist loadfile -m "$(FAST)" $(NOT_CUDA)
 
-test-slow: setup $(VENV)/.torchao  ## the tests that take minutes
-	$(PYTEST) -n $(WORKERS) -m slow $(NOT_CUDA) --deselect tests/models/test_quantised.py::test_torchao
+test-matrices: setup $(VENV)/.torchao  ## the rest of the same files: tests that take long, and every combination of parameters
+	$(PYTEST) -n $(WORKERS) --dist loadfile -m "full and not releases and not ray" $(NOT_CUDA) --deselect tests/models/test_quantised.py::test_torchao
 	PYTHONPATH=$(VENV)/torchao $(PYTEST) tests/models/test_quantised.py::test_torchao
 
 # transformers imports torchao wherever it finds it, which takes seconds and writes to stderr on a machine without a GPU:
@@ -111,12 +115,13 @@ test-cuda-source: setup  ## the CUDA sources: compiled for every architecture, a
 	$(PYTEST) -m cuda_source tests/cuda
 	@if why=$$($(BIN)/python csrc/cuda/cuda_build.py --check); then $(MAKE) --no-print-directory cuda-emulation; else echo "cuda-emulation skipped: $$why"; fi
 
-# The op tests under the sanitizers, but for CUTLASS's (on a host it reads a number of two bytes by words of four); then what
-# the emulation and launch planning have for tests of their own; then the op tests as a Hopper GPU would serve them.
+# Of the op tests what make test has, under the sanitizers, but for CUTLASS's (on a host it reads a number of two bytes by
+# words of four); then what the emulation and launch planning have for tests of their own; then the op tests as a Hopper
+# GPU would serve them.
 cuda-emulation:
-	$(BIN)/python tests/cuda_emulation/build.py -- python -m pytest -n $(WORKERS) tests/ops -k "cuda and not sm80"
+	$(BIN)/python tests/cuda_emulation/build.py -- python -m pytest -n $(WORKERS) -m "not full" tests/ops -k "cuda and not sm80"
 	$(BIN)/python tests/cuda_emulation/build.py --plain -- python -m pytest -n $(WORKERS) --dist loadfile tests/cuda_emulation
-	$(BIN)/python tests/cuda_emulation/build.py --plain -- python -m pytest -p tests.cuda_emulation.hopper tests/ops/test_attention.py tests/ops/test_variants.py -k "cuda and not float32 and not portable and not (gelu and sm90)"
+	$(BIN)/python tests/cuda_emulation/build.py --plain -- python -m pytest -n $(WORKERS) -p tests.cuda_emulation.hopper tests/ops/test_attention.py tests/ops/test_variants.py -k "cuda and not float32 and not portable and not (gelu and sm90)"
 
 # One wheel, built against the torch of .venv, is what the other torch loads.
 test-cuda-library: setup  ## the CUDA library in a CUDA build of torch, in .venv-cuda (5.5 GB); needs nvcc, no GPU

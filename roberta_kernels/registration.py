@@ -1,4 +1,4 @@
-"""The ops and `attn_implementation="roberta_kernels"` are there in every process that imports the package, and its import
+"""The ops and `attn_implementation="roberta_kernels"` are there in every process that imports the package, whose import
 costs next to nothing: `import transformers` imports no torch until a program needs it, and neither does this package.
 
 torch learns of the ops when it is imported, so that a saved graph that holds them can be loaded; transformers of the

@@ -88,6 +88,8 @@ def served_by(dtypes: Iterable[torch.dtype] | None = None, *, every_isa: bool = 
                 if dtype in wanted:
                     one = Served(name, device, dtype, isa)
                     marks = [pytest.mark.gpu] if device == "cuda" else []
+                    if isa not in (None, backends.cpu_isas()[0], backends.cpu_isas()[-1]):
+                        marks.append(pytest.mark.full)  # tests/cpu has every kernel on every instruction set
                     combinations.append(pytest.param(one, id=one.id, marks=marks))
     return combinations
 
