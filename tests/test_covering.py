@@ -7,7 +7,7 @@ import itertools
 import covering
 import pytest
 
-MATRICES = [(2, 3, 4), (5, 2, 10, 4, 2), (6, 1, 5), (3, 3, 3, 3)]
+MATRICES = [(2, 3, 4), (5, 2, 10, 4, 2), (6, 2, 5), (3, 3, 3, 3)]
 
 
 def combinations(sizes):
