@@ -130,7 +130,7 @@ wheel: setup  ## a manylinux wheel and an sdist, in dist/ (ROBERTA_KERNELS_CUDA=
 # In a venv that finds torch and the rest in .venv, but the package, which is installed from the file. What runs there sees
 # no compiler and no other program.
 IN_WHEEL_VENV := env -i HOME="$$HOME" PATH=$(abspath $(WHEEL_VENV))/bin
-test-wheel: wheel $(WHEEL_VENV)/.made  ## the wheel installed without a compiler, and used; and that the sdist has every source
+test-wheel: wheel $(WHEEL_VENV)/.made  ## the wheel installed without a compiler, and used; the sdist has every source
 	$(WHEEL_VENV)/bin/python release/check_sdist.py dist/*.tar.gz
 	$(IN_WHEEL_VENV) python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall --no-index $(abspath dist)/*.whl
 	cd $(WHEEL_VENV) && $(IN_WHEEL_VENV) python $(abspath release/smoke.py) no-compiler
@@ -141,6 +141,7 @@ test-sdist: wheel $(WHEEL_VENV)/.made  ## the sdist installed with a compiler, a
 
 $(WHEEL_VENV)/.made: $(VENV)/.packages
 	$(call venv_beside,$(WHEEL_VENV))
+	$(WHEEL_VENV)/bin/python -m pip uninstall --quiet --yes setuptools  # one of its own would be an old one
 	touch $@
 
 test-floor: setup  ## the quick model tests with the oldest transformers (noxfile.py), in .nox

@@ -1,4 +1,4 @@
-"""`python check_sdist.py FILE.tar.gz`: the sdist has every file that git has of the package, its sources and its tests."""
+"""`python check_sdist.py FILE.tar.gz`: the sdist has every file that git has of the package, its sources and tests."""
 
 from __future__ import annotations
 

@@ -86,7 +86,8 @@ def write_variant(folder: Path, sources: Path) -> None:
     shutil.copytree(sources, folder)
     name = f"_{PREFIX}cuda_{commit()}"
     (folder / "_ops.py").write_text(
-        f'import torch\n\nops = torch.ops.{name}\n\n\ndef add_op_namespace_prefix(op_name: str):\n    return f"{name}::{{op_name}}"\n'
+        f"import torch\n\nops = torch.ops.{name}\n\n\n"
+        f'def add_op_namespace_prefix(op_name: str):\n    return f"{name}::{{op_name}}"\n'
     )
     digests = {
         str(path.relative_to(folder)): base64.b64encode(hashlib.sha256(path.read_bytes()).digest()).decode()

@@ -1,8 +1,9 @@
-"""Of a test with many parameters, the combinations that `make test` runs: every pair of values, not every product.
+"""Of a test with many parameters, the combinations that `make test` runs: every pair of values, not every product. Of
+the tests of models, where each takes a second or more: every value.
 
 A fault that shows in one combination alone is seldom; that one value, or two together, do not go is what tests find. So
-of each test those combinations stay in which a pair of values comes first, and all others get the mark `full`
-(`make test-full`). A test with one or two parameters keeps all.
+of each test those combinations stay in which a pair, or a value, comes first, and all others get the mark `full`
+(`make test-full`). Of the tests of ops and kernels, one with one or two parameters keeps all.
 """
 
 from __future__ import annotations
@@ -29,22 +30,23 @@ def factors(item: pytest.Item) -> Iterator[tuple[str, Hashable]]:
             yield name, id(value)  # one object for all the combinations that it is in
 
 
-def beyond_pairs(combinations: Iterable[Iterable[tuple[str, Hashable]]]) -> Iterator[bool]:
-    """Of each combination: whether those before it hold every pair of its values."""
+def beyond(combinations: Iterable[Iterable[tuple[str, Hashable]]], together: int) -> Iterator[bool]:
+    """Of each combination: whether those before it hold every `together` of its values that stand in it."""
     seen: set[Any] = set()
     for combination in combinations:
         values = sorted(combination, key=lambda one: one[0])
-        pairs = set(itertools.combinations(values, 2)) if len(values) > 1 else {tuple(values)}
-        yield len(values) > 2 and pairs <= seen
-        seen |= pairs
+        groups = set(itertools.combinations(values, min(together, len(values))))
+        yield len(values) > together and groups <= seen
+        seen |= groups
 
 
 def mark(items: list[pytest.Item]) -> None:
-    """Adds the mark `full` to what is beyond pairs."""
+    """Adds the mark `full` to what is beyond pairs, or beyond values."""
     tests = defaultdict(list)
     for item in items:
         tests[item.nodeid.partition("[")[0]].append(item)
-    for combinations in tests.values():
-        for item, beyond in zip(combinations, beyond_pairs(map(factors, combinations)), strict=True):
-            if beyond:
+    for name, combinations in tests.items():
+        together = 1 if name.startswith("tests/models/") else 2
+        for item, more in zip(combinations, beyond(map(factors, combinations), together), strict=True):
+            if more:
                 item.add_marker("full")

@@ -1,4 +1,4 @@
-"""What `make test` leaves out holds no pair of values that it does not have in another combination."""
+"""What `make test` leaves out holds no pair of values, or value, that it does not have in another combination."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ def combinations(sizes):
     return [tuple((f"p{i}", v) for i, v in enumerate(row)) for row in itertools.product(*map(range, sizes))]
 
 
-def pairs(rows):
-    return {pair for row in rows for pair in itertools.combinations(row, 2)}
+def groups(rows, together):
+    return {group for row in rows for group in itertools.combinations(row, together)}
 
 
+@pytest.mark.parametrize("together", [1, 2])
 @pytest.mark.parametrize("sizes", MATRICES, ids=str)
-def test_every_pair_stays(sizes):
+def test_every_group_of_values_stays(sizes, together):
     rows = combinations(sizes)
-    kept = [row for row, beyond in zip(rows, covering.beyond_pairs(rows), strict=True) if not beyond]
-    assert pairs(kept) == pairs(rows)
+    kept = [row for row, more in zip(rows, covering.beyond(rows, together), strict=True) if not more]
+    assert groups(kept, together) == groups(rows, together)
     assert len(kept) < len(rows)
 
 
 @pytest.mark.parametrize("sizes", [(7,), (4, 5)], ids=str)
 def test_one_or_two_parameters_stay_whole(sizes):
-    assert not any(covering.beyond_pairs(combinations(sizes)))
+    assert not any(covering.beyond(combinations(sizes), 2))

@@ -90,6 +90,7 @@ def test_smoothing_starts_at_the_first_value():
     assert pictures.smooth([4.0, 4.0, 4.0]) == pytest.approx([4.0, 4.0, 4.0])
 
 
+@pytest.mark.full
 def test_quick_demo_from_end_to_end(tmp_path):
     result = CliRunner().invoke(app, ["demo", "--quick", "--output", str(tmp_path / "new" / "folder")])
     assert result.exit_code == 0, result.output

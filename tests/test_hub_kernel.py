@@ -68,9 +68,10 @@ torch.manual_seed(0)
 x, residual, weight, bias = torch.randn(7, 32), torch.randn(7, 32), torch.rand(32), torch.randn(32)
 exact = torch.nn.functional.layer_norm((x + residual).double(), (32,), weight.double(), bias.double(), 1e-5)
 for name in ("triton", "reference"):
-    with kernel.backend(name):
-        torch.testing.assert_close(kernel.add_layer_norm(x, residual, weight, bias, eps=1e-5).double(), exact, rtol=1e-5, atol=1e-6)
-torch.testing.assert_close(rk.ops.add_layer_norm(x, residual, weight, bias, eps=1e-5).double(), exact, rtol=1e-5, atol=1e-6)
+    with kernel.backend(name), rk.backend(name):
+        for ops in (kernel, rk.ops):
+            out = ops.add_layer_norm(x, residual, weight, bias, eps=1e-5)
+            torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-6)
 
 config = RobertaConfig(
     vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,

@@ -1,4 +1,4 @@
-"""Layers for `kernels.kernelize`: each has a forward alone, which runs on the parameters of the layer that it replaces."""
+"""Layers for `kernels.kernelize`: a forward alone each, which runs on the parameters of the layer that it replaces."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from . import ops
 
 
 class RobertaSelfOutput(nn.Module):
-    """dense, dropout and LayerNorm of the sum with the residual; the same in BERT, ELECTRA, CamemBERT and XLM-RoBERTa."""
+    """dense, dropout and LayerNorm of the sum with the residual; the same in BERT, ELECTRA and XLM-RoBERTa."""
 
     can_torch_compile: bool = True
 
