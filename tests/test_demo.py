@@ -114,6 +114,7 @@ def test_quick_demo_from_end_to_end(tmp_path):
     assert "summary.json" in result.output.replace("\n", "")
 
 
+@pytest.mark.full
 def test_a_wrong_kernel_breaks_the_demo(tmp_path, monkeypatch, texts, tokenizer):
     # What training runs, and inference on a CPU.
     for holder, name in ((ops, "add_layer_norm"), (encoder_call.EncoderCall, "run")):
