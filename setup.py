@@ -91,7 +91,7 @@ def cuda_missing(torch) -> str | None:
     """Why the CUDA library is not built, or None."""
     wish = os.environ.get("ROBERTA_KERNELS_CUDA", "")
     if not cuda_build.kernel_sources():
-        return "this version has no CUDA C++ kernels (NVIDIA GPUs are served by Triton)"
+        return "this version has no CUDA C++ kernels (Triton is used on NVIDIA GPUs)"
     if wish == "0":
         return "turned off by ROBERTA_KERNELS_CUDA=0"
     if wish != "1" and torch.version.cuda is None:
@@ -136,7 +136,7 @@ def import_torch():
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < TORCH_FLOOR:
         raise SystemExit(
-            f"roberta_kernels needs torch >= {'.'.join(map(str, TORCH_FLOOR))} to build, and found {torch.__version__}"
+            f"roberta_kernels requires torch >= {'.'.join(map(str, TORCH_FLOOR))} to build, got {torch.__version__}"
         )
     return torch
 
@@ -163,7 +163,7 @@ def compiled_parts():
     """(extensions, build_ext command class), filling in REPORT on the way."""
     for name in ("ROBERTA_KERNELS_CUDA", "ROBERTA_KERNELS_CPU"):
         if os.environ.get(name, "") not in ("", "0", "1"):
-            raise SystemExit(f"{name} must be 0, 1 or unset, not {os.environ[name]!r}")
+            raise SystemExit(f"{name} must be 0, 1 or unset, got {os.environ[name]!r}")
     torch = import_torch()
     why: str | None
     if torch is None:
@@ -175,7 +175,7 @@ def compiled_parts():
     why = compiler_missing()
     if why:
         REPORT.update(cpu=why, cuda=why)
-        say(f"compiled kernels left out: {why}; Triton and plain torch will serve")
+        say(f"compiled kernels left out: {why}; Triton and plain torch will be used")
         return [], None
     if any("pip-build-env" in entry for entry in sys.path):
         say(

@@ -77,7 +77,7 @@ def _serves(name: str, op: str, device_type: str, dtype: torch.dtype) -> str | N
         return "Triton runs on GPUs (on CPU tensors only under TRITON_INTERPRET=1)"
     serves = "cpu" if name == "cuda" and emulating() else name
     if name in ("cpu", "cuda") and serves != device_type:
-        return f"it serves {serves} tensors, and these are on {device_type}"
+        return f"it runs on {serves} tensors, got {device_type}"
     return f"it has no {op}" if name == "cuda" and (op == BIASED_ATTENTION or op in choosing.NOT_IN_CUDA) else None
 
 
@@ -93,8 +93,8 @@ def _choose(asked: str, op: str, device_type: str, dtype: torch.dtype) -> Kernel
                 raise BackendError(wrong)
             return namespaces()[name]
     if asked == "auto":
-        raise BackendError(f"no backend serves {dtype} on {device_type}")
-    raise BackendError(f"backend {asked!r} cannot serve {dtype} on {device_type}: {reason}")
+        raise BackendError(f"no backend supports {dtype} on {device_type}")
+    raise BackendError(f"backend {asked!r} does not support {dtype} on {device_type}: {reason}")
 
 
 def select(tensor: Tensor, op: str, size: int) -> Kernels:
@@ -119,7 +119,7 @@ def _select_by_size(asked: str, tensor: Tensor, op: str, size: int) -> Kernels:
         if size < end:
             return kernels
     if (why := _broken_on(tensor.device).get(asked)) is not None:
-        raise BackendError(f"backend {asked!r} cannot serve on {tensor.device}: {why}")
+        raise BackendError(f"backend {asked!r} does not run on {tensor.device}: {why}")
     return _choose(asked, op, tensor.device.type, tensor.dtype)
 
 

@@ -32,7 +32,7 @@ def no_call(options: Options, like: Tensor) -> str | None:
     if torch.is_autocast_enabled("cpu") and not _autocast_call(options, like.dtype):
         return "autocast"
     if not backends.cpu_serves(like):
-        return "another backend than the CPU kernels serves"
+        return "a backend other than the CPU kernels is in use"
     return unavailable()
 
 

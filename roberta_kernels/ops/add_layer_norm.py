@@ -40,7 +40,7 @@ def add_layer_norm(
     Raises:
         TypeError, ValueError: a dtype, shape, device or value outside of the above.
     """
-    check(x.dim() == 2 and x.shape[1] > 0, f"x has shape {list(x.shape)}, expected [tokens, hidden]")
+    check(x.dim() == 2 and x.shape[1] > 0, f"x must have shape [tokens, hidden], got {list(x.shape)}")
     contract.check_floating("x", x)
     hidden = x.shape[1]
     check_tensor("residual", residual, (x.shape[0], hidden), x)

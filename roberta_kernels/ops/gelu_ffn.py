@@ -38,10 +38,10 @@ def gelu_ffn(
     Raises:
         TypeError, ValueError: a dtype, shape, device or value outside of the above.
     """
-    check(x.dim() == 2 and x.shape[1] > 0, f"x has shape {list(x.shape)}, expected [tokens, hidden]")
-    check(approximate in ("none", "tanh"), f'approximate is {approximate!r}, and must be "none" or "tanh"')
+    check(x.dim() == 2 and x.shape[1] > 0, f"x must have shape [tokens, hidden], got {list(x.shape)}")
+    check(approximate in ("none", "tanh"), f'approximate must be "none" or "tanh", got {approximate!r}')
     contract.check_floating("x", x)
-    check(w_in.dim() == 2 and w_in.shape[0] > 0, f"w_in has shape {list(w_in.shape)}, expected [inner, hidden]")
+    check(w_in.dim() == 2 and w_in.shape[0] > 0, f"w_in must have shape [inner, hidden], got {list(w_in.shape)}")
     inner = w_in.shape[0]
     check_tensor("w_in", w_in, (inner, x.shape[1]), x)
     check_tensor("b_in", b_in, (inner,), x)

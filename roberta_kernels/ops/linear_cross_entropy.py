@@ -43,17 +43,19 @@ def linear_cross_entropy(
         IndexError: a label outside of the vocabulary, on a CPU. On a GPU the loss is then nan.
         backends.BackendError: the backend asked for cannot serve ("cuda" has no such kernels).
     """
-    check(x.dim() == 2 and x.shape[1] > 0, f"x has shape {list(x.shape)}, expected [tokens, hidden]")
-    check(reduction in _REDUCTIONS, f"reduction is {reduction!r}, and must be one of {', '.join(_REDUCTIONS)}")
+    check(x.dim() == 2 and x.shape[1] > 0, f"x must have shape [tokens, hidden], got {list(x.shape)}")
+    check(reduction in _REDUCTIONS, f"reduction must be one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
     contract.check_floating("x", x)
-    check(weight.dim() == 2 and weight.shape[0] > 0, f"weight has shape {list(weight.shape)}, expected [words, hidden]")
+    check(
+        weight.dim() == 2 and weight.shape[0] > 0, f"weight must have shape [words, hidden], got {list(weight.shape)}"
+    )
     check_tensor("weight", weight, (None, x.shape[1]), x)
     if bias is not None:
         check_tensor("bias", bias, (weight.shape[0],), x)
     check_shape("labels", labels, (x.shape[0],))
     check_device("labels", labels, x)
     if labels.dtype != torch.int64:
-        raise TypeError(f"labels is {labels.dtype}, and must be int64")
+        raise TypeError(f"labels must be int64, got {labels.dtype}")
 
     tokens, rows = x.shape[0], None
     count: Any
