@@ -11,7 +11,7 @@ Environment variables:
     CXX, CXXFLAGS            compiler and extra flags.
 
 The libraries hold no Python symbol: they register their ops when `torch.ops.load_library` opens them. So one
-wheel (py3-none-<platform>) serves every Python and every torch from the floor up.
+wheel (py3-none-<platform>) supports every Python and every torch from the floor up.
 
 The CUDA library carries its own CUDA runtime, linked statically as nvcc does by default, with its symbols hidden: a
 torch for CUDA 12 brings libcudart.so.12 and one for CUDA 13 libcudart.so.13, and a library linked against either would
@@ -89,25 +89,25 @@ def compiler_missing() -> str | None:
 
 def cuda_missing(torch) -> str | None:
     """Why the CUDA library is not built, or None."""
-    wish = os.environ.get("ROBERTA_KERNELS_CUDA", "")
+    asked = os.environ.get("ROBERTA_KERNELS_CUDA", "")
     if not cuda_build.kernel_sources():
         return "this version has no CUDA C++ kernels (Triton is used on NVIDIA GPUs)"
-    if wish == "0":
+    if asked == "0":
         return "turned off by ROBERTA_KERNELS_CUDA=0"
-    if wish != "1" and torch.version.cuda is None:
+    if asked != "1" and torch.version.cuda is None:
         return "torch is a CPU build (ROBERTA_KERNELS_CUDA=1 builds the CUDA library all the same)"
     why = cuda_build.missing()
-    if why is not None and wish == "1":
+    if why is not None and asked == "1":
         raise SystemExit(f"ROBERTA_KERNELS_CUDA=1, but {why}")
     return why
 
 
 def cuda_architectures(nvcc: str) -> tuple[cuda_build.Architecture, ...]:
-    wish = os.environ.get("TORCH_CUDA_ARCH_LIST")
-    if not wish:
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if not asked:
         return cuda_build.default_architectures(nvcc)
     try:
-        return cuda_build.parse_architectures(wish)
+        return cuda_build.parse_architectures(asked)
     except ValueError as error:
         raise SystemExit(f"TORCH_CUDA_ARCH_LIST: {error}") from None
 
