@@ -125,7 +125,7 @@ wheel: setup  ## a manylinux wheel and an sdist, in dist/ (ROBERTA_KERNELS_CUDA=
 	rm -rf build/lib* build/wheel dist
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps -w build/wheel .
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*.so' --exclude libc10.so -w dist build/wheel/*.whl
-	$(BIN)/python -m build --sdist --no-isolation --outdir dist .
+	$(BIN)/python -m build --sdist --no-isolation --skip-dependency-check --outdir dist .
 
 # In a venv that finds torch and the rest in .venv, but the package, which is installed from the file. What runs there sees
 # no compiler and no other program.

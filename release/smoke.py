@@ -28,6 +28,7 @@ config = RobertaConfig(
 model = RobertaModel(config).eval()
 batch = {"input_ids": torch.randint(2, 100, (3, 20)), "attention_mask": torch.ones(3, 20, dtype=torch.long)}
 batch["attention_mask"][1, 7:] = 0
+batch["input_ids"][1, 7:] = config.pad_token_id
 with torch.no_grad():
     before = model(**batch).last_hidden_state
     report = rk.patch(model, backend="cpu")
