@@ -163,7 +163,7 @@ test-cuda-source: setup  ## the CUDA sources: compiled for every architecture, a
 cuda-emulation:
 	$(BIN)/python tests/cuda_emulation/build.py -- python -m pytest -n $(WORKERS) -m "not full" tests/ops -k "cuda and not sm80"
 	$(BIN)/python tests/cuda_emulation/build.py --plain -- python -m pytest -n $(WORKERS) --dist loadfile tests/cuda_emulation
-	$(BIN)/python tests/cuda_emulation/build.py --plain -- python -m pytest -n $(WORKERS) -p tests.cuda_emulation.hopper tests/ops/test_attention.py tests/ops/test_variants.py -k "cuda and not float32 and not portable and not (gelu and sm90)"
+	$(BIN)/python tests/cuda_emulation/build.py --plain -- python -m pytest -p tests.cuda_emulation.hopper tests/ops/test_attention.py tests/ops/test_variants.py -k "cuda and not float32 and not portable and not (gelu and sm90)"
 
 # One wheel, built against the torch of .venv, is what the other torch loads.
 test-cuda-library: setup  ## the CUDA library in a CUDA build of torch, in .venv-cuda (5.5 GB); needs nvcc, no GPU
