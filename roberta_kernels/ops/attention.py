@@ -70,7 +70,7 @@ def attention(
     Raises:
         TypeError, ValueError: a dtype, shape, device or value outside of the above. The contents of cu_seqlens
             are checked when they are on the CPU; on a GPU that would need a synchronisation.
-        backends.BackendError: the backend asked for cannot serve.
+        backends.BackendError: the backend asked for does not support the call.
     """
     check(q.dim() == 3, f"q must have shape [tokens, heads, head_dim], got {list(q.shape)}")
     heads, head_dim = q.shape[1], q.shape[2]

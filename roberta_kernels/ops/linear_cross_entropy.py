@@ -41,7 +41,7 @@ def linear_cross_entropy(
     Raises:
         TypeError, ValueError: a dtype, shape, device or value outside of the above.
         IndexError: a label outside of the vocabulary, on a CPU. On a GPU the loss is then nan.
-        backends.BackendError: the backend asked for cannot serve ("cuda" has no such kernels).
+        backends.BackendError: the backend asked for does not support the call ("cuda" has no such kernels).
     """
     check(x.dim() == 2 and x.shape[1] > 0, f"x must have shape [tokens, hidden], got {list(x.shape)}")
     check(reduction in _REDUCTIONS, f"reduction must be one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
