@@ -3,6 +3,13 @@
 // against it in their own *_binding.cpp (CPU) or .cu files.
 #include <torch/csrc/stable/library.h>
 
+#ifdef __GLIBC__
+// libstdc++ asks this variable of glibc 2.32 whether it may count references without atomic instructions. With one of our
+// own that says no (hidden, as every symbol here), the library loads wherever torch's own wheels do: glibc 2.28.
+extern "C" char __libc_single_threaded;
+char __libc_single_threaded = 0;
+#endif
+
 #ifdef ROBERTA_KERNELS_CUDA
 STABLE_TORCH_LIBRARY(roberta_kernels_cuda, m) {
     // Which variant of its kernels an op may use (csrc/cuda/variants.h).

@@ -1,4 +1,4 @@
-"""The kernels that there are, and which of them serve.
+"""The kernels that there are, and dispatch: which of them run.
 
 op_namespaces.py: the namespaces, how they are loaded, whether they can serve. override.py: which backend was asked for.
 selection.py: which one serves a call. gpus.py: what cannot run on a GPU. choosing.py, choices.json: what was measured

@@ -151,7 +151,7 @@ def attention_forward(
 def _unserved(
     module: Any, query: Tensor, key: Tensor, value: Tensor, dropout: float, kwargs: dict[str, Any]
 ) -> str | None:
-    """Why the op cannot serve this call, or None."""
+    """Why the op does not support this call, or None."""
     if _wants_weights(module, kwargs):
         return "attention weights were asked for"
     for name in ("position_bias", "softcap", "sliding_window", "s_aux", "cache"):
@@ -160,7 +160,7 @@ def _unserved(
     if key.shape[1] != query.shape[1]:
         return "heads that share keys"
     if value.shape[-1] != query.shape[-1] or not supported_head_dim(query.shape[-1]):
-        return f"head_dim {query.shape[-1]} is not served"
+        return f"head_dim {query.shape[-1]} is not supported"
     if not query.dtype == key.dtype == value.dtype:
         return f"no kernels for {query.dtype}"
     if (reason := unserved(query.dtype, query.device)) is not None:

@@ -38,7 +38,7 @@ def op_backend(options: Options, like: Tensor, biased: bool) -> tuple[str | None
         return None, "hidden states are not on the CPU"
     backend = backends.serves_alone(like, _BIASED_OPS if biased else _OPS)
     if backend not in ("cpu", "cuda") or (backend == "cuda" and options.quantization is not None):
-        return None, "other kernels than the compiled ones serve"
+        return None, "a backend other than the compiled kernels is in use"
     reason = unavailable(backend) or (_no_cpu_call(options, like) if backend == "cpu" else _no_cuda_call(like))
     return (backend, None) if reason is None else (None, reason)
 

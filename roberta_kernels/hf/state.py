@@ -38,7 +38,7 @@ class Options:
 
     padded_rows: "exact": what a caller may read at padded positions is what the original gives there. "zeros": padding
         is left out of every computation that can do without; zeros come back in its place, position 0 excepted.
-    backend: "auto", or the backend that shall serve this model.
+    backend: "auto", or the backend to use for this model.
     quantization: None; or what a copy of the layers' weights is rounded to, for inference of a float32 model on a CPU:
         "bfloat16" (products accumulate in float32), "int8" (weights only), "int8-dynamic" (weights, and activations as
         they come). The answers are then no longer those of the original (`verify` measures them). Parameters, state

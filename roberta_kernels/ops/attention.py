@@ -16,12 +16,12 @@ MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 128
 
 
 def supported_head_dim(head_dim: int) -> bool:
-    """Whether the kernels serve this head dim: 16 to 128 in steps of 8."""
+    """Whether the kernels support this head dim: 16 to 128 in steps of 8."""
     return MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM and head_dim % 8 == 0
 
 
 def serving_head_dim(head_dim: int) -> int | None:
-    """The smallest head dim of at least this one that the kernels serve, or None. Zeros in the places between change
+    """The smallest head dim of at least this one that the kernels support, or None. Zeros in the places between change
     neither a score nor another column of the output.
     """
     return max(MIN_HEAD_DIM, -(-head_dim // 8) * 8) if 0 < head_dim <= MAX_HEAD_DIM else None
@@ -71,7 +71,7 @@ def attention(
     Raises:
         TypeError, ValueError: a dtype, shape, device or value outside of the above. The contents of cu_seqlens
             are checked when they are on the CPU; on a GPU that would need a synchronisation.
-        backends.BackendError: the backend asked for cannot serve.
+        backends.BackendError: the backend asked for does not support the call.
     """
     contract.check_dims("q", q, 3, None, "tokens, heads, head_dim")
     heads, head_dim = q.shape[1], q.shape[2]
@@ -81,7 +81,7 @@ def attention(
     if heads == 0:
         raise ValueError("q has no heads")
     if not supported_head_dim(head_dim):
-        raise ValueError(f"head_dim is {head_dim}; {MIN_HEAD_DIM} to {MAX_HEAD_DIM} in steps of 8 are served")
+        raise ValueError(f"head_dim must be {MIN_HEAD_DIM} to {MAX_HEAD_DIM} in steps of 8, got {head_dim}")
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
         max_seqlen_k = max_seqlen_q if max_seqlen_k is None else max_seqlen_k
@@ -90,7 +90,7 @@ def attention(
             raise ValueError(f"q has {q.shape[0]} rows and k {k.shape[0]}: cu_seqlens_k is needed")
     else:
         if max_seqlen_k is None:
-            raise ValueError("cu_seqlens_k needs max_seqlen_k")
+            raise ValueError("cu_seqlens_k requires max_seqlen_k")
         _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q, max_seqlen_q)
         _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k, max_seqlen_k)
         if cu_seqlens_q.shape != cu_seqlens_k.shape:
@@ -100,7 +100,7 @@ def attention(
         check_shape("key_mask", key_mask, (k.shape[0],))
         check_device("key_mask", key_mask, q)
         if key_mask.dtype != torch.bool:
-            raise TypeError(f"key_mask is {key_mask.dtype}, and must be bool")
+            raise TypeError(f"key_mask must be bool, got {key_mask.dtype}")
         key_mask = key_mask.contiguous()
     contract.check_dropout(dropout_p, seed, q)
     if bias is not None:
@@ -137,7 +137,7 @@ def check_bias(bias: Tensor, q: Tensor, max_seqlen_q: int, max_seqlen_k: int | N
 
 def _check_cu_seqlens(name: str, cu_seqlens: Tensor, rows: Tensor, max_seqlen: int) -> None:
     if cu_seqlens.dtype != torch.int32:
-        raise TypeError(f"{name} is {cu_seqlens.dtype}, and must be int32")
+        raise TypeError(f"{name} must be int32, got {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"{name} must have shape [sequences + 1]")
     check_device(name, cu_seqlens, rows)
@@ -145,9 +145,9 @@ def _check_cu_seqlens(name: str, cu_seqlens: Tensor, rows: Tensor, max_seqlen: i
         return
     ends = cu_seqlens.tolist()
     if ends[0] != 0:
-        raise ValueError(f"{name} starts at {ends[0]}, and must start at 0")
+        raise ValueError(f"{name} must start at 0, got {ends[0]}")
     if ends[-1] != rows.shape[0]:
-        raise ValueError(f"{name} ends at {ends[-1]}, and there are {rows.shape[0]} rows")
+        raise ValueError(f"{name} must end at the number of rows, {rows.shape[0]}, got {ends[-1]}")
     for b, (start, end) in enumerate(pairwise(ends)):
         if start > end:
             raise ValueError(f"{name} falls from {start} to {end} at sequence {b}")

@@ -96,7 +96,7 @@ def _ids(name: str, ids: Tensor, input_ids: Tensor, table: Tensor) -> Tensor:
     check_shape(name, ids, (input_ids.shape[0],))
     check_device(name, ids, table)
     if ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{name} is {ids.dtype}, and must be int64 or int32")
+        raise TypeError(f"{name} must be int64 or int32, got {ids.dtype}")
     return ids.to(torch.int64).contiguous()
 
 

@@ -40,7 +40,7 @@ def gelu_ffn(
     """
     contract.check_dims("x", x, 2, 1, "tokens, hidden")
     if approximate not in ("none", "tanh"):
-        raise ValueError(f'approximate is {approximate!r}, and must be "none" or "tanh"')
+        raise ValueError(f'approximate must be "none" or "tanh", got {approximate!r}')
     contract.check_floating("x", x)
     contract.check_dims("w_in", w_in, 2, 0, "inner, hidden")
     inner = w_in.shape[0]

@@ -41,11 +41,11 @@ def linear_cross_entropy(
     Raises:
         TypeError, ValueError: a dtype, shape, device or value outside of the above.
         IndexError: a label outside of the vocabulary, on a CPU. On a GPU the loss is then nan.
-        backends.BackendError: the backend asked for cannot serve ("cuda" has no such kernels).
+        backends.BackendError: the backend asked for does not support the call ("cuda" has no such kernels).
     """
     contract.check_dims("x", x, 2, 1, "tokens, hidden")
     if reduction not in _REDUCTIONS:
-        raise ValueError(f"reduction is {reduction!r}, and must be one of {', '.join(_REDUCTIONS)}")
+        raise ValueError(f"reduction must be one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
     contract.check_floating("x", x)
     contract.check_dims("weight", weight, 2, 0, "words, hidden")
     check_tensor("weight", weight, (None, x.shape[1]), x)
@@ -54,7 +54,7 @@ def linear_cross_entropy(
     check_shape("labels", labels, (x.shape[0],))
     check_device("labels", labels, x)
     if labels.dtype != torch.int64:
-        raise TypeError(f"labels is {labels.dtype}, and must be int64")
+        raise TypeError(f"labels must be int64, got {labels.dtype}")
 
     tokens, rows = x.shape[0], None
     count: Any

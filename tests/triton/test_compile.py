@@ -23,6 +23,8 @@ from typing import Any
 import pytest
 import torch
 
+pytestmark = pytest.mark.full  # minutes of compiling
+
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = (80, 90, 100)
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
