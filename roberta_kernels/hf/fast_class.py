@@ -40,6 +40,7 @@ from roberta_kernels.hf.layer import (
 from roberta_kernels.hf.masked_lm import FastMaskedLMHead
 from roberta_kernels.hf.model import FastAttentionModel, FastBiasedModel, FastModel
 from roberta_kernels.hf.names import ATTENTION
+from roberta_kernels.hf.sparse import FastSpladePooling
 from roberta_kernels.hf.state import PatchState, attach, detach, keep_implementation, kept_implementation
 from roberta_kernels.hf.structure import AROUND, structure_difference
 
@@ -63,6 +64,7 @@ _MIXINS: dict[str, type] = {
     "discriminator_head": FastDiscriminatorHead,
     "span_head": FastSpanHead,
     "head": FastHead,
+    "splade_pooling": FastSpladePooling,
 }
 # Roles of whole models: what a user constructs.
 MODEL_ROLES = (

@@ -85,14 +85,14 @@ def attention(
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
         max_seqlen_k = max_seqlen_q if max_seqlen_k is None else max_seqlen_k
-        _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q, max_seqlen_q)
+        check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q, max_seqlen_q)
         if k.shape[0] != q.shape[0]:  # not check(): making the message would tie a traced graph to this size
             raise ValueError(f"q has {q.shape[0]} rows and k {k.shape[0]}: cu_seqlens_k is needed")
     else:
         if max_seqlen_k is None:
             raise ValueError("cu_seqlens_k needs max_seqlen_k")
-        _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q, max_seqlen_q)
-        _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k, max_seqlen_k)
+        check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q, max_seqlen_q)
+        check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k, max_seqlen_k)
         check(
             cu_seqlens_q.shape == cu_seqlens_k.shape,
             f"cu_seqlens_q names {cu_seqlens_q.shape[0] - 1} sequences and cu_seqlens_k {cu_seqlens_k.shape[0] - 1}",
@@ -137,7 +137,8 @@ def check_bias(bias: Tensor, q: Tensor, max_seqlen_q: int, max_seqlen_k: int | N
         )
 
 
-def _check_cu_seqlens(name: str, cu_seqlens: Tensor, rows: Tensor, max_seqlen: int) -> None:
+def check_cu_seqlens(name: str, cu_seqlens: Tensor, rows: Tensor, max_seqlen: int | None) -> None:
+    """max_seqlen: None: a sequence may be as long as it likes."""
     if cu_seqlens.dtype != torch.int32:
         raise TypeError(f"{name} is {cu_seqlens.dtype}, and must be int32")
     check(cu_seqlens.dim() == 1 and cu_seqlens.shape[0] >= 1, f"{name} must have shape [sequences + 1]")
@@ -151,7 +152,7 @@ def _check_cu_seqlens(name: str, cu_seqlens: Tensor, rows: Tensor, max_seqlen: i
         length = ends[b + 1] - ends[b]
         check(length >= 0, f"{name} falls from {ends[b]} to {ends[b + 1]} at sequence {b}")
         check(
-            length <= max_seqlen,
+            max_seqlen is None or length <= max_seqlen,
             f"sequence {b} of {name} has {length} rows, more than the max_seqlen of {max_seqlen}",
         )
 
