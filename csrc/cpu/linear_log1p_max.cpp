@@ -214,23 +214,37 @@ void store_row(const float* sum, T* row, int64_t size) {
     }
 }
 
+// A sum of rows, of which every kTerms are summed by themselves: the error grows as that of a blocked sum.
+constexpr int32_t kTerms = 64;
+RK_INLINE void move_sum(float* some, float* total, int64_t size) {
+    add_row(total, 1.0f, some, size);
+    for (int64_t i = 0; i < size; ++i) some[i] = 0.0f;
+}
+
 template <class T>
 void of_weight_and_bias(const LinearLog1pMaxArgs& a) {
     const T* const x = static_cast<const T*>(a.x);
     parallel_for(0, a.words, 64, [&](int64_t begin, int64_t end) {
-        float* const sum = thread_scratch(Use::sums).words(a.hidden);
+        float* const some = thread_scratch(Use::sums).words(2 * a.hidden);
+        float* const total = some + a.hidden;
+        for (int64_t i = 0; i < a.hidden; ++i) some[i] = 0.0f;
         for (int64_t word = begin; word < end; ++word) {
             float of_bias = 0.0f;
-            for (int64_t h = 0; h < a.hidden; ++h) sum[h] = 0.0f;
-            for (int64_t s = 0; s < a.sequences; ++s) {
-                const float slope = a.slopes[s * a.words + word];
-                if (slope == 0.0f) continue;
-                of_bias += slope;
-                if (a.grad_weight != nullptr)
-                    add_row(sum, slope, x + a.top_rows[s * a.words + word] * a.hidden, a.hidden);
+            for (int64_t i = 0; i < a.hidden; ++i) total[i] = 0.0f;
+            for (int64_t first = 0; first < a.sequences; first += kTerms) {
+                float some_bias = 0.0f;
+                for (int64_t s = first; s < min64(a.sequences, first + kTerms); ++s) {
+                    const float slope = a.slopes[s * a.words + word];
+                    if (slope == 0.0f) continue;
+                    some_bias += slope;
+                    if (a.grad_weight != nullptr)
+                        add_row(some, slope, x + a.top_rows[s * a.words + word] * a.hidden, a.hidden);
+                }
+                of_bias += some_bias;
+                if (a.grad_weight != nullptr) move_sum(some, total, a.hidden);
             }
             if (a.grad_weight != nullptr)
-                store_row(sum, static_cast<T*>(a.grad_weight) + word * a.hidden, a.hidden);
+                store_row(total, static_cast<T*>(a.grad_weight) + word * a.hidden, a.hidden);
             if (a.grad_bias != nullptr) store1(static_cast<T*>(a.grad_bias) + word, of_bias);
         }
     });
@@ -243,7 +257,10 @@ void of_x(const LinearLog1pMaxArgs& a) {
     // few words, which then come from the second-level cache.
     const int64_t parts = max64(1, min64(a.hidden / 64, ceil_div(2 * num_threads(), max64(1, a.sequences))));
     constexpr int64_t kWords = 256;
-    for (int64_t i = 0; i < a.rows * a.hidden; ++i) a.grad_sum[i] = 0.0f;
+    float *const some = a.grad_sum, *const total = a.grad_sum + a.rows * a.hidden;
+    float* const terms = thread_scratch(Use::sums).words(parts * a.rows);  // in `some`, of each part and row
+    for (int64_t i = 0; i < 2 * a.rows * a.hidden; ++i) some[i] = 0.0f;
+    for (int64_t i = 0; i < parts * a.rows; ++i) terms[i] = 0.0f;
     for (int64_t first = 0; first < a.words; first += kWords) {
         const int64_t last = min64(a.words, first + kWords);
         parallel_tasks(a.sequences * parts, num_threads(), [&](int64_t task) {
@@ -252,12 +269,15 @@ void of_x(const LinearLog1pMaxArgs& a) {
             for (int64_t word = first; word < last; ++word) {
                 const float slope = a.slopes[sequence * a.words + word];
                 if (slope == 0.0f) continue;
-                const int64_t row = a.top_rows[sequence * a.words + word];
-                add_row(a.grad_sum + row * a.hidden + left, slope, weight + word * a.hidden + left, size);
+                const int64_t row = a.top_rows[sequence * a.words + word], at = row * a.hidden + left;
+                add_row(some + at, slope, weight + word * a.hidden + left, size);
+                float& count = terms[part * a.rows + row];
+                if (++count == float(kTerms)) move_sum(some + at, total + at, size), count = 0.0f;
             }
         });
     }
-    store_row(a.grad_sum, static_cast<T*>(a.grad_x), a.rows * a.hidden);
+    move_sum(some, total, a.rows * a.hidden);
+    store_row(total, static_cast<T*>(a.grad_x), a.rows * a.hidden);
 }
 
 template <class T>

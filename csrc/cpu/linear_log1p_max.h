@@ -20,7 +20,7 @@ struct LinearLog1pMaxArgs {
 
     const float* grad_out;  // [B, V]; backward
     float* slopes;          // [B, V] scratch: the gradient of the logit that out comes from
-    float* grad_sum;        // [T, H] scratch
+    float* grad_sum;        // [2, T, H] scratch
     void* grad_x;           // [T, H]
     void* grad_weight;      // [V, H], or null
     void* grad_bias;        // [V], or null

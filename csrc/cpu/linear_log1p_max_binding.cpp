@@ -68,7 +68,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out_, const Tenso
     in.checks.matrix(rows_, "rows", a.sequences, a.words, ScalarType::Int);
     const Tensor grad_out = as_contiguous(grad_out_), out = as_contiguous(out_), rows = as_contiguous(rows_);
     Tensor slopes = in.checks.empty({a.sequences, a.words}, ScalarType::Float);
-    Tensor grad_sum = in.checks.empty({a.rows, a.hidden}, ScalarType::Float);
+    Tensor grad_sum = in.checks.empty({2, a.rows, a.hidden}, ScalarType::Float);
     Tensor grad_x = in.checks.empty({a.rows, a.hidden});
     Tensor grad_weight = weight_gradient ? in.checks.empty({a.words, a.hidden}) : in.checks.empty({0});
     Tensor grad_bias = bias ? in.checks.empty({a.words}) : in.checks.empty({0});

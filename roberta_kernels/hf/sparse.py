@@ -1,13 +1,15 @@
-"""SPLADE in sentence-transformers: a masked-language-model head whose logits nobody but SpladePooling reads, which wants
-of each sequence and word the largest alone. `patch(return_logits=False)` of a SparseEncoder.
+"""SPLADE in sentence-transformers: a masked-language-model head whose logits nobody but SpladePooling reads, which
+wants of each sequence and word the largest alone. `patch(return_logits=False)` of a SparseEncoder.
 
 The head gives LargestLogits in the place of its logits; the pooling finds them by their type.
 """
 
 from __future__ import annotations
 
+from abc import ABC
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,9 +17,12 @@ from torch.nn import functional as F
 
 from roberta_kernels import ops
 from roberta_kernels.hf.choice import replaced
-from roberta_kernels.hf.embeddings import HuggingFaceModule
 from roberta_kernels.hf.fusable import transform
 from roberta_kernels.hf.state import in_force, state_of
+
+# A module of sentence-transformers is an ABC before it is an nn.Module, and a module's class can be changed to one that
+# begins alike.
+Abstract = Any if TYPE_CHECKING else ABC
 
 _LOGITS = "token_embeddings"  # where a SpladePooling looks for them
 _MASK = "attention_mask"
@@ -27,8 +32,8 @@ _MASK = "attention_mask"
 class LargestLogits:
     """What the logits `[batch, length, words]` of a call would be made of.
 
-    rows: `[T, H]`, at the real tokens of the mask `[batch, length]`. indices: their places in the flattened batch; None:
-    all. decoder: the product with the vocabulary. dtype: of the logits.
+    rows: `[T, H]`, at the real tokens of the mask `[batch, length]`. indices: their places in the flattened batch;
+    None: all. decoder: the product with the vocabulary. dtype: of the logits.
     """
 
     rows: Tensor
@@ -68,11 +73,11 @@ def real_rows(mask: Tensor) -> Tensor | None:
     return None if indices.shape[0] == mask.numel() else indices
 
 
-class FastSpladePooling(HuggingFaceModule):
+class FastSpladePooling(Abstract):
     """log1p(relu(logits)) and the maximum of each sequence, from LargestLogits with the product as one op."""
 
     def _rk_forward(self, features: Any, *args: Any, **kwargs: Any) -> Any:
-        found = features.get(_LOGITS) if isinstance(features, dict) else None
+        found = features.get(_LOGITS) if isinstance(features, Mapping) else None
         if type(found) is not LargestLogits:
             return super().forward(features, *args, **kwargs)
         state = state_of(self)

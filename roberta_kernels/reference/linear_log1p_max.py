@@ -1,11 +1,12 @@
-"""max over the rows of a sequence of log1p(relu(x @ weight^T + bias)): a weight for each word of the vocabulary, in plain
-torch.
+"""max over the rows of a sequence of log1p(relu(x @ weight^T + bias)): a weight for each word, in plain torch.
 
 SPLADE's activation and pooling (Formal, Lassance, Piwowarski, Clinchant 2021, "SPLADE v2", equation 6). log1p and relu
 never fall, so they are applied to the largest logit alone. This is the definition: all logits at once.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ def linear_log1p_max_forward(
     logits = torch.cat([logits, nothing])
     position = torch.arange(logits.shape[0], device=x.device)
     tops, rows = [], []
-    for start, end in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True):
+    for start, end in itertools.pairwise(cu_seqlens.unbind()):
         inside = (position >= start) & (position < end)
         top, row = torch.where(inside[:, None], logits, float("-inf")).max(0)
         tops.append(top)

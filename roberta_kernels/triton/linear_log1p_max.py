@@ -1,10 +1,10 @@
 """max over the rows of a sequence of log1p(relu(x @ weight^T + bias)), without the logits `[T, V]`.
 
-The products are cuBLAS's, over a chunk of the vocabulary at a time, as in linear_cross_entropy.py. Forward: a program owns
-BLOCK words of a sequence, walks its rows down the chunk, each of which is read once and contiguously, and writes the
-largest value and its row. Backward: a program writes the gradients of those logits into a chunk of zeros (a logit that is
-nobody's largest has none), from which come, by cuBLAS, the chunk's rows of weight's gradient, written once, and its share
-of x's gradient, added in float32 in the order of chunks: no atomics.
+The products are cuBLAS's, over a chunk of the vocabulary at a time, as in linear_cross_entropy.py. Forward: a program
+owns BLOCK words of a sequence, walks its rows down the chunk, each of which is read once and contiguously, and writes
+the largest value and its row. Backward: a program writes the gradients of those logits into a chunk of zeros (a logit
+that is nobody's largest has none), from which come, by cuBLAS, the chunk's rows of weight's gradient, written once, and
+its share of x's gradient, added in float32 in the order of chunks: no atomics.
 
 6 T H V flops in all for 2 + 3 passes over the logits.
 """

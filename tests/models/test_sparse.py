@@ -1,4 +1,4 @@
-"""SPLADE and ColBERT of sentence-transformers around a patched encoder: the same vectors, scores and training as stock."""
+"""SPLADE and ColBERT of sentence-transformers around a patched encoder: vectors, scores and training as stock."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_splade(folders, family, head, monkeypatch):
     assert 0 < (want > 0).float().mean() < 1, "vectors that have something to say, and are sparse"
     assert_close_to(vectors(ours, batch_size=3), want, vectors(exact, batch_size=3))
     assert_all_fused(report)
-    assert len(calls.rows) == (2 if head == "fused" else 0)
+    assert len(calls.rows) == (-(-len(TEXTS) // 3) if head == "fused" else 0)
     tokens = original.preprocess(TEXTS)["attention_mask"].sum()
     assert sum(calls.rows) in (0, tokens), "real tokens alone"
     assert ("for SpladePooling" in str(report)) == (head == "fused")
@@ -103,7 +103,7 @@ def test_what_a_caller_of_the_modules_gets(folders):
     assert got["sentence_embedding"].dtype == want["sentence_embedding"].dtype
     torch.testing.assert_close(got["sentence_embedding"], want["sentence_embedding"])
     logits = model[0](dict(features))["token_embeddings"]
-    with pytest.raises(AttributeError, match="logits that were not made.*return_logits=False"):
+    with pytest.raises(AttributeError, match=r"logits that were not made.*return_logits=False"):
         logits.sum()
     with pytest.raises(TypeError):
         torch.relu(logits)
@@ -172,7 +172,8 @@ def test_splade_is_trained_alike(folders):
         gradients.append({name: p.grad for name, p in one.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
     for name in gradients[1]:
-        assert_close_to(*(g[name] for g in gradients), name)
+        if not name.endswith("key.bias"):  # which softmax cancels to nothing
+            assert_close_to(*(g[name] for g in gradients), name)
     assert report.fallbacks() == {}
 
 
