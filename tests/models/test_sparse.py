@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +24,8 @@ from sentence_transformers import SparseEncoder  # noqa: E402
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Transformer  # noqa: E402
 from sentence_transformers.sparse_encoder.modules import MLMTransformer, SpladePooling  # noqa: E402
 
+ROOT = Path(__file__).parents[2]
+CONTENDERS = ("stock", "stock, chunk_size=16", "patched", "patched, return_logits=False")
 TEXTS = [*SENTENCES, ""]
 DISTILBERT = {"dim": 48, "n_layers": 2, "n_heads": 3, "hidden_dim": 80, "dropout": 0.0, "attention_dropout": 0.0}
 
@@ -231,3 +237,29 @@ def test_colbert(encoder, expansion):
     assert report.fallbacks() == {}
     seen_by_nobody = expansion in ("scored, not seen", "of short ones")
     assert bool(report.padded()) == seen_by_nobody, "documents are unpadded; such queries are computed in every row"
+
+
+# --- the example and the benchmark ------------------------------------------------------------------------------------
+
+
+def run_python(*arguments):
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_example(folders, tmp_path):
+    splade(folders["roberta"]).save_pretrained(str(tmp_path), create_model_card=False)
+    said = run_python("examples/sparse_retrieval.py", "What is a file?", "--model", str(tmp_path), "--passages", "12")
+    assert "12 passages" in said
+    assert len(re.findall(r"^\d+\.\d{3}  ", said, re.MULTILINE)) == 5
+    found = re.search(r"largest difference of a weight: (\S+)", said)
+    assert found is not None
+    assert float(found[1]) < 1e-4
+
+
+@pytest.mark.slow
+def test_the_benchmark():
+    small = ("--size", "tiny", "--batch", "2", "--length", "16", "--calls", "1")
+    said = run_python("-m", "benchmarks.splade", *small, "--backward")
+    assert [row.split("|")[1].strip() for row in said.splitlines()[4:]] == list(CONTENDERS)
