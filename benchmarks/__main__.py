@@ -1,5 +1,5 @@
 """`python -m benchmarks run` measures the kernels and `models` whole models on a CPU: JSON, tables and plots. Also
-`rerank`, a reranker on a CPU, `cluster`, a corpus on Ray, `report`, `compare`, the `gpu-suite` with its `gpu-bundle`,
+`rerank`, a reranker on a CPU, `generation`, summaries, `cluster`, a corpus on Ray, `report`, `compare`, the `gpu-suite` with its `gpu-bundle`,
 and `choose`, which makes the package follow its results.
 """
 
@@ -110,7 +110,7 @@ def models(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def small_suite(arguments: argparse.Namespace, console: Console) -> int:
-    """`rerank` or `cluster`; returns 1 where ours failed."""
+    """`rerank`, `generation` or `cluster`; returns 1 where ours failed."""
     import importlib
 
     from benchmarks import machine
@@ -206,6 +206,7 @@ def main(argv: list[str] | None = None) -> int:
 
     for name, what in (
         ("rerank", "CrossEncoder.rank on a CPU against stock and other engines; some minutes on two cores"),
+        ("generation", "summaries by an encoder-decoder on a CPU against stock: some minutes on two cores"),
         ("cluster", "a corpus by two Ray workers against one process, and what Ray costs; needs ray[data]"),
     ):
         small = commands.add_parser(name, help=what)
@@ -248,7 +249,7 @@ def main(argv: list[str] | None = None) -> int:
                 return run(arguments, console)
             if arguments.command == "models":
                 return models(arguments, console)
-            if arguments.command in ("rerank", "cluster"):
+            if arguments.command in ("rerank", "generation", "cluster"):
                 return small_suite(arguments, console)
             if arguments.command == "gpu-suite":
                 return gpu_suite.run(arguments)
