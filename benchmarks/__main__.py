@@ -1,6 +1,6 @@
 """`python -m benchmarks run` measures the kernels and `models` whole models on a CPU: JSON, tables and plots. Also
-`rerank`, a reranker on a CPU, `generation`, summaries, `cluster`, a corpus on Ray, `report`, `compare`, the `gpu-suite` with its `gpu-bundle`,
-and `choose`, which makes the package follow its results.
+`rerank`, a reranker on a CPU, `generation`, summaries, `cluster`, a corpus on Ray, `report`, `compare`, the `gpu-suite`
+with its `gpu-bundle`, and `choose`, which makes the package follow its results.
 """
 
 from __future__ import annotations

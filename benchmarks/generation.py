@@ -1,9 +1,9 @@
 """Summaries by RoBERTa2RoBERTa (an EncoderDecoderModel of two roberta-base): `python -m benchmarks generation`.
 
 A batch of 8 sources of 512 tokens, 64 new tokens each, greedy, with a dynamic cache, float32. Weights are random: what
-is timed does not depend on them. Contenders, in turns: transformers as it comes (sdpa); patched; patched and loaded with
-attn_implementation="roberta_kernels", by which the decoder's attention of several queries runs fused as well. Before
-anything is timed, the tokens of all must be those of transformers. The encoder and the decoding are timed apart too.
+is timed does not depend on them. Contenders, in turns: transformers as it comes (sdpa); patched; patched and loaded
+with attn_implementation="roberta_kernels", by which the decoder's attention of several queries runs fused as well.
+Before anything is timed, the tokens of all must be those of transformers. Encoder and decoding are timed apart too.
 """
 
 from __future__ import annotations
