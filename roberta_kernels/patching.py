@@ -114,8 +114,8 @@ def patch(model: nn.Module, *, options: Options) -> PatchReport:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     modules = list(model.named_modules())
-    state = PatchState(options, _known_reader(model), _pools_logits(model))
-    report = PatchReport(backend=options.backend, state=state)
+    shared = PatchState(options, _known_reader(model), _pools_logits(model))
+    report = PatchReport(backend=options.backend, state=shared)
     before: list[tuple[nn.Module, type, PatchState | None]] = []
     try:
         for name, module in modules:

@@ -20,9 +20,12 @@ from roberta_kernels.hf.choice import replaced
 from roberta_kernels.hf.fusable import transform
 from roberta_kernels.hf.state import in_force, state_of
 
-# A module of sentence-transformers is an ABC before it is an nn.Module, and a module's class can be changed to one that
-# begins alike.
-Abstract = Any if TYPE_CHECKING else ABC
+if TYPE_CHECKING:
+    Abstract = Any
+else:
+    # A module of sentence-transformers is an ABC before it is an nn.Module, and an object's class can be changed only to
+    # one that begins alike.
+    Abstract = ABC
 
 _LOGITS = "token_embeddings"  # where a SpladePooling looks for them
 _MASK = "attention_mask"

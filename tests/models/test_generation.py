@@ -123,7 +123,7 @@ def test_causal_language_models_of_other_families(family):
     assert torch.equal(ours.generate(**inputs, **options), model.generate(**inputs, **options))
 
 
-# --- attn_implementation="roberta_kernels": attention of several queries is fused with a cache too -----------------------
+# --- attn_implementation="roberta_kernels": attention of several queries is fused with a cache too --------------------
 
 
 class Queries:
