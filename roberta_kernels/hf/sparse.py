@@ -23,8 +23,8 @@ from roberta_kernels.hf.state import in_force, state_of
 if TYPE_CHECKING:
     Abstract = Any
 else:
-    # A module of sentence-transformers is an ABC before it is an nn.Module, and an object's class can be changed only to
-    # one that begins alike.
+    # A module of sentence-transformers is an ABC before it is an nn.Module, and a class can be changed only to one that
+    # begins alike.
     Abstract = ABC
 
 _LOGITS = "token_embeddings"  # where a SpladePooling looks for them
@@ -78,6 +78,8 @@ def real_rows(mask: Tensor) -> Tensor | None:
 
 class FastSpladePooling(Abstract):
     """log1p(relu(logits)) and the maximum of each sequence, from LargestLogits with the product as one op."""
+
+    embedding_dimension: int | None  # the vocabulary's size, once it is known
 
     def _rk_forward(self, features: Any, *args: Any, **kwargs: Any) -> Any:
         found = features.get(_LOGITS) if isinstance(features, Mapping) else None
