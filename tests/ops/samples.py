@@ -111,9 +111,14 @@ def _linear_cross_entropy(draw: Draw, dtype: torch.dtype, tokens: int, *, every_
 
 
 def _linear_log1p_max(draw: Draw, dtype: torch.dtype, tokens: int, *, every_option: bool) -> Sample:
-    tensors = {"x": draw.normal(tokens, 24, dtype=dtype), "weight": draw.normal(37, 24, dtype=dtype, std=0.3)}
+    # No rounding changes which row has the largest logit of a word, or whether that is above zero: rows grow from one
+    # to the next, and a word is of one sign.
+    x = (draw.normal(1, 24, dtype=dtype).abs() + 0.1) * torch.arange(1, tokens + 1, device=draw.device)[:, None]
+    weight = draw.normal(37, 24, dtype=dtype, std=0.3).abs()
+    weight[::4] *= -1.0
+    tensors = {"x": (x * (1.0 + 0.1 * draw.normal(tokens, 24, dtype=dtype))).to(dtype), "weight": weight}
     if every_option:
-        tensors["bias"] = draw.normal(37, dtype=dtype)
+        tensors["bias"] = draw.normal(37, dtype=dtype, std=0.3)
     ends = cumulative([tokens // 3, 0, tokens - tokens // 3], draw.device)
     return Sample(ops.linear_log1p_max, tensors, {"cu_seqlens": ends})
 
