@@ -113,7 +113,7 @@ def test_three_way_random_shapes(served: Served, data: st.DataObject) -> None:
     most = 5 if served.interpreted else 40
     case = Case(
         "random",
-        lengths=tuple(data.draw(st.lists(st.integers(0, most), min_size=1, max_size=4), "lengths")),
+        lengths=tuple(data.draw(st.lists(st.integers(0, most), min_size=1, max_size=4).filter(any), "lengths")),
         hidden=data.draw(st.integers(1, 200), "hidden"),
         words=data.draw(st.integers(1, 700), "words"),
         bias=data.draw(st.booleans(), "bias"),
