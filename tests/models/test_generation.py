@@ -216,6 +216,7 @@ def test_training_by_the_interface(monkeypatch):
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_the_example(tmp_path):
     tokenizer = byte_tokenizer()
     model = encoder_decoder(words=len(tokenizer))

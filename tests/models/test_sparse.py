@@ -248,6 +248,7 @@ def run_python(*arguments):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_example(folders, tmp_path):
     splade(folders["roberta"]).save_pretrained(str(tmp_path), create_model_card=False)
     said = run_python("examples/sparse_retrieval.py", "What is a file?", "--model", str(tmp_path), "--passages", "12")
