@@ -25,7 +25,7 @@ from roberta_kernels.schemas import OPS
 PATH = Path(__file__).parent / "choices.json"
 DTYPES = ("float32", "bfloat16", "float16")
 BACKENDS = ("cuda", "triton")
-NOT_IN_CUDA = frozenset({"linear_cross_entropy"})  # ops without CUDA C++ kernels
+NOT_IN_CUDA = frozenset({"linear_cross_entropy", "linear_log1p_max"})  # ops without CUDA C++ kernels
 # The variants that the CUDA library may have of an op, plainest first; the others have one.
 VARIANTS = {"attention": ("portable", "sm90"), "gelu_ffn": ("portable", "sm80", "sm90")}
 UNMEASURED = "unmeasured: conservative default"

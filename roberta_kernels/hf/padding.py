@@ -55,6 +55,8 @@ def original(model: Any, kwargs: dict[str, Any]) -> str | None:
     embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
     if mask is None or not (_uniform(model) or embeds is not None) or data_hidden(mask):
         return None
+    if embeds is not None and mask.shape != embeds.shape[:2]:
+        return None  # with a cache, of the tokens before too
     padding = look(mask, lambda real, first: _of_embeds(embeds))
     return None if padding is None else _original(model, padding, embeds, is_causal(model))
 

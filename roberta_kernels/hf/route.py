@@ -3,8 +3,8 @@
     Encoder          unpadded, all layers in one op call
     Unpadded         unpadded, layer by layer
     Padded           every row of the batch, through the model's original forward, layers fused
-    ThroughInterface the same where a release lets nobody replace the layers' mask: attention by way of transformers'
-                     attention interface
+    ThroughInterface the same by way of transformers' attention interface: where a release lets nobody replace the
+                     layers' mask, and where a decoder that was loaded with it has a key/value cache or cross-attention
     Original         the original attention; what else of a layer can be fused still is
 
 A route follows from two things alone. `Call` is all that it depends on in a call; `Survey` (survey.py) is all that it
@@ -34,6 +34,7 @@ from roberta_kernels.hf.fusable import (
 )
 from roberta_kernels.hf.graphs import Graphs, make_recorder
 from roberta_kernels.hf.masks import RealRows
+from roberta_kernels.hf.names import ATTENTION
 from roberta_kernels.hf.same_attention import attention_difference
 from roberta_kernels.hf.state import Options, state_of
 from roberta_kernels.hf.survey import Survey, survey_of, taken
@@ -46,6 +47,9 @@ _HANDLED = frozenset(
         *("output_attentions", "output_hidden_states", "return_dict", "use_cache", "is_causal", "num_items_in_batch"),
     }
 )
+# Where a decoder is handed its keys and values of former calls, by the name of the release.
+_CACHES = frozenset({"cache", "past_key_values"})
+_CACHED = "a key/value cache or cross-attention"
 # What only flash attention reads, which takes the boundaries of several sequences in a row from them.
 _FLASH = frozenset({"position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"})
 
@@ -112,6 +116,7 @@ class Call(NamedTuple):
     """All that a route depends on in a call; each reason is None where nothing is in the way.
 
     original: why only the original attention can give what the call asks for.
+    cached: why transformers' own code must hand out keys and values, to the fused attention by way of its interface.
     padded: why every row must be computed.
     reads: READS.
     positions: whether position ids were given.
@@ -122,6 +127,7 @@ class Call(NamedTuple):
     """
 
     original: str | None
+    cached: str | None
     padded: str | None
     reads: str
     positions: bool
@@ -145,6 +151,7 @@ def call_of(model: Any, survey: Survey, kwargs: dict[str, Any]) -> Call:
     )
     return Call(
         original=_original_reason(model, kwargs, mask.attention_mask if marked else mask),
+        cached=_CACHED if _cached(model, kwargs) and _switched(model) else None,
         padded=_padded_call(model, like, kwargs),
         reads=_reads(model, mask),
         positions=kwargs.get("position_ids") is not None,
@@ -177,6 +184,20 @@ def wants(model: Any, output: str, kwargs: dict[str, Any]) -> Any:
     return kwargs.get(output, getattr(model.config, output, False))
 
 
+def _cached(model: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether keys and values of a decoder come from former calls, or go to later ones, or from an encoder."""
+    if not is_causal(model):
+        return False
+    use_cache = model.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
+    given = any(kwargs.get(name) is not None for name in ("encoder_hidden_states", *_CACHES))
+    return bool(use_cache) or given
+
+
+def _switched(model: Any) -> bool:
+    """Whether the model was loaded with attn_implementation="roberta_kernels"."""
+    return model.config._attn_implementation == ATTENTION
+
+
 def _original_reason(model: Any, kwargs: dict[str, Any], mask: Any) -> str | None:
     config = model.config
     if wants(model, "output_attentions", kwargs):
@@ -187,11 +208,8 @@ def _original_reason(model: Any, kwargs: dict[str, Any], mask: Any) -> str | Non
     reason = _unknown_argument(model, kwargs)
     if reason is not None:
         return reason
-    if is_causal(model) and (
-        kwargs.get("encoder_hidden_states") is not None
-        or (config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"])
-    ):
-        return "a key/value cache or cross-attention"
+    if _cached(model, kwargs):
+        return None if _switched(model) else _CACHED
     ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
     if (ids is None) == (embeds is None):
         return "not one of input_ids and inputs_embeds"
@@ -211,6 +229,8 @@ def _unknown_argument(model: Any, kwargs: dict[str, Any]) -> str | None:
     defaults = model._rk_defaults
     for name, value in kwargs.items():
         if value is None or name in _HANDLED or value is defaults.get(name, False):
+            continue
+        if name in _CACHES and is_causal(model):
             continue
         if name in _FLASH:
             if flash:
@@ -253,6 +273,8 @@ def _decide(model: Any, survey: Survey, call: Call) -> Route:
     reason = call.original or survey.original or unserved(products, survey.like.device)
     if reason is not None:
         return Original(reason)
+    if call.cached is not None:
+        return ThroughInterface(call.cached)
     options = state_of(model).options
     fused = isinstance(model._modules["embeddings"], FastEmbeddings) and call.embeds is None
     unknown = _embeddings_reason(survey, call, fused)  # of which dtype the hidden states will be, say

@@ -46,8 +46,9 @@ class Options:
         and the report's fallbacks say so.
     offload: whether weights that were copied leave memory for an unlinked file in the temporary directory (TMPDIR),
         mapped in their place; they read, train and save as before. None: yes, with `quantization`.
-    return_logits: False: nobody reads the logits of a masked-language-model head that is given labels. Its loss is then
-        made without them, from the rows with a label alone, and they are None.
+    return_logits: False: nobody reads the logits of a masked-language-model head that is given labels, or of one in a
+        SparseEncoder. Its loss is then made without them, from the rows with a label alone, and they are None; the
+        SparseEncoder's vectors are made without them, and features have no token_embeddings.
     cuda_graphs: True: inference on a GPU is recorded by bucket of batches, and replayed. "auto": where that was
         measured to be faster, which is nowhere yet. False: never.
     """
@@ -136,6 +137,7 @@ class PatchState:
     """What `patch` was asked for, and what happened since: shared by the modules of one patched model.
 
     known_reader: whether what stands around the models, a pooling say, is known to leave padded rows alone.
+    pools_logits: whether a SpladePooling is all that reads the logits of a masked-language-model head (sparse.py).
     fallbacks: (name of the module, its class, reason) -> calls in which it ran the original code. padded: reason ->
     calls in which a model ran fused, but on all rows of the padded batch. cost: of the calls that computed padded rows
     because somebody may read them, the rows, and those of them that were padding. graphs: what became of calls that
@@ -144,6 +146,7 @@ class PatchState:
 
     options: Options = field(default_factory=Options)
     known_reader: bool = False
+    pools_logits: bool = False
     fallbacks: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     padded: Counter[str] = field(default_factory=Counter)
     cost: Counter[str] = field(default_factory=Counter)

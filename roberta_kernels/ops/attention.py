@@ -85,14 +85,14 @@ def attention(
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
         max_seqlen_k = max_seqlen_q if max_seqlen_k is None else max_seqlen_k
-        _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q, max_seqlen_q)
+        check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q, max_seqlen_q)
         if k.shape[0] != q.shape[0]:
             raise ValueError(f"q has {q.shape[0]} rows and k {k.shape[0]}: cu_seqlens_k is needed")
     else:
         if max_seqlen_k is None:
             raise ValueError("cu_seqlens_k requires max_seqlen_k")
-        _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q, max_seqlen_q)
-        _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k, max_seqlen_k)
+        check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q, max_seqlen_q)
+        check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k, max_seqlen_k)
         if cu_seqlens_q.shape != cu_seqlens_k.shape:
             named = (cu_seqlens_q.shape[0] - 1, cu_seqlens_k.shape[0] - 1)
             raise ValueError("cu_seqlens_q names {} sequences and cu_seqlens_k {}".format(*named))
@@ -135,7 +135,8 @@ def check_bias(bias: Tensor, q: Tensor, max_seqlen_q: int, max_seqlen_k: int | N
         )
 
 
-def _check_cu_seqlens(name: str, cu_seqlens: Tensor, rows: Tensor, max_seqlen: int) -> None:
+def check_cu_seqlens(name: str, cu_seqlens: Tensor, rows: Tensor, max_seqlen: int | None) -> None:
+    """max_seqlen: None: a sequence may be as long as it likes."""
     if cu_seqlens.dtype != torch.int32:
         raise TypeError(f"{name} must be int32, got {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
@@ -151,7 +152,7 @@ def _check_cu_seqlens(name: str, cu_seqlens: Tensor, rows: Tensor, max_seqlen: i
     for b, (start, end) in enumerate(pairwise(ends)):
         if start > end:
             raise ValueError(f"{name} falls from {start} to {end} at sequence {b}")
-        if end - start > max_seqlen:
+        if max_seqlen is not None and end - start > max_seqlen:
             raise ValueError(f"sequence {b} of {name} has {end - start} rows, more than the max_seqlen of {max_seqlen}")
 
 
