@@ -32,7 +32,15 @@ CUTLASS_FLAGS = "-fpermissive -w -fno-sanitize=undefined"
 # (emulator_proxies.cpp).
 FOLLOWED = ("sm90.cu", "faults.cu")
 FOLLOW = "-fsanitize=thread --param tsan-instrument-func-entry-exit=0"
-EMULATOR = [HERE / name for name in ("emulator.cpp", "emulator_proxies.cpp", "emulator_sm90.cpp")]
+# To count, all of them, as they are written: nothing merged, split or left out, and with frame pointers.
+COUNTED = f"{FOLLOW} -O1 -fno-omit-frame-pointer -fno-optimize-sibling-calls " + " ".join(
+    f"-fno-{name}"
+    for name in (
+        "tree-sra ipa-sra tree-fre tree-forwprop tree-dse tree-dce tree-pre tree-dominator-opts store-merging tree-vrp "
+        "tree-ccp tree-loop-optimize tree-copy-prop tree-sink tree-phiprop tree-slsr tree-ter"
+    ).split()
+)
+EMULATOR = [HERE / name for name in ("emulator.cpp", "emulator_counts.cpp", "emulator_proxies.cpp", "emulator_sm90.cpp")]
 FAULTS = [HERE / "faults.cu"]  # kernels that test the emulation itself
 NAME = "_cuda_emulated.so"
 FLAGS = [
@@ -69,21 +77,28 @@ def missing() -> str | None:
     return None
 
 
-def kernel_sources() -> list[Path]:
-    """The CUDA library: all of csrc/cuda that can be emulated."""
+def has_cutlass(count: bool) -> bool:
+    return cuda_build.cutlass_include() is not None and not count
+
+
+def kernel_sources(count: bool = False) -> list[Path]:
+    """The CUDA library: all of csrc/cuda that can be emulated. count: without CUTLASS's part."""
     sources = [
         *sorted(HERE.glob("exempt*.cpp")),
         ROOT / "csrc/library.cpp",
         *sorted((ROOT / "csrc/cuda").glob("*.cpp")),
     ]
-    left_out = EXEMPT if cuda_build.cutlass_include() is not None else EXEMPT | NEED_CUTLASS
+    left_out = EXEMPT if has_cutlass(count) else EXEMPT | NEED_CUTLASS
     return sources + [path for path in sorted((ROOT / "csrc/cuda").glob("*.cu")) if path.name not in left_out]
 
 
-def library(folder: Path, *, sources: list[Path] | None = None, sanitize: bool = True) -> Path:
+def library(
+    folder: Path, *, sources: list[Path] | None = None, sanitize: bool = True, count: bool = False
+) -> Path:
     """Builds what is out of date, with ninja; returns the library. CalledProcessError: the compiler has said why.
 
-    sources: what to compile beside the emulator; by default the CUDA library, registered with torch.
+    sources: what to compile beside the emulator; by default the CUDA library, registered with torch. count: so that
+    what kernels do is counted (count.py); not together with sanitize.
     """
     why = missing()
     if why:
@@ -93,13 +108,13 @@ def library(folder: Path, *, sources: list[Path] | None = None, sanitize: bool =
     if sources is None:
         import torch
 
-        sources = kernel_sources()
+        sources = kernel_sources(count)
         torch_include, torch_lib = (Path(torch.__file__).parent / name for name in ("include", "lib"))
         includes += [torch_include, torch_include / "torch/csrc/api/include"]
         libraries = f"-L{torch_lib} -ltorch_cpu -lc10 -Wl,-rpath,{torch_lib}"
     flags = [*FLAGS, *(SANITIZERS if sanitize else ["-O2"]), *(f"-I{path}" for path in includes)]
     defines = "-DUSE_CUDA -DROBERTA_KERNELS_CUDA -DROBERTA_KERNELS_SM90A -DTORCH_TARGET_VERSION=0x020a000000000000"
-    if cuda_build.cutlass_include() is not None:
+    if has_cutlass(count):
         defines += " -DROBERTA_KERNELS_CUTLASS"
     compile_command = (
         f"g++ -x c++ $first $flags {defines} -include {HERE / 'emulation.h'} $last -MD -MF $out.d -c $in -o $out"
@@ -117,6 +132,8 @@ def library(folder: Path, *, sources: list[Path] | None = None, sanitize: bool =
             lines.append(f"  first = -I{HERE / 'cutlass'}")
             headers = f"-I{cuda_include()}/cccl -I{cuda_build.cutlass_include()} -include {HERE / 'cutlass/prelude.h'}"
             lines.append(f"  last = {CUTLASS_FLAGS} {headers}")
+        elif source.suffix == ".cu" and count:
+            lines.append(f"  last = {COUNTED}")
         elif source.name.endswith(FOLLOWED) and not sanitize:
             lines.append(f"  last = {FOLLOW}")
     lines.append(f"build {NAME}: link {' '.join(objects)}\n")
