@@ -86,6 +86,7 @@ class TensorChecks {
                              : dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
                              : dtype == ScalarType::Half     ? aoti_torch_dtype_float16()
                              : dtype == ScalarType::Int      ? aoti_torch_dtype_int32()
+                             : dtype == ScalarType::Short    ? aoti_torch_dtype_int16()
                              : dtype == ScalarType::Byte     ? aoti_torch_dtype_uint8()
                                                              : aoti_torch_dtype_int64();
         AtenTensorHandle handle;

@@ -28,6 +28,10 @@ EXEMPT = {"gelu_ffn_bfloat16_sm90.cu", "gelu_ffn_float16_sm90.cu"}
 # Its arrays of 16-bit numbers shift masks further than C++ allows, so there only the address sanitizer looks.
 NEED_CUTLASS = {"gelu_ffn_sm80.cu"}
 CUTLASS_FLAGS = "-fpermissive -w -fno-sanitize=undefined"
+# The epilogue of the exempt ones, for tests of its own; CUTLASS's headers for Hopper make maps of tensors by the driver's
+# function, and only for an nvcc that knows Hopper.
+EPILOGUE = "gelu_ffn_sm90_epilogue.cpp"
+EPILOGUE_FLAGS = "-O1 -DCUTLASS_ENABLE_DIRECT_CUDA_DRIVER_CALL -D__CUDACC_VER_MAJOR__=12 -D__CUDACC_VER_MINOR__=8"
 # Kernels that use the copy engine: in a build without the sanitizers their loads and stores are followed
 # (emulator_proxies.cpp).
 FOLLOWED = ("sm90.cu", "faults.cu")
@@ -40,7 +44,9 @@ COUNTED = f"{FOLLOW} -O1 -fno-omit-frame-pointer -fno-optimize-sibling-calls " +
         "tree-ccp tree-loop-optimize tree-copy-prop tree-sink tree-phiprop tree-slsr tree-ter"
     ).split()
 )
-EMULATOR = [HERE / name for name in ("emulator.cpp", "emulator_counts.cpp", "emulator_proxies.cpp", "emulator_sm90.cpp")]
+EMULATOR = [
+    HERE / name for name in ("emulator.cpp", "emulator_counts.cpp", "emulator_proxies.cpp", "emulator_sm90.cpp")
+]
 FAULTS = [HERE / "faults.cu"]  # kernels that test the emulation itself
 NAME = "_cuda_emulated.so"
 FLAGS = [
@@ -92,9 +98,7 @@ def kernel_sources(count: bool = False) -> list[Path]:
     return sources + [path for path in sorted((ROOT / "csrc/cuda").glob("*.cu")) if path.name not in left_out]
 
 
-def library(
-    folder: Path, *, sources: list[Path] | None = None, sanitize: bool = True, count: bool = False
-) -> Path:
+def library(folder: Path, *, sources: list[Path] | None = None, sanitize: bool = True, count: bool = False) -> Path:
     """Builds what is out of date, with ninja; returns the library. CalledProcessError: the compiler has said why.
 
     sources: what to compile beside the emulator; by default the CUDA library, registered with torch. count: so that
@@ -128,10 +132,14 @@ def library(
     for source in [*EMULATOR, *sources]:
         objects.append(f"{source.stem}{source.suffix.replace('.', '_')}.o")
         lines.append(f"build {objects[-1]}: compile {source}")
-        if source.name in NEED_CUTLASS:
-            lines.append(f"  first = -I{HERE / 'cutlass'}")
-            headers = f"-I{cuda_include()}/cccl -I{cuda_build.cutlass_include()} -include {HERE / 'cutlass/prelude.h'}"
-            lines.append(f"  last = {CUTLASS_FLAGS} {headers}")
+        if source.name in NEED_CUTLASS or source.name == EPILOGUE:
+            ours = ["cutlass"] if source.name in NEED_CUTLASS else ["cutlass_sm90", "cutlass"]
+            lines.append(f"  first = {' '.join(f'-I{HERE / name}' for name in ours)}")
+            headers = (
+                f"-I{cuda_include()}/cccl -I{cuda_build.cutlass_include()} -include {HERE / ours[0] / 'prelude.h'}"
+            )
+            more = EPILOGUE_FLAGS if source.name == EPILOGUE else ""
+            lines.append(f"  last = {CUTLASS_FLAGS} {headers} {more}")
         elif source.suffix == ".cu" and count:
             lines.append(f"  last = {COUNTED}")
         elif source.name.endswith(FOLLOWED) and not sanitize:

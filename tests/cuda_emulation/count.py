@@ -129,7 +129,9 @@ def machine_code() -> dict[str, Path]:
     if cuda_build.missing():
         return {}
     listed = cuda_build.parse_architectures("9.0a")
-    names = {source.format(op=op) for source, *_ in ANCHORS.values() for op in ("add_layer_norm", "embedding_layer_norm")}
+    names = {
+        source.format(op=op) for source, *_ in ANCHORS.values() for op in ("add_layer_norm", "embedding_layer_norm")
+    }
     sources = [ROOT / "csrc/cuda" / name for name in sorted(names)]
     return dict(cuda_build.compile_kernels(listed, cuda_build.BUILD.with_name("cuda-counted"), sources))
 
@@ -228,7 +230,9 @@ def cases() -> list[Case]:
         forward = (x, residual, weight, bias, 1e-5, x_bias, 0.0, None)
         backward = (grad, x, residual, weight, x_bias, mean, rstd, 0.0, None)
         yield Case(f"add_layer_norm {name} forward", "add_layer_norm", 1, lambda: ops.add_layer_norm_forward(*forward))
-        yield Case(f"add_layer_norm {name} backward", "add_layer_norm", 1, lambda: ops.add_layer_norm_backward(*backward))
+        yield Case(
+            f"add_layer_norm {name} backward", "add_layer_norm", 1, lambda: ops.add_layer_norm_backward(*backward)
+        )
 
     def embedding_layer_norm(name: str, rows: int, width: int, types: int) -> Iterator[Case]:
         words, positions = 50265, 514
