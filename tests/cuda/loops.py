@@ -1,13 +1,14 @@
 """What the machine code issues for each turn of a loop, from the disassembly (ptxas.disassemble).
 
-A kernel's work is a loop around an instruction that one can count elsewhere (an exponential, a 16-byte load): its anchor.
-`turn` finds the innermost loop that holds most of them, and the cheapest way through it that meets as many as a way can:
-blocks that a branch can skip (a mask that is not needed, a barrier that is waited for again) are left out, so what comes
-of it is a lower bound.
+A kernel's work is a loop around an instruction that one can count elsewhere (an exponential, a 16-byte load): its
+anchor. `turn` finds the innermost loop that holds most of them, and the cheapest way through it that meets as many as a
+way can: blocks that a branch can skip (a mask that is not needed, a barrier that is waited for again) are left out, so
+what comes of it is a lower bound.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ def _blocks(code: dict[int, str]) -> tuple[list[list[int]], list[list[int]]]:
     addresses = sorted(code)
     target_of = {at: int(m[1], 16) for at in addresses if (m := re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", code[at]))}
     starts = {addresses[0], *target_of.values()}
-    starts |= {b for a, b in zip(addresses, addresses[1:], strict=False) if a in target_of or opcode(code[a]) == "EXIT"}
+    starts |= {b for a, b in itertools.pairwise(addresses) if a in target_of or opcode(code[a]) == "EXIT"}
     blocks: list[list[int]] = []
     for at in addresses:
         if at in starts:

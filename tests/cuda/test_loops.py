@@ -5,7 +5,7 @@ from __future__ import annotations
 import loops
 import pytest
 
-# A loop over 0040 to 00e0 around another (a wait), with a part behind it that a branch leaves it for and jumps back from.
+# A loop over 0040 to 00e0 around another (a wait), with a part behind it that a branch leaves for and comes back from.
 KERNEL = """
 	Function : kernel
         /*0000*/                   MOV R1, c[0x0][0x28] ;

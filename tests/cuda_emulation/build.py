@@ -28,8 +28,8 @@ EXEMPT = {"gelu_ffn_bfloat16_sm90.cu", "gelu_ffn_float16_sm90.cu"}
 # Its arrays of 16-bit numbers shift masks further than C++ allows, so there only the address sanitizer looks.
 NEED_CUTLASS = {"gelu_ffn_sm80.cu"}
 CUTLASS_FLAGS = "-fpermissive -w -fno-sanitize=undefined"
-# The epilogue of the exempt ones, for tests of its own; CUTLASS's headers for Hopper make maps of tensors by the driver's
-# function, and only for an nvcc that knows Hopper.
+# The epilogue of the exempt ones, for tests of its own; CUTLASS's headers for Hopper make maps of tensors by the
+# driver's function, and only for an nvcc that knows Hopper.
 EPILOGUE = "gelu_ffn_sm90_epilogue.cpp"
 EPILOGUE_FLAGS = "-O1 -DCUTLASS_ENABLE_DIRECT_CUDA_DRIVER_CALL -D__CUDACC_VER_MAJOR__=12 -D__CUDACC_VER_MINOR__=8"
 # Kernels that use the copy engine: in a build without the sanitizers their loads and stores are followed
@@ -37,13 +37,12 @@ EPILOGUE_FLAGS = "-O1 -DCUTLASS_ENABLE_DIRECT_CUDA_DRIVER_CALL -D__CUDACC_VER_MA
 FOLLOWED = ("sm90.cu", "faults.cu")
 FOLLOW = "-fsanitize=thread --param tsan-instrument-func-entry-exit=0"
 # To count, all of them, as they are written: nothing merged, split or left out, and with frame pointers.
-COUNTED = f"{FOLLOW} -O1 -fno-omit-frame-pointer -fno-optimize-sibling-calls " + " ".join(
-    f"-fno-{name}"
-    for name in (
-        "tree-sra ipa-sra tree-fre tree-forwprop tree-dse tree-dce tree-pre tree-dominator-opts store-merging tree-vrp "
-        "tree-ccp tree-loop-optimize tree-copy-prop tree-sink tree-phiprop tree-slsr tree-ter"
-    ).split()
+_UNDONE = (
+    "-fno-tree-sra -fno-ipa-sra -fno-tree-fre -fno-tree-forwprop -fno-tree-dse -fno-tree-dce -fno-tree-pre "
+    "-fno-tree-dominator-opts -fno-store-merging -fno-tree-vrp -fno-tree-ccp -fno-tree-loop-optimize "
+    "-fno-tree-copy-prop -fno-tree-sink -fno-tree-phiprop -fno-tree-slsr -fno-tree-ter"
 )
+COUNTED = f"{FOLLOW} -O1 -fno-omit-frame-pointer -fno-optimize-sibling-calls {_UNDONE}"
 EMULATOR = [
     HERE / name for name in ("emulator.cpp", "emulator_counts.cpp", "emulator_proxies.cpp", "emulator_sm90.cpp")
 ]

@@ -7,9 +7,12 @@ machine code tells how many instructions go with that (tests/cuda/loops.py). Eac
 cannot end before the busiest of its units. *These are counts, not measurements*: nothing is said of latency, of what
 does not overlap, or of multiprocessors with less work than others.
 
-Attention is counted for two heads of one sequence and taken as often as the case has such pairs; the elementwise kernels
-of gelu_ffn for 128 tokens, likewise. What each does is independent of the others, so that is exact, but for what two
-blocks load twice at a border (sm90) and for lengths, weights and column sums, of a few KB. The rest is counted in full.
+Memory is that of a cold L2: what a kernel touches comes and goes once, whatever the kernel before has left there.
+
+Attention is counted for two heads of one sequence and taken as often as the case has such pairs; the elementwise
+kernels of gelu_ffn for 128 tokens, likewise. What each does is independent of the others, so that is exact, but for
+what two blocks load twice at a border (sm90) and for lengths, weights and column sums, of a few KB. The rest is counted
+in full.
 """
 
 from __future__ import annotations
@@ -25,29 +28,31 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(ROOT / "tests/cuda"), str(ROOT)]
 
-import build  # noqa: E402
 import loops  # noqa: E402
 import ptxas  # noqa: E402
 
-# NVIDIA H100 Tensor Core GPU Architecture (whitepaper), H100 SXM5: 132 multiprocessors; 989.4 TFLOP/s of bfloat16 without
-# sparsity; 66.9 TFLOP/s of float32, which are 128 multiply-adds a clock and multiprocessor at 1.98 GHz: the highest clock.
-# Memory: the data sheets of H100 SXM (3.35 TB/s) and H200 (4.8 TB/s). A clock and multiprocessor (CUDA C++ Programming
-# Guide, compute capability 9.0): 4 instructions of a warp, 16 results of special functions, 128 bytes of shared memory.
+import build  # noqa: E402
+
+# NVIDIA H100 Tensor Core GPU Architecture (whitepaper), H100 SXM5: 132 multiprocessors; 989.4 TFLOP/s of bfloat16
+# without sparsity; 66.9 TFLOP/s of float32, which are 128 multiply-adds a clock and multiprocessor at 1.98 GHz: the
+# highest clock. Memory: the data sheets of H100 SXM (3.35 TB/s) and H200 (4.8 TB/s). By multiprocessor and clock (CUDA
+# C++ Programming Guide, compute capability 9.0): 4 instructions of warps, 16 results of special functions, 128 bytes of
+# shared memory.
 MULTIPROCESSORS, CLOCK, TENSOR = 132, 1.98e9, 989.4e12
 MEMORY = {"H100": 3.35e12, "H200": 4.8e12}
 SECTOR = 32
 
 COUNTS = (  # as in emulation.h
-    "load_requests vector_load_requests load_sectors distinct_load_sectors store_requests store_sectors "
-    "distinct_store_sectors shared_requests shared_wavefronts shared_conflicts bulk_wavefronts barrier_arrivals "
-    "mbarrier_arrivals mbarrier_waits exponentials tensor_flops shuffles"
-).split()
+    *("load_requests", "vector_load_requests", "load_sectors", "distinct_load_sectors"),
+    *("store_requests", "store_sectors", "distinct_store_sectors"),
+    *("shared_requests", "shared_wavefronts", "shared_conflicts", "bulk_wavefronts"),
+    *("barrier_arrivals", "mbarrier_arrivals", "mbarrier_waits", "exponentials", "tensor_flops", "shuffles"),
+)
 
 # Kernel -> (source, opcode of its anchor, what of the counts is that anchor, in warps).
 EXPONENTIAL, VECTOR = (r"MUFU\.EX2", "exponentials"), (r"LDG\.E\..*128.*", "vector_load_requests")
@@ -268,17 +273,6 @@ def cases() -> list[Case]:
         found += embedding_layer_norm(f"32x128 {model}", 4096, width, 1)
         found += embedding_layer_norm(f"32x128 {model}, two types", 4096, width, 2)
         found += gelu_ffn(f"32x128 {model}", 4096, width)
-    return found
-
-
-def products(tokens: int, width: int) -> list[dict[str, Any]]:
-    """gelu_ffn's fused products, of which no kernel is counted: work and tiles alone, by csrc/cuda/gelu_ffn.h."""
-    found = []
-    for direction, passes in (("forward", 1), ("backward", 3)):  # of [T, F]: activation; pre-activation, both gradients
-        flops = 2 * tokens * width * 4 * width
-        bytes_moved = 2 * (tokens * width + 4 * width * width + passes * tokens * 4 * width)
-        us = {"tensor cores": flops / TENSOR * 1e6} | {f"memory {g}": bytes_moved / r * 1e6 for g, r in MEMORY.items()}
-        found.append({"direction": direction, "flops": flops, "bytes": bytes_moved, "us": us})
     return found
 
 
