@@ -19,20 +19,19 @@ __host__ __device__ inline float probability(float x) {
     return 0.5f + 0.5f * erff(x * 0.7071067811865476f);
 }
 
-// sigmoid(x) and sigmoid(-x), both to their relative accuracy, from one exponential. It is bounded: at -x = 80 a
-// sigmoid is 2e-35, and what it is multiplied with here keeps the product too small to matter. The divisor lies
-// between 1 and 1e35, so that the quick division, of 2 units in the last place, holds for all of them.
+// sigmoid(x) and sigmoid(-x), both to their relative accuracy, from one exponential and one quick division, of 2
+// units in the last place; it gives 0 where the divisor is infinite or nearly so, as it should be.
 struct Sigmoids {
     float of, of_negative;
 };
 __host__ __device__ inline Sigmoids sigmoids(float x) {
-    const float e = expf(x < -80.0f ? 80.0f : -x);
+    const float e = expf(-x);
 #ifdef __CUDA_ARCH__
     const float s = __fdividef(1.0f, 1.0f + e);
 #else
     const float s = 1.0f / (1.0f + e);
 #endif
-    return {s, e * s};
+    return {s, s < 0.5f ? 1.0f - s : e * s};
 }
 
 __host__ __device__ inline float tanh_argument(float x) {

@@ -22,6 +22,7 @@ pytestmark = [
     pytest.mark.skipif(build.cuda_build.cutlass_include() is None, reason="needs CUTLASS's headers"),
 ]
 POISON = 3.0e38
+EXTREMES = (-1e38, -3e4, -90.0, -12.0, 12.0, 90.0, 3e4, 1e38)  # where a sigmoid is 0 or 1 in float32, or nearly
 PARTIALS_OF_TILE, TILE = 4, 128  # csrc/cuda/gelu_ffn.h
 BFLOAT16 = torch.bfloat16
 
@@ -70,6 +71,7 @@ def outside_is_untouched(room: Tensor) -> bool:
 def forward_is_right(library: ctypes.CDLL, rows: int, columns: int, **options: int) -> bool:
     generator = torch.Generator().manual_seed(rows + columns)
     sums = torch.randn(rows, columns, generator=generator) * 2
+    sums[0, : len(EXTREMES)] = torch.tensor(EXTREMES)
     bias = torch.randn(columns, generator=generator).to(BFLOAT16)
     (d, room), (pre, pre_room) = poisoned(rows, columns), poisoned(rows, columns)
     saves = options.pop("saves", 1)
