@@ -9,8 +9,10 @@ CUDA_VENV := .venv-cuda
 CUDA_TORCH ?= 2.14.1
 # Ray, in a venv of its own that finds everything else in .venv: some 500 MB, which nothing but its tests needs.
 RAY_VENV := .venv-ray
+# A wheel of the package, tried as on a machine without a compiler.
+WHEEL_VENV := .venv-wheel
 SOURCES := setup.py roberta_kernels/schemas.def $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*.*)
-PYTHON_FILES := roberta_kernels tests benchmarks examples csrc setup.py noxfile.py
+PYTHON_FILES := roberta_kernels tests benchmarks examples csrc release setup.py noxfile.py
 CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cpp csrc/cuda/*.cu csrc/cuda/*.h csrc/cuda/*.cuh tests/cuda_emulation/*.h tests/cuda_emulation/*.cuh tests/cuda_emulation/*.cpp tests/cpu/*.cpp benchmarks/*.cpp benchmarks/gpu_suite/*.cu)
 PYTEST := $(BIN)/python -m pytest
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -20,7 +22,7 @@ WORKERS ?= 2
 NOT_CUDA := --ignore=tests/cuda --ignore=tests/cuda_emulation
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format test-fast test-slow test-releases test-ray test-floor test-newest test-matrix test-cuda-source test-cuda-library cuda-library cuda-emulation bench bench-models bench-rerank gpu-suite gpu-bundle clean
+.PHONY: help setup demo test lint format test-full test-fast test-matrices test-releases test-ray wheel test-wheel test-sdist hub-kernel test-hub-kernel test-floor test-newest test-matrix test-cuda-source test-cuda-library cuda-library cuda-emulation bench bench-models bench-rerank gpu-suite gpu-bundle clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -59,7 +61,9 @@ setup: $(VENV)/.tools  ## make .venv, install what constraints.txt pins, build t
 demo: $(VENV)/.built  ## a RoBERTa-size model on real text, original against patched; pictures in demo-output/
 	$(BIN)/roberta-kernels demo
 
-test: lint test-fast test-slow test-releases test-cuda-source  ## all checks and all tests
+test: lint test-fast  ## the checks to wait for: linters, and tests of everything that is promised
+
+test-full: test-matrices test-releases test-cuda-source test-wheel test-hub-kernel  ## what make test leaves out: matrices, compilers, emulations
 
 lint: setup  ## ruff, mypy, clang-format
 	$(BIN)/ruff check $(PYTHON_FILES)
@@ -72,15 +76,27 @@ format: setup  ## rewrite the sources in the project's style
 	$(BIN)/ruff format $(PYTHON_FILES)
 	$(BIN)/clang-format -i $(CPP_FILES)
 
-test-fast: setup  ## the tests that take seconds
-	$(PYTEST) -n $(WORKERS) -m "not slow and not cuda_source and not releases and not ray" $(NOT_CUDA)
+# One worker has all tests of a file: some have fixtures that take long.
+FAST := not full and not cuda_source and not releases and not ray
+test-fast: setup  ## the tests of make test
+	$(PYTEST) -n $(WORKERS) --dist loadfile -m "$(FAST)" $(NOT_CUDA)
 
-test-slow: setup $(VENV)/.torchao  ## the tests that take minutes
-	$(PYTEST) -n $(WORKERS) -m slow $(NOT_CUDA) --deselect tests/models/test_quantised.py::test_torchao
+test-matrices: setup $(VENV)/.torchao  ## the rest of the same files: tests that take long, and every combination of parameters
+	$(PYTEST) -n $(WORKERS) --dist loadfile -m "full and not releases and not ray" $(NOT_CUDA) --deselect tests/models/test_quantised.py::test_torchao
 	PYTHONPATH=$(VENV)/torchao $(PYTEST) tests/models/test_quantised.py::test_torchao
 
-# transformers imports torchao wherever it finds it, which takes seconds and writes to stderr on a machine without a GPU:
-# so it is in a folder of its own, on the path of the tests that need it.
+hub-kernel: setup  ## the layout of Hugging Face's Kernels Hub, in build/hub-kernel, to be uploaded or built by kernel-builder
+	$(BIN)/python release/hub_kernel.py
+
+test-hub-kernel: setup $(VENV)/.kernels  ## the same, loaded by the package kernels
+	PYTHONPATH=$(VENV)/kernels $(PYTEST) tests/test_hub_kernel.py
+
+# transformers imports torchao and kernels wherever it finds them, which takes seconds, and torchao writes to stderr on a
+# machine without a GPU: so each is in a folder of its own, on the path of the tests that need it.
+$(VENV)/.kernels: constraints.txt $(VENV)/.packages
+	$(PIP_INSTALL) --no-deps --upgrade --target $(VENV)/kernels kernels
+	touch $@
+
 $(VENV)/.torchao: constraints.txt $(VENV)/.packages
 	$(PIP_INSTALL) --no-deps --upgrade --target $(VENV)/torchao torchao
 	touch $@
@@ -88,15 +104,45 @@ $(VENV)/.torchao: constraints.txt $(VENV)/.packages
 test-releases: setup  ## releases of transformers that nobody made yet: the installed one with edited sources
 	$(PYTEST) -n $(WORKERS) tests/releases
 
-$(RAY_VENV)/.packages: constraints.txt $(VENV)/.tools
-	test -x $(RAY_VENV)/bin/python || $(PYTHON) -m venv $(RAY_VENV)
+# A venv that finds what it lacks in .venv.
+define venv_beside
+	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
 	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(\"" + sysconfig.get_paths()["purelib"] + "\")")' \
-		> "$$($(RAY_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/packages_of_venv.pth"
+		> "$$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/packages_of_venv.pth"
+endef
+
+$(RAY_VENV)/.packages: constraints.txt $(VENV)/.tools
+	$(call venv_beside,$(RAY_VENV))
 	$(RAY_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'ray[data,serve]'
 	touch $@
 
 test-ray: setup $(RAY_VENV)/.packages  ## a corpus and a service on a Ray cluster of this machine, in .venv-ray (500 MB)
 	$(RAY_VENV)/bin/python -m pytest -m ray tests/cluster
+
+# torch's libraries are where torch is, and no part of the wheel; of the rest auditwheel says how old a Linux may be. What is
+# compiled is what `make setup` has compiled.
+wheel: setup  ## a manylinux wheel and an sdist, in dist/ (ROBERTA_KERNELS_CUDA=1: with the CUDA kernels)
+	rm -rf build/lib* build/wheel dist
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps -w build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*.so' --exclude libc10.so -w dist build/wheel/*.whl
+	$(BIN)/python -m build --sdist --no-isolation --skip-dependency-check --outdir dist .
+
+# In a venv that finds torch and the rest in .venv, but the package, which is installed from the file. What runs there sees
+# no compiler and no other program.
+IN_WHEEL_VENV := env -i HOME="$$HOME" PATH=$(abspath $(WHEEL_VENV))/bin
+test-wheel: wheel $(WHEEL_VENV)/.made  ## the wheel installed without a compiler, and used; the sdist has every source
+	$(WHEEL_VENV)/bin/python release/check_sdist.py dist/*.tar.gz
+	$(IN_WHEEL_VENV) python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall --no-index $(abspath dist)/*.whl
+	cd $(WHEEL_VENV) && $(IN_WHEEL_VENV) python $(abspath release/smoke.py) no-compiler
+
+test-sdist: wheel $(WHEEL_VENV)/.made  ## the sdist installed with a compiler, and used; minutes, since it compiles
+	$(WHEEL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --force-reinstall dist/*.tar.gz
+	cd $(WHEEL_VENV) && bin/python $(abspath release/smoke.py)
+
+$(WHEEL_VENV)/.made: $(VENV)/.packages
+	$(call venv_beside,$(WHEEL_VENV))
+	$(WHEEL_VENV)/bin/python -m pip uninstall --quiet --yes setuptools  # one of its own would be an old one
+	touch $@
 
 test-floor: setup  ## the quick model tests with the oldest transformers (noxfile.py), in .nox
 	$(BIN)/nox -s floor
@@ -111,11 +157,12 @@ test-cuda-source: setup  ## the CUDA sources: compiled for every architecture, a
 	$(PYTEST) -m cuda_source tests/cuda
 	@if why=$$($(BIN)/python csrc/cuda/cuda_build.py --check); then $(MAKE) --no-print-directory cuda-emulation; else echo "cuda-emulation skipped: $$why"; fi
 
-# The op tests under the sanitizers, but for CUTLASS's (on a host it reads a number of two bytes by words of four); then what
-# the emulation and launch planning have for tests of their own; then the op tests as a Hopper GPU would serve them.
+# Of the op tests what make test has, under the sanitizers, but for CUTLASS's (on a host it reads a number of two bytes by
+# words of four); then what the emulation and launch planning have for tests of their own; then the op tests as a Hopper
+# GPU would serve them.
 cuda-emulation:
-	$(BIN)/python tests/cuda_emulation/build.py -- python -m pytest -n $(WORKERS) tests/ops -k "cuda and not sm80"
-	$(BIN)/python tests/cuda_emulation/build.py --plain -- python -m pytest -n $(WORKERS) --dist loadfile tests/cuda_emulation
+	$(BIN)/python tests/cuda_emulation/build.py -- python -m pytest -n $(WORKERS) -m "not full" tests/ops -k "cuda and not sm80"
+	$(BIN)/python tests/cuda_emulation/build.py --plain -- python -m pytest -n $(WORKERS) --dist loadfile tests/cuda_emulation tests/models/test_encoder_on_cuda.py tests/models/test_graphs.py
 	$(BIN)/python tests/cuda_emulation/build.py --plain -- python -m pytest -p tests.cuda_emulation.hopper tests/ops/test_attention.py tests/ops/test_variants.py -k "cuda and not float32 and not portable and not (gelu and sm90)"
 
 # One wheel, built against the torch of .venv, is what the other torch loads.
@@ -163,4 +210,4 @@ gpu-bundle: setup  ## the CUDA library for a Hopper GPU that gpu-suite need not 
 	$(BIN)/python -m benchmarks gpu-bundle
 
 clean:  ## remove what was built, and .venv
-	rm -rf $(VENV) $(CUDA_VENV) $(RAY_VENV) .nox build gpu-bundle dist *.egg-info roberta_kernels/*.so roberta_kernels/build_report.json demo-output
+	rm -rf $(VENV) $(CUDA_VENV) $(RAY_VENV) $(WHEEL_VENV) .nox build gpu-bundle dist *.egg-info roberta_kernels/*.so roberta_kernels/build_report.json demo-output

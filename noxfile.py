@@ -72,7 +72,7 @@ def floor(session: nox.Session) -> None:
     """The quick tests of models with the oldest transformers."""
     install(session, FLOOR, TORCH)
     files = [f"tests/models/{name}.py" for name in QUICK]
-    session.run("python", "-m", "pytest", "-n", "2", "-m", "not slow", *(session.posargs or files))
+    session.run("python", "-m", "pytest", "-n", "2", "-m", "not full", *(session.posargs or files))
 
 
 @nox.session
@@ -91,7 +91,7 @@ def newest(session: nox.Session) -> None:
         session.log(f"newest {what}: {versions}")
         try:
             files = session.posargs or [f"tests/models/{name}.py" for name in tests]
-            session.run("python", "-m", "pytest", "-n", "2", "-m", "not slow", *files)
+            session.run("python", "-m", "pytest", "-n", "2", "-m", "not full", *files)
         except CommandFailed:
             broken.append(f"the newest {what} ({versions})")
     if broken:

@@ -11,7 +11,7 @@ Environment variables:
     CXX, CXXFLAGS            compiler and extra flags.
 
 The libraries hold no Python symbol: they register their ops when `torch.ops.load_library` opens them. So one
-wheel (py3-none-<platform>) serves every Python and every torch from the floor up.
+wheel (py3-none-<platform>) supports every Python and every torch from the floor up.
 
 The CUDA library carries its own CUDA runtime, linked statically as nvcc does by default, with its symbols hidden: a
 torch for CUDA 12 brings libcudart.so.12 and one for CUDA 13 libcudart.so.13, and a library linked against either would
@@ -89,25 +89,25 @@ def compiler_missing() -> str | None:
 
 def cuda_missing(torch) -> str | None:
     """Why the CUDA library is not built, or None."""
-    wish = os.environ.get("ROBERTA_KERNELS_CUDA", "")
+    asked = os.environ.get("ROBERTA_KERNELS_CUDA", "")
     if not cuda_build.kernel_sources():
-        return "this version has no CUDA C++ kernels (NVIDIA GPUs are served by Triton)"
-    if wish == "0":
+        return "this version has no CUDA C++ kernels (Triton is used on NVIDIA GPUs)"
+    if asked == "0":
         return "turned off by ROBERTA_KERNELS_CUDA=0"
-    if wish != "1" and torch.version.cuda is None:
+    if asked != "1" and torch.version.cuda is None:
         return "torch is a CPU build (ROBERTA_KERNELS_CUDA=1 builds the CUDA library all the same)"
     why = cuda_build.missing()
-    if why is not None and wish == "1":
+    if why is not None and asked == "1":
         raise SystemExit(f"ROBERTA_KERNELS_CUDA=1, but {why}")
     return why
 
 
 def cuda_architectures(nvcc: str) -> tuple[cuda_build.Architecture, ...]:
-    wish = os.environ.get("TORCH_CUDA_ARCH_LIST")
-    if not wish:
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if not asked:
         return cuda_build.default_architectures(nvcc)
     try:
-        return cuda_build.parse_architectures(wish)
+        return cuda_build.parse_architectures(asked)
     except ValueError as error:
         raise SystemExit(f"TORCH_CUDA_ARCH_LIST: {error}") from None
 
@@ -136,7 +136,7 @@ def import_torch():
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < TORCH_FLOOR:
         raise SystemExit(
-            f"roberta_kernels needs torch >= {'.'.join(map(str, TORCH_FLOOR))} to build, and found {torch.__version__}"
+            f"roberta_kernels requires torch >= {'.'.join(map(str, TORCH_FLOOR))} to build, got {torch.__version__}"
         )
     return torch
 
@@ -163,7 +163,7 @@ def compiled_parts():
     """(extensions, build_ext command class), filling in REPORT on the way."""
     for name in ("ROBERTA_KERNELS_CUDA", "ROBERTA_KERNELS_CPU"):
         if os.environ.get(name, "") not in ("", "0", "1"):
-            raise SystemExit(f"{name} must be 0, 1 or unset, not {os.environ[name]!r}")
+            raise SystemExit(f"{name} must be 0, 1 or unset, got {os.environ[name]!r}")
     torch = import_torch()
     why: str | None
     if torch is None:
@@ -175,7 +175,7 @@ def compiled_parts():
     why = compiler_missing()
     if why:
         REPORT.update(cpu=why, cuda=why)
-        say(f"compiled kernels left out: {why}; Triton and plain torch will serve")
+        say(f"compiled kernels left out: {why}; Triton and plain torch will be used")
         return [], None
     if any("pip-build-env" in entry for entry in sys.path):
         say(
@@ -250,6 +250,11 @@ def compiled_parts():
 
     class BuildKernels(BuildExtension):
         """Compiles the CPU ops once per instruction set, and the CUDA kernels; then links each into one library."""
+
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            # An editable install would compile in a folder that it throws away, and a wheel all of it once more.
+            self.build_temp = str(ROOT / "build/temp")
 
         def build_extension(self, ext) -> None:
             if ext.name.endswith("._cuda"):

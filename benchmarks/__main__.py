@@ -1,6 +1,7 @@
 """`python -m benchmarks run` measures the kernels and `models` whole models on a CPU: JSON, tables and plots. Also
-`rerank`, a reranker on a CPU, `cluster`, a corpus on Ray, `report`, `compare`, the `gpu-suite` with its `gpu-bundle`,
-and `choose`, which makes the package follow its results.
+`rerank`, a reranker on a CPU, `generation`, summaries, `cluster`, a corpus on Ray, `host-time`, what a forward on CUDA
+kernels takes of the host, `report`, `compare`, the `gpu-suite` with its `gpu-bundle`, and `choose`, which makes the
+package follow its results.
 """
 
 from __future__ import annotations
@@ -110,13 +111,13 @@ def models(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def small_suite(arguments: argparse.Namespace, console: Console) -> int:
-    """`rerank` or `cluster`; returns 1 where ours failed."""
+    """`rerank`, `generation`, `cluster` or `host-time`; returns 1 where ours failed."""
     import importlib
 
     from benchmarks import machine
 
     folder = (arguments.out or _default_folder(machine.machine("cpu"))).resolve()
-    return importlib.import_module(f"benchmarks.{arguments.command}").run(arguments, console, folder)
+    return importlib.import_module(f"benchmarks.{arguments.command.replace('-', '_')}").run(arguments, console, folder)
 
 
 def _write_report(results_path: Path, console: Console) -> None:
@@ -206,7 +207,9 @@ def main(argv: list[str] | None = None) -> int:
 
     for name, what in (
         ("rerank", "CrossEncoder.rank on a CPU against stock and other engines; some minutes on two cores"),
+        ("generation", "summaries by an encoder-decoder on a CPU against stock: some minutes on two cores"),
         ("cluster", "a corpus by two Ray workers against one process, and what Ray costs; needs ray[data]"),
+        ("host-time", "what a forward on CUDA kernels takes of the host, by part; needs the CUDA headers, no GPU"),
     ):
         small = commands.add_parser(name, help=what)
         small.add_argument("--out", type=Path, help="folder to write; default: benchmarks/results/<machine>-<date>")
@@ -248,7 +251,7 @@ def main(argv: list[str] | None = None) -> int:
                 return run(arguments, console)
             if arguments.command == "models":
                 return models(arguments, console)
-            if arguments.command in ("rerank", "cluster"):
+            if arguments.command in ("rerank", "generation", "cluster", "host-time"):
                 return small_suite(arguments, console)
             if arguments.command == "gpu-suite":
                 return gpu_suite.run(arguments)

@@ -28,6 +28,7 @@ _MARKERS = {
     "gelu_ffn": "D",
     "embedding_layer_norm": "^",
     "linear_cross_entropy": "P",
+    "linear_log1p_max": "X",
 }
 
 

@@ -193,6 +193,7 @@ _SUITE_ROWS = {
     "gelu_ffn": (64, 256, 1024, 4096, 16384, 65536),
     "embedding_layer_norm": (128, 2048, 16384, 65536),
     "linear_cross_entropy": (128, 2048, 16384, 65536),
+    "linear_log1p_max": (128, 2048, 16384),
 }
 
 

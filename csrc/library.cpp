@@ -3,6 +3,13 @@
 // against it in their own *_binding.cpp (CPU) or .cu files.
 #include <torch/csrc/stable/library.h>
 
+#ifdef __GLIBC__
+// libstdc++ asks this variable of glibc 2.32 whether it may count references without atomic instructions. With one of our
+// own that says no (hidden, as every symbol here), the library loads wherever torch's own wheels do: glibc 2.28.
+extern "C" char __libc_single_threaded;
+char __libc_single_threaded = 0;
+#endif
+
 #ifdef ROBERTA_KERNELS_CUDA
 STABLE_TORCH_LIBRARY(roberta_kernels_cuda, m) {
     // Which variant of its kernels an op may use (csrc/cuda/variants.h).
@@ -18,12 +25,7 @@ STABLE_TORCH_LIBRARY(roberta_kernels_cpu, m) {
     m.def("set_isa(int isa) -> int");
     m.def("isa_available(int isa) -> bool");
     m.def("set_float32_parts(int parts) -> int");
-    // Inference, without gradients: all layers of an encoder in one call, on the parameters themselves
-    // (csrc/cpu/encoder_binding.cpp has the order of `layers`) or on quantised copies
-    // (roberta_kernels/quantized).
-    m.def(
-        "encoder(Tensor x, Tensor[] layers, Tensor cu_seqlens, SymInt max_seqlen, Tensor? key_mask, "
-        "bool causal, int heads, float scale, float eps, bool tanh, Tensor? bias=None) -> Tensor");
+    // As encoder, on quantised copies (roberta_kernels/quantized).
     m.def("pack_weight(Tensor weight, str kind) -> Tensor");
     m.def(
         "packed_encoder(Tensor x, Tensor[] layers, Tensor cu_seqlens, SymInt max_seqlen, Tensor? key_mask, "
@@ -31,6 +33,11 @@ STABLE_TORCH_LIBRARY(roberta_kernels_cpu, m) {
     // Checksums of some parts of weights (csrc/cpu/checksum_binding.cpp).
     m.def("checksum_weights(Tensor[] weights, int[] in_file, int[] first, int count, int parts) -> Tensor");
 #endif
+    // Inference, without gradients: all layers of an encoder in one call, on the parameters themselves
+    // (roberta_kernels/encoder_call.py has the order of `layers`).
+    m.def(
+        "encoder(Tensor x, Tensor[] layers, Tensor cu_seqlens, SymInt max_seqlen, Tensor? key_mask, "
+        "bool causal, int heads, float scale, float eps, bool tanh, Tensor? bias=None) -> Tensor");
 #define RK_SCHEMA(schema) m.def(schema);
 #include "roberta_kernels/schemas.def"
 #undef RK_SCHEMA

@@ -40,6 +40,9 @@ class TensorChecks {
         STD_TORCH_CHECK(condition, op_, ": ", message);
     }
 
+    // Whether a tensor has the dtype and device of the first.
+    bool is_same(const Tensor& t) const { return t.scalar_type() == dtype_ && t.device() == device_; }
+
     void same(const Tensor& t, const char* name, ScalarType dtype) const {
         STD_TORCH_CHECK(t.scalar_type() == dtype, op_, ": ", name, " must be ",
                         torch::headeronly::toString(dtype), ", not ",

@@ -5,16 +5,13 @@ report = rk.patch(model)      # in place; print(report) says what was replaced, 
 rk.unpatch(model)             # exactly the model it was
 """
 
-# ruff: noqa: F403, F405  # the names come from roberta_kernels.api, when they are asked for
+# ruff: noqa: F403, F405  # the names come from roberta_kernels.api when they are asked for: importing this imports no torch
 from __future__ import annotations
 
 import importlib
-import itertools
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from roberta_kernels import requirements
+from roberta_kernels import registration, requirements
 from roberta_kernels._version import __version__
 
 requirements.check()
@@ -51,27 +48,27 @@ __all__ = [
 ]
 
 
+# Where a name is defined, unless it is in roberta_kernels.api. The Fast classes are made when first asked for: nothing
+# else touches a class of transformers.
+_ELSEWHERE = {"attention_interface": "roberta_kernels.hf.attention_interface", "ops": "roberta_kernels.ops"}
+
+
 def __getattr__(name: str) -> Any:
-    if name in (*__all__, "attention_interface") or name.startswith("FastRoberta"):
-        # The Fast classes are made when first asked for: importing this package touches no class of transformers.
-        module = importlib.import_module(f"roberta_kernels.{'models' if name.startswith('Fast') else 'api'}")
-        globals()[name] = value = getattr(module, name)
-        return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: Any
+    if name in _ELSEWHERE:
+        value = importlib.import_module(_ELSEWHERE[name])
+    elif name.startswith("FastRoberta"):
+        value = getattr(importlib.import_module("roberta_kernels.models"), name)
+    elif name in __all__:
+        value = getattr(importlib.import_module("roberta_kernels.api"), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def _is_command() -> bool:
-    """Whether this process is `roberta-kernels`, or `python -m roberta_kernels`."""
-    program = sys.argv[0] if getattr(sys, "argv", None) else ""
-    if program == "-m":  # until the module is found
-        options = sys.orig_argv
-        return "-mroberta_kernels" in options or ("-m", "roberta_kernels") in itertools.pairwise(options)
-    return Path(program).stem == "roberta-kernels"
-
-
-if not _is_command():  # which imports what it needs when it needs it, so that its help is there at once
-    importlib.import_module("roberta_kernels.api")
+registration.register()

@@ -1,4 +1,4 @@
-"""The public names, with all that they need, which takes seconds to import; and with the attention registered."""
+"""The public names, with all that they need, which takes seconds to import: when the first of them is asked for."""
 
 from __future__ import annotations
 
@@ -21,8 +21,6 @@ from roberta_kernels.patching import (
     unpatch_transformers,
 )
 from roberta_kernels.verification import VerificationReport, verify
-
-attention_interface.register()
 
 __all__ = [
     "BackendError",

@@ -56,21 +56,27 @@ class LayerSettings(NamedTuple):
 
 class EncoderCall:
     """A call through layers. It holds the parameters themselves: what is done to their values needs no notice, and that
-    they are the model's own is seen to by whoever keeps this (hf/watch.py)."""
+    they are the model's own is seen to by whoever keeps this (hf/watch.py).
 
-    def __init__(self, layers: Sequence[LayerTensors], settings: LayerSettings) -> None:
+    backend: whose op it is, "cpu" or "cuda".
+    """
+
+    def __init__(self, layers: Sequence[LayerTensors], settings: LayerSettings, backend: str = "cpu") -> None:
         self.layer_count = len(layers)
         self._settings = settings
         self._tensors = [tensor for layer in layers for tensor in layer]
+        self._on_cpu = backend == "cpu"
+        self._op = getattr(torch.ops, f"roberta_kernels_{backend}").encoder.default
 
     def run(self, hidden_states: Tensor, sequences: Sequences) -> Tensor:
         """`[..., H]` of the parameters' dtype -> `[..., H]`, through all layers. Under autocast products are of numbers
         rounded to bfloat16; what lies between them stays float32, where autocast would round it too."""
-        op = torch.ops.roberta_kernels_cpu.encoder.default
-        args = (run_encoder, op, self._tensors, self._settings, hidden_states, sequences)
+        args = (self._op, self._tensors, self._settings, hidden_states, sequences)
+        if not self._on_cpu:
+            return run_encoder(*args)
         if torch.is_autocast_enabled("cpu"):
-            return matmul_precision.call_in_parts(1, *args)
-        return matmul_precision.call(*args)
+            return matmul_precision.call_in_parts(1, run_encoder, *args)
+        return matmul_precision.call(run_encoder, *args)
 
 
 def run_encoder(
@@ -99,9 +105,10 @@ def run_encoder(
 
 
 @functools.cache
-def unavailable() -> str | None:
-    """Why there is no such call in this process, or None."""
-    status = backends.available_backends()["cpu"]
+def unavailable(backend: str = "cpu") -> str | None:
+    """Why this backend has no such call in this process, or None."""
+    status = backends.available_backends()[backend]
     if not status:
         return status.detail
-    return None if hasattr(torch.ops.roberta_kernels_cpu, "encoder") else "the compiled kernels are of an old build"
+    there = hasattr(getattr(torch.ops, f"roberta_kernels_{backend}"), "encoder")
+    return None if there else "the compiled kernels are of an old build"

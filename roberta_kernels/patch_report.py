@@ -51,6 +51,10 @@ class PatchReport:
         """Reason -> how many calls since patching ran fused, but on every row of the padded batch, for it."""
         return dict(self.state.padded)
 
+    def graphs(self) -> dict[str, int]:
+        """What became of calls that were to run as CUDA graphs -> how many: "recorded", "replayed", or why not."""
+        return dict(self.state.graphs)
+
     def cost_of_padding(self) -> str | None:
         """What exact answers at padded positions cost since patching, in one line; None: hardly anything."""
         rows, padding = self.state.cost["rows"], self.state.cost["padding"]
@@ -78,6 +82,8 @@ class PatchReport:
         )
         if self.quantization is not None:
             title += f"; inference on the CPU with {self.quantization} weights"
+        if self.state.graphs:
+            title += "; CUDA graphs: " + ", ".join(f"{count} {what}" for what, count in self.state.graphs.items())
         table = Table(title=title, title_justify="left", caption=self.cost_of_padding(), caption_justify="left")
         for column in ("modules", "class", "what runs there now"):
             table.add_column(column, overflow="fold")

@@ -57,6 +57,7 @@ _FUSED = {
     "span_head": "unchanged (its base model is fused); its softmax reads padded rows",
     "summary_head": "does without padded rows where its summary does",
     "head": "does without padded rows",
+    "splade_pooling": "log1p(relu) and maximum of the logits",
 }
 
 # Package and class of models around those of the families that leave their encoder's padded rows alone, if made of
@@ -65,9 +66,11 @@ _LEAVE_PADDING: dict[tuple[str, str], set[str] | None] = {
     ("sentence_transformers", "SentenceTransformer"): {
         *("Transformer", "Pooling", "Normalize", "Dense", "Dropout", "LayerNorm")
     },
+    ("sentence_transformers", "SparseEncoder"): {"Transformer", "MLMTransformer", "SpladePooling"},
     ("transformers", "EncoderDecoderModel"): None,
 }
 
+_LARGEST = "for SpladePooling: the largest logits, and no others"
 _NO_LAYER = "it holds no layer that can run from quantised weights"
 _NOT_KNOWN = "not the code that is known"
 
@@ -81,7 +84,7 @@ def patch(model: nn.Module, *, options: Options) -> PatchReport:
         padded_rows: "exact": what a caller may read at padded positions is what the original gives there
             (docs/compatibility.md says at what cost). "zeros": padding is left out of every computation that can do
             without; zeros come back in its place, position 0 excepted.
-        backend: "auto", or the backend that shall serve this model.
+        backend: "auto", or the backend to use for this model.
         quantization: None; or what a copy of the layers' weights is rounded to, for inference of a float32 model on a
             CPU: "bfloat16" (products accumulate in float32), "int8" (weights only), "int8-dynamic" (weights, and
             activations as they come). The answers are then no longer those of the original (`verify` measures them).
@@ -91,7 +94,12 @@ def patch(model: nn.Module, *, options: Options) -> PatchReport:
             (TMPDIR), mapped in their place; they read, train and save as before. None: yes, with `quantization`.
         return_logits: False says that nobody reads the logits of a masked-language-model head (*ForMaskedLM) in calls
             with labels: a training loop, Trainer's too, that reads `.loss`. The loss is then made from the rows with a
-            label alone, without the logits ever being there, in far less memory; `outputs.logits` is None.
+            label alone, without the logits ever being there, in far less memory; `outputs.logits` is None. Of a
+            SparseEncoder (SPLADE) it says that nobody but its SpladePooling reads them: `encode`, training and losses
+            of sentence-transformers. Its vectors are then made without them; features have no "token_embeddings".
+        cuda_graphs: True: inference on a GPU is recorded as CUDA graphs, one for each bucket of batches that comes
+            twice, and replayed (docs/design.md, section 12). "auto": where that was measured to be faster, which is
+            nowhere yet. False: never. What ran without although it was asked for, report.graphs() says.
 
     Returns:
         What was replaced, what was left, and why. A model with nothing to replace is left untouched; so is any model
@@ -109,7 +117,8 @@ def patch(model: nn.Module, *, options: Options) -> PatchReport:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     modules = list(model.named_modules())
-    report = PatchReport(backend=options.backend, state=PatchState(options, _known_reader(model)))
+    shared = PatchState(options, _known_reader(model), _pools_logits(model))
+    report = PatchReport(backend=options.backend, state=shared)
     before: list[tuple[nn.Module, type, PatchState | None]] = []
     try:
         for name, module in modules:
@@ -136,6 +145,17 @@ def _known_reader(model: nn.Module) -> bool:
     parts = _LEAVE_PADDING[_kind(model)]
     kinds = [_kind(part) for part in model.children()]
     return parts is None or all(package == _kind(model)[0] and name in parts for package, name in kinds)
+
+
+def _pools_logits(model: nn.Module) -> bool:
+    """Whether a SpladePooling is all that reads the logits of a masked-language-model head in it."""
+    kinds = [_kind(model), *map(_kind, model.children())]
+    transformer = {("sentence_transformers", name) for name in ("Transformer", "MLMTransformer")}
+    return len(kinds) == 3 and (
+        kinds[0] == ("sentence_transformers", "SparseEncoder")
+        and kinds[1] in transformer
+        and kinds[2] == ("sentence_transformers", "SpladePooling")
+    )
 
 
 def _kind(module: nn.Module) -> tuple[str, str]:
@@ -165,7 +185,10 @@ def _patch_module(name: str, module: nn.Module, report: PatchReport, before: lis
             _check_float32(name, module, report.quantization)
     elif role == "masked_lm_head" and not report.state.options.return_logits:
         head: Any = module._rk_head
-        fused = f"{fused}; {head.vocabulary or 'with labels: the loss, without logits'}"
+        without = _LARGEST if report.state.pools_logits else "with labels: the loss, without logits"
+        fused = f"{fused}; {head.vocabulary or without}"
+    elif role == "splade_pooling" and report.state.options.return_logits:
+        fused = "the original; with return_logits=False its logits are never all there"
     elif role in MODELS:
         facts: Any = module._rk_facts
         limits = dict.fromkeys((facts.masks, None if role == "attention_model" else facts.unpadded))

@@ -11,9 +11,8 @@ key.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -87,14 +86,17 @@ def all_rows(batch: int, length: int, device: torch.device, causal: bool) -> Unp
 class Padding:
     """A batch that has padding, as `look` found it.
 
-    real: bool `[batch, length]`. lengths: real tokens of each sequence, and starts: whether its first row is one, both
-    on the host. first: int64 `[batch, 1]`, the first padded position of each sequence, 0 where there is none.
+    real: bool `[batch, length]`. counts: int64 `[batch]`, real tokens of each sequence, and lengths the same on the
+    host; starts: whether its first row is one, on the host. first: int64 `[batch, 1]`, the first padded position of
+    each sequence, 0 where there is none. answers: to the questions that were asked, on the host.
     """
 
     real: Tensor
+    counts: Tensor
     lengths: list[int]
     starts: list[int]
     first: Tensor
+    answers: dict[str, bool]
 
     @property
     def rows(self) -> int:
@@ -108,44 +110,30 @@ class Padding:
         """Whether some row has no key to see."""
         return not all(self.lengths) or (causal and not all(self.starts))
 
-    def holds(self, value: int, ids: Tensor) -> bool:
-        """Whether `value` is the id at all padded positions of ids `[batch, length]`. One read on the host."""
-        return not bool((ids.ne(value) > self.real).any())  # of two booleans, "and not"
-
-    def alike(self, per_row: Sequence[Tensor], causal: bool) -> list[bool]:
-        """Of each tensor `[batch, length]`, whether it is the same at all padded positions of a sequence; and, last,
-        whether these see the same keys. One read on the host."""
-        padded = ~self.real
-        differ = [((tensor != tensor.gather(1, self.first)) & padded).any() for tensor in per_row]
-        if causal:
-            differ.append((padded[:, :-1] & self.real[:, 1:]).any())
-        found = torch.stack(differ).tolist() if differ else []
-        return [not different for different in found] + ([] if causal else [True])
-
-    def at_the_end(self) -> bool:
-        """Whether real tokens are the first rows of each sequence, so that unpadded they keep their positions. One read
-        on the host."""
-        return not (~self.real[:, :-1] & self.real[:, 1:]).any()
-
     def real_rows(self, causal: bool) -> Unpadding:
         """The layout of the real rows, and of position 0; zeros come back at all others."""
-        kept = self.real
+        kept, counts = self.real, self.counts
         if not all(self.starts):
             kept = kept.clone()
-            kept[:, 0] = True
+            kept[:, 0].fill_(True)
+            counts = kept.sum(1)
         lengths = [n if starts else n + 1 for n, starts in zip(self.lengths, self.starts, strict=True)]
-        return self._layout(kept, lengths, causal)
+        return self._layout(kept, counts, lengths, causal)
 
     def one_row(self, causal: bool) -> Unpadding:
         """The layout of the real rows, and of one padded row of each sequence that has any, which stands for all."""
         kept = self.real.scatter(1, self.first, True)
         lengths = [min(n + 1, self.real.shape[1]) for n in self.lengths]
-        return self._layout(kept, lengths, causal, stand_ins=True)
+        return self._layout(kept, kept.sum(1), lengths, causal, stand_ins=True)
 
-    def _layout(self, kept: Tensor, lengths: list[int], causal: bool, stand_ins: bool = False) -> Unpadding:
+    def _layout(
+        self, kept: Tensor, counts: Tensor, lengths: list[int], causal: bool, stand_ins: bool = False
+    ) -> Unpadding:
+        """counts: lengths, where the mask is: what is copied there from the host would wait for the device."""
         batch, length = kept.shape
         total = sum(lengths)
-        cu_seqlens = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32, device=kept.device)
+        cu_seqlens = counts.new_zeros(batch + 1, dtype=torch.int32)
+        torch.cumsum(counts, 0, dtype=torch.int32, out=cu_seqlens[1:])
         indices = torch.nonzero_static(kept.reshape(-1), size=total).squeeze(1)
         seen = None if total == sum(self.lengths) else self.real.reshape(-1).index_select(0, indices)
         # All rows before the first padded one are kept.
@@ -153,11 +141,49 @@ class Padding:
         return Unpadding(batch, length, indices, Sequences(cu_seqlens, max(lengths), seen, causal), own)
 
 
-def look(mask: Tensor) -> Padding | None:
-    """What a mask `[batch, length]`, nonzero for real tokens, says, or None where all are real. One read of the mask on
-    the host."""
+# Of real and first, as Padding has them, makes bool tensors of no dimension, by name.
+Questions = Callable[[Tensor, Tensor], dict[str, Tensor]]
+
+
+def other_ids(value: int, ids: Tensor, real: Tensor) -> Tensor:
+    """Whether some padded position of ids `[batch, length]` has another id."""
+    return (ids.ne(value) > real).any()  # of two booleans, "and not"
+
+
+def differences(per_row: dict[str, Tensor], causal: bool, real: Tensor, first: Tensor) -> dict[str, Tensor]:
+    """Of each tensor `[batch, length]`, whether it is not the same at all padded positions of a sequence; and, as
+    "keys", whether these do not see the same ones."""
+    padded = ~real
+    found = {name: ((tensor != tensor.gather(1, first)) & padded).any() for name, tensor in per_row.items()}
+    if causal:
+        found["keys"] = (padded[:, :-1] & real[:, 1:]).any()
+    return found
+
+
+def padding_before(real: Tensor) -> Tensor:
+    """Whether padding stands before a real token, so that unpadded rows do not keep their positions."""
+    return (~real[:, :-1] & real[:, 1:]).any()
+
+
+def read(tensor: Tensor) -> list[int]:
+    """What a tensor holds. On a GPU the host waits for it: nothing else in a forward does."""
+    return tensor.tolist()
+
+
+def ask(answers: dict[str, Tensor]) -> dict[str, bool]:
+    """One read of bool tensors of no dimension."""
+    return dict(zip(answers, map(bool, read(torch.stack(list(answers.values())))), strict=True)) if answers else {}
+
+
+def look(mask: Tensor, questions: Questions | None = None) -> Padding | None:
+    """What a mask `[batch, length]`, nonzero for real tokens, says, and the answers to questions that a batch with
+    padding raises; None where all are real. One read in all."""
     real = mask.to(torch.bool)
-    lengths, starts = torch.stack([real.sum(1), real[:, 0]]).tolist()
+    batch = len(real)
+    counts, first = real.sum(1), real.view(torch.uint8).argmin(1, keepdim=True)
+    asked = {} if questions is None else questions(real, first)
+    found = read(torch.cat([counts, real[:, 0], *(answer.view(1) for answer in asked.values())]))
+    lengths, starts, answers = found[:batch], found[batch : 2 * batch], found[2 * batch :]
     if sum(lengths) == real.numel():
         return None
-    return Padding(real, lengths, starts, real.view(torch.uint8).argmin(1, keepdim=True))
+    return Padding(real, counts, lengths, starts, first, dict(zip(asked, map(bool, answers), strict=True)))

@@ -1,9 +1,13 @@
-"""Set before any test imports triton: without a GPU its kernels run in Triton's interpreter, on CPU tensors."""
+"""Set before any test imports triton: without a GPU its kernels run in Triton's interpreter, on CPU tensors. And what
+`make test` leaves to `make test-full`.
+"""
 
 from __future__ import annotations
 
 import os
 
+import covering
+import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -11,3 +15,8 @@ if not torch.cuda.is_available():
 # Threads of the test workers multiply: two each is plenty for small shapes, and torch's results do not depend on it.
 # Under pytest-xdist the workers are the threads.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    covering.mark(items)

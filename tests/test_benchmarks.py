@@ -51,6 +51,7 @@ def _rows(results: dict) -> list[dict]:
     return [row["extra_info"] for row in results["benchmarks"]]
 
 
+@pytest.mark.full
 def test_json_says_what_was_measured_where(results):
     assert results["roberta_kernels_schema"] == 1
     assert results["quick"] is True
@@ -68,6 +69,7 @@ def test_json_says_what_was_measured_where(results):
             assert ("add_layer_norm", direction, peer) in found
 
 
+@pytest.mark.full
 def test_every_row_has_its_time_work_and_roof(results):
     for row in _rows(results):
         assert row["p20_s"] <= row["median_s"] <= row["p80_s"]
@@ -83,6 +85,7 @@ def test_every_row_has_its_time_work_and_roof(results):
             assert set(row["ratios"]) == peers
 
 
+@pytest.mark.full
 def test_padded_peers_count_useful_tokens_and_say_what_they_compute(results):
     attention = {row["contender"]: row for row in _rows(results) if row["op"] == "attention"}
     lengths = attention["sdpa"]["batch"]["lengths"]
@@ -91,12 +94,14 @@ def test_padded_peers_count_useful_tokens_and_say_what_they_compute(results):
     assert len({row["flops"] for row in _rows(results) if row["case"] == attention["sdpa"]["case"]}) == 1
 
 
+@pytest.mark.full
 def test_pytest_benchmark_reports_the_times_that_were_measured(results):
     for row in results["benchmarks"]:
         assert row["stats"]["median"] == pytest.approx(row["extra_info"]["median_s"])
         assert row["stats"]["rounds"] == row["extra_info"]["calls"]
 
 
+@pytest.mark.full
 def test_a_peer_that_does_not_compile_is_a_row_that_says_so(results, quick_run):
     failed = [failure for failure in results["failures"] if failure["contender"] == "compile"]
     assert {failure["op"] for failure in failed} == {"add_layer_norm"}
@@ -107,6 +112,7 @@ def test_a_peer_that_does_not_compile_is_a_row_that_says_so(results, quick_run):
     assert "No figure for compile" in report
 
 
+@pytest.mark.full
 def test_tables_and_plots_are_written(quick_run, results):
     report = (quick_run / "kernels.md").read_text()
     assert "add_layer_norm, forward + backward" in report
@@ -121,6 +127,7 @@ def test_tables_and_plots_are_written(quick_run, results):
     assert all((quick_run / image).read_bytes().startswith(b"\x89PNG") for image in images)
 
 
+@pytest.mark.full
 def test_report_goes_into_a_document_at_its_markers(quick_run, tmp_path, command_line):
     document = tmp_path / "page.md"
     document.write_text("before\n\n<!-- results:cpu -->\nold\n<!-- /results:cpu -->\n\nafter\n")
@@ -169,6 +176,7 @@ def compare(tmp_path, command_line, capfd):
     return run
 
 
+@pytest.mark.full
 def test_compare_finds_a_planted_regression(results, compare):
     old = _steady(results)
     assert compare(old, old)[0] == 0
@@ -182,10 +190,12 @@ def test_compare_finds_a_planted_regression(results, compare):
     assert told.count("faster add_layer_norm") == 2
 
 
+@pytest.mark.full
 def test_compare_takes_a_slower_machine_for_what_it_is(results, compare):
     assert compare(_steady(results), _scaled(_steady(results), 2.0, peers_too=True))[0] == 0
 
 
+@pytest.mark.full
 def test_compare_calls_nothing_a_regression_that_the_spread_covers(results, compare):
     old = _steady(results)
     for row in _rows(old):
@@ -193,6 +203,7 @@ def test_compare_calls_nothing_a_regression_that_the_spread_covers(results, comp
     assert compare(old, _scaled(old, 2.0))[0] == 0
 
 
+@pytest.mark.full
 def test_compare_refuses_another_machine(results, compare):
     other = copy.deepcopy(results)
     other["machine_info"]["cpu"] = "Another CPU"
@@ -201,6 +212,7 @@ def test_compare_refuses_another_machine(results, compare):
     assert "Another CPU" in told
 
 
+@pytest.mark.full
 def test_run_refuses_another_machine_before_it_measures(results, tmp_path, command_line):
     other = copy.deepcopy(results)
     other["machine_info"]["cpu"] = "Another CPU"
@@ -546,6 +558,7 @@ def _models(folder: Path, *arguments: str) -> dict:
     return json.loads((folder / "models.json").read_text())
 
 
+@pytest.mark.full
 def test_models_are_checked_timed_and_related(tmp_path):
     results = _models(tmp_path, "--only", "1x8", "--only", "ours", "--only", "HF sdpa")
     assert results["quick"]
@@ -564,7 +577,7 @@ def test_models_are_checked_timed_and_related(tmp_path):
     assert "| 1x8 | ours |" in (tmp_path / "models.md").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_every_peer_that_is_installed_is_measured(tmp_path, command_line):
     from benchmarks import model_report
     from benchmarks.engines import ENGINES

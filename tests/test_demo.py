@@ -90,6 +90,7 @@ def test_smoothing_starts_at_the_first_value():
     assert pictures.smooth([4.0, 4.0, 4.0]) == pytest.approx([4.0, 4.0, 4.0])
 
 
+@pytest.mark.full
 def test_quick_demo_from_end_to_end(tmp_path):
     result = CliRunner().invoke(app, ["demo", "--quick", "--output", str(tmp_path / "new" / "folder")])
     assert result.exit_code == 0, result.output
@@ -113,6 +114,7 @@ def test_quick_demo_from_end_to_end(tmp_path):
     assert "summary.json" in result.output.replace("\n", "")
 
 
+@pytest.mark.full
 def test_a_wrong_kernel_breaks_the_demo(tmp_path, monkeypatch, texts, tokenizer):
     # What training runs, and inference on a CPU.
     for holder, name in ((ops, "add_layer_norm"), (encoder_call.EncoderCall, "run")):

@@ -67,6 +67,7 @@ def results(slots) -> dict:
     return slots[1]
 
 
+@pytest.mark.full
 def test_every_stage_ran(slots):
     from benchmarks.gpu_suite.plan import SLOTS
 
@@ -84,6 +85,7 @@ def test_every_stage_ran(slots):
     assert all(job["passed"] == 2 for job in slots[3]["sanitizer"].values()), "a few of many"
 
 
+@pytest.mark.full
 def test_every_kernel_is_checked_timed_and_related_to_its_roof(results):
     rows = [row["extra_info"] for row in results["benchmarks"]]
     for op in choosing.OPS:
@@ -98,12 +100,14 @@ def test_every_kernel_is_checked_timed_and_related_to_its_roof(results):
     assert {"sdpa", "sdpa flash", "sdpa math", "flex", "sdpa each"} <= attention
 
 
+@pytest.mark.full
 def test_peers_that_cannot_be_had_are_named(results):
     failed = {failure["contender"]: failure for failure in results["failures"]}
     assert {"sdpa cuDNN", "sdpa efficient", "varlen"} <= set(failed)
     assert all(failure["reason"] and not failure["broken"] for failure in failed.values())
 
 
+@pytest.mark.full
 def test_whole_models_are_checked_and_timed(results):
     from benchmarks.roofs import compute_roof
 
@@ -120,6 +124,7 @@ def test_whole_models_are_checked_and_timed(results):
         assert set(row.get("ratios", {})) == ({"HF eager", "HF sdpa"} if row["ours"] else set())
 
 
+@pytest.mark.full
 def test_the_report_holds_all_of_it(smoke_run):
     assert "## compute-sanitizer" in (smoke_run / "slot-3" / "results.md").read_text()
     smoke_run = smoke_run / "slot-1"
@@ -135,6 +140,7 @@ def test_the_report_holds_all_of_it(smoke_run):
     assert len(list(smoke_run.iterdir())) <= 8, "what a borrowed machine hands back"
 
 
+@pytest.mark.full
 def test_the_kernel_results_compare_like_those_of_a_run(results):
     from benchmarks.compare import compare
 

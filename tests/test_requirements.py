@@ -1,4 +1,4 @@
-"""What is too old to serve is refused when the package is imported, in one line that says what to do about it."""
+"""What is too old is refused when the package is imported, in one line that says what to do about it."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def refusal():
         requirements.check()
     message = str(caught.value)
     assert "\n" not in message
-    assert message.startswith("roberta_kernels needs ")
+    assert message.startswith("roberta_kernels requires ")
     return message
 
 
-def test_what_is_installed_serves():
+def test_what_is_installed_is_supported():
     requirements.check()
 
 

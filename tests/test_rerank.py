@@ -35,6 +35,7 @@ def folder(rerank, tmp_path_factory):
     return path
 
 
+@pytest.mark.full
 def test_the_benchmark(tmp_path):
     command = [sys.executable, "-m", "benchmarks", "rerank", "--smoke", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)

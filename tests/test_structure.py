@@ -24,7 +24,7 @@ LEVELS = (
     ("models", "patch_report"),
     ("patching",),
     ("verification", "encoding"),
-    ("demo", "api", "ray"),
+    ("demo", "api", "ray", "registration"),
     ("cli",),
     ("__main__",),
 )

@@ -200,8 +200,8 @@ class TileAttention {
                     turn(from + query * a_.q.token_stride + step * kStepElements + half, a_.q.token_stride,
                          queries_ - query, a_.head_dim - step * kStepElements - half,
                          turned + half * kTileSide, kTileSide);
-                interleave_step<kParts>(turned, kTileSide, kTileSide, kStepElements, to, steps_ * kPairBytes,
-                                        [&](int) { finite = false; });
+                interleave_step<kParts>(turned, kTileSide, kTileSide, kStepElements, to, kTileRowBytes,
+                                        steps_ * kPairBytes, [&](int) { finite = false; });
             }
         return finite;
     }

@@ -78,15 +78,16 @@ RK_INLINE void multiply_loaded() {
     if constexpr (kHalves == 2) tile_dot_bf16<3, 5, 7>();
 }
 
-// block (+)= w0 x0 over some steps, the sums in tiles all the way. Each step asks for some lines of what is `ahead`.
+// block (+)= w0 x0 over some steps, the sums in tiles all the way; the tokens' steps are x_step bytes apart, their tiles'
+// rows x_row. Each step asks for some lines of what is `ahead`.
 template <int kHalves, class Ahead>
-inline void multiply_once(const char* w, const char* x, int64_t steps, float* block, bool first, Ahead* ahead,
-                          int lines) {
+inline void multiply_once(const char* w, const char* x, int64_t x_step, int64_t x_row, int64_t steps,
+                          float* block, bool first, Ahead* ahead, int lines) {
     first ? zero_sums<kHalves>() : load_sums<kHalves>(block);
-    for (int64_t i = 0; i < steps; ++i, w += kPairBytes, x += kPairBytes) {
+    for (int64_t i = 0; i < steps; ++i, w += kPairBytes, x += x_step) {
         ahead->step(lines);
         tile_load_once<4>(w);
-        tile_load<6>(x);
+        tile_load<6>(x, x_row);
         tile_dot_bf16<0, 4, 6>();
         if constexpr (kHalves == 2) {
             tile_load<7>(x + kTileBytes);
@@ -161,11 +162,11 @@ struct PieceSums {
 static_assert(kChunkSteps % kPieceSteps<2> == 0 && kChunkSteps % kPieceSteps<3> == 0,
               "a piece is of one chunk");
 
-// Adds a piece, whose first step is `step` of the slab's, to the slab's sums; `left`: steps from there to its end. Each
-// step asks for `lines` lines of what is ahead.
+// Adds a piece, whose first step is `step` of the slab's, to the slab's sums; `left`: steps from there to its end. x_row:
+// bytes of a row of the tokens' tiles (kHalves = 1). Each step asks for `lines` lines of what is ahead.
 template <int kParts, int kHalves, class Ahead>
-inline void multiply_piece(const StepsOf& piece, int64_t step, int64_t left, PieceSums<kParts>* sums,
-                           Ahead* ahead, int lines) {
+inline void multiply_piece(const StepsOf& piece, int64_t x_row, int64_t step, int64_t left,
+                           PieceSums<kParts>* sums, Ahead* ahead, int lines) {
     float* const large = sums->large[step / kChunkSteps];
     const bool first = step % kChunkSteps == 0;
     if constexpr (kHalves == 2) {
@@ -181,8 +182,8 @@ inline void multiply_piece(const StepsOf& piece, int64_t step, int64_t left, Pie
         if (step == 0) tile_zero<0>(), tile_zero<2>();
         if (first) tile_zero<1>(), tile_zero<3>();
         const char *w = piece.w, *x = piece.x;
-        for (int64_t i = 0; i < piece.steps; ++i, w += kPairBytes, x += kPairBytes) {
-            tile_load<6>(x), tile_load<7>(x + piece.x_part);
+        for (int64_t i = 0; i < piece.steps; ++i, w += kPairBytes, x += kTileSide * x_row) {
+            tile_load<6>(x, x_row), tile_load<7>(x + piece.x_part, x_row);
             if constexpr (kParts == 3) {
                 load_weights(w + 2 * piece.w_part);
                 tile_dot_bf16<0, 4, 6>(), tile_dot_bf16<2, 5, 6>();
@@ -195,7 +196,7 @@ inline void multiply_piece(const StepsOf& piece, int64_t step, int64_t left, Pie
             load_weights(w);
             tile_dot_bf16<0, 4, 7>(), tile_dot_bf16<2, 5, 7>();
             if constexpr (kParts == 3) {
-                tile_load<7>(x + 2 * piece.x_part);
+                tile_load<7>(x + 2 * piece.x_part, x_row);
                 tile_dot_bf16<0, 4, 7>(), tile_dot_bf16<2, 5, 7>();
             }
             tile_dot_bf16<1, 4, 6>(), tile_dot_bf16<3, 5, 6>();

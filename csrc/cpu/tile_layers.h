@@ -85,7 +85,8 @@ struct ActivateBlocks {
     T* preactivation;  // [tokens, F], or null
     int64_t inner;
     WriteAhead ahead(int, int64_t row, int64_t token, int) const {
-        return {activation.step(token / kGroup32, row / kStepElements), 128, int(kPairBytes / 128)};
+        return {activation.step(token / kGroup32, row / kStepElements), 128,
+                int(activation.layout.step_bytes / 128)};
     }
     void operator()(int, int64_t row, int64_t token, int rows, int tokens, const float* block) const {
         if (preactivation != nullptr)

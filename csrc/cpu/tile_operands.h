@@ -13,6 +13,10 @@
 // A step is 32 elements along K: what one tile holds. Per step and part an operand has two tiles: of 32 weight rows (a
 // strip) tiles [16 rows][32 elements], of 32 tokens (a panel) tiles [16 pairs of elements][16 tokens][2]. Steps are
 // grouped into slabs; a slab is [part][step][2 tiles].
+//
+//   few tokens       Up to 16 tokens are one tile a step and part, [16 pairs][4, 8 or 16 tokens][2]: what is not there is
+//                    not brought into the first-level cache. A tile is loaded from there as any other, rows closer
+//                    together, so that its further columns are numbers of other tokens: sums that nobody reads.
 #pragma once
 #include "csrc/cpu/amx.h"
 #include "csrc/cpu/gemm.h"
@@ -33,15 +37,17 @@ constexpr int64_t kSlabSteps = kParts == 1 ? 96 : 24;
 // Where the tiles of a strip or panel are.
 template <int kParts>
 struct TileLayout {
-    int64_t steps;  // along K
-    RK_INLINE explicit TileLayout(int64_t k_size) : steps(max64(1, ceil_div(k_size, kStepElements))) {}
+    int64_t steps;       // along K
+    int64_t step_bytes;  // of a part of a step
+    RK_INLINE explicit TileLayout(int64_t k_size, int64_t step_bytes_ = kPairBytes)
+        : steps(max64(1, ceil_div(k_size, kStepElements))), step_bytes(step_bytes_) {}
     RK_INLINE int64_t slabs() const { return ceil_div(steps, kSlabSteps<kParts>); }
     RK_INLINE int64_t steps_of(int64_t slab) const {
         return min64(kSlabSteps<kParts>, steps - slab * kSlabSteps<kParts>);
     }
-    RK_INLINE int64_t bytes() const { return steps * kParts * kPairBytes; }
-    RK_INLINE int64_t offset(int64_t slab) const { return slab * kSlabSteps<kParts> * kParts * kPairBytes; }
-    RK_INLINE int64_t part_bytes(int64_t slab) const { return steps_of(slab) * kPairBytes; }
+    RK_INLINE int64_t bytes() const { return steps * kParts * step_bytes; }
+    RK_INLINE int64_t offset(int64_t slab) const { return slab * kSlabSteps<kParts> * kParts * step_bytes; }
+    RK_INLINE int64_t part_bytes(int64_t slab) const { return steps_of(slab) * step_bytes; }
 };
 
 // ---- parts ----
@@ -226,28 +232,34 @@ inline void pack_strip(const T* in, int rows, int64_t stride, int64_t elements, 
     }
 }
 
+// The first `count` (or all) words of a vector.
+RK_INLINE void store_words(char* to, vu32 words, int count) {
+    float* const out = reinterpret_cast<float*>(to);
+    count >= kLanes ? store(out, as_float(words)) : store_some(out, as_float(words), count);
+}
+
 // ---- operands that lie across K ----
 
 // One step of 16 rows (or tokens) that are contiguous: rows of K, k_stride elements apart, two of which make the words of
-// one row of a right operand's tile: [16 pairs][16 rows] to `to`, the next part part_bytes further. `left`: along K.
+// one row of a right operand's tile: [16 pairs][row_bytes] to `to`, the next part part_bytes further. `left`: along K.
 // mark(row): row has an infinity or NaN.
 template <int kParts, class T, class Mark>
-inline void interleave_step(const T* in, int64_t k_stride, int rows, int64_t left, char* to,
+inline void interleave_step(const T* in, int64_t k_stride, int rows, int64_t left, char* to, int row_bytes,
                             int64_t part_bytes, const Mark& mark) {
     vu32 largest{};
     for (int pair = 0; pair < kTileSide; ++pair)
-        for (int v = 0; v < kTileSide; v += kLanes) {
+        for (int v = 0; v * 4 < row_bytes; v += kLanes) {
             vf32 x[2];
             for (int i = 0; i < 2; ++i)
                 x[i] = 2 * pair + i < left && v < rows
                            ? load_some(in + (2 * pair + i) * k_stride + v, int(rows - v))
                            : zero();
             largest = larger(largest, larger(size_bits(x[0]), size_bits(x[1])));
-            char* out = to + pair * kTileRowBytes + v * 4;
+            char* out = to + pair * row_bytes + v * 4;
             for (int part = 0; part < kParts; ++part, out += part_bytes) {
                 const vu32 even = sizeof(T) == 2 ? bits(x[0]) : take_part(&x[0]);
                 const vu32 odd = sizeof(T) == 2 ? bits(x[1]) : take_part(&x[1]);
-                store(reinterpret_cast<float*>(out), as_float((even >> 16) | odd));
+                store_words(out, (even >> 16) | odd, row_bytes / 4 - v);
             }
         }
     if (sizeof(T) == 2 || !has_special(largest)) return;
@@ -257,23 +269,23 @@ inline void interleave_step(const T* in, int64_t k_stride, int rows, int64_t lef
             const ScalarParts parts = split_any(x);
             if (!is_finite(x)) mark(row);
             for (int part = 0; part < kParts; ++part)
-                __builtin_memcpy(to + part * part_bytes + k / 2 * kTileRowBytes + row * 4 + k % 2 * 2,
+                __builtin_memcpy(to + part * part_bytes + k / 2 * row_bytes + row * 4 + k % 2 * 2,
                                  &parts.part[part], 2);
         }
 }
 
-// A transposed 16 x 16 tile of words.
-RK_INLINE void transpose_tile(const char* from, char* to) {
+// A transposed 16 x 16 tile of words; of its rows the first row_bytes, as far apart.
+RK_INLINE void transpose_tile(const char* from, char* to, int row_bytes = kTileRowBytes) {
     const float* const in = reinterpret_cast<const float*>(from);
-    float* const out = reinterpret_cast<float*>(to);
-    for (int i = 0; i < kTileSide; i += kLanes)
+    for (int i = 0; i * 4 < row_bytes; i += kLanes)
         for (int j = 0; j < kTileSide; j += kLanes) {
             vf32 block[kLanes];
 #pragma GCC unroll 16
             for (int r = 0; r < kLanes; ++r) block[r] = load(in + (i + r) * kTileSide + j);
             transpose(block);
 #pragma GCC unroll 16
-            for (int r = 0; r < kLanes; ++r) store(out + (j + r) * kTileSide + i, block[r]);
+            for (int r = 0; r < kLanes; ++r)
+                store_words(to + (j + r) * row_bytes + i * 4, bits(block[r]), row_bytes / 4 - i);
         }
 }
 
@@ -287,7 +299,7 @@ inline void pack_strip_across(const T* in, int rows, int64_t k_stride, int64_t e
         for (int first = 0; first < kGroup32; first += kTileSide) {
             interleave_step<kParts>(in + step * kStepElements * k_stride + first, k_stride,
                                     int(max64(0, min64(kTileSide, rows - first))),
-                                    elements - step * kStepElements, words[0], kTileBytes,
+                                    elements - step * kStepElements, words[0], kTileRowBytes, kTileBytes,
                                     [&](int row) { nonfinite[first + row] = 1; });
             char* to = tiles + step * kPairBytes + first / kTileSide * kTileBytes;
             for (int part = 0; part < kParts; ++part, to += part_bytes) transpose_tile(words[part], to);
@@ -303,6 +315,7 @@ struct TokenTiles {
     int64_t tokens;
     char* tiles;         // [panels][layout]
     uint8_t* nonfinite;  // [panels * 32], 1: the token has an infinity or NaN (kMarksSpecial)
+    int row_bytes;       // of a tile
 
     RK_INLINE int64_t panels() const { return ceil_div(tokens, kGroup32); }
     RK_INLINE int real(int64_t panel) const { return int(min64(kGroup32, tokens - panel * kGroup32)); }
@@ -312,7 +325,7 @@ struct TokenTiles {
     // Where the two tiles of a step are; those of the next part lie part_bytes(slab of the step) further.
     RK_INLINE char* step(int64_t panel, int64_t step) const {
         const int64_t in_slab = step / kSlabSteps<kParts>;
-        return slab(panel, in_slab) + (step - in_slab * kSlabSteps<kParts>)*kPairBytes;
+        return slab(panel, in_slab) + (step - in_slab * kSlabSteps<kParts>)*layout.step_bytes;
     }
     // The first part's of a token.
     RK_INLINE char* tile(int64_t token, int64_t in_step) const {
@@ -324,14 +337,17 @@ struct TokenTiles {
 // Room for them in the calling thread's memory; valid until the next call for the same use.
 template <int kParts>
 inline TokenTiles<kParts> token_tiles(Use use, int64_t tokens, int64_t k_size) {
-    const TileLayout<kParts> layout(k_size);
+    const int row_bytes = tokens <= 4 ? 16 : tokens <= 8 ? 32 : kTileRowBytes;
+    const TileLayout<kParts> layout(k_size, tokens > kTileSide ? kPairBytes : kTileSide * row_bytes);
     const int64_t panels = ceil_div(tokens, kGroup32);
     Scratch& memory = thread_scratch(use);
-    memory.reset(size_t(panels * (layout.bytes() + kGroup32)), 2);
-    char* const tiles = memory.take<char>(panels * layout.bytes());
+    const int64_t bytes =
+        panels * layout.bytes() + kTileRowBytes - row_bytes;  // the last row is loaded whole
+    memory.reset(size_t(bytes + panels * kGroup32), 2);
+    char* const tiles = memory.take<char>(bytes);
     uint8_t* const nonfinite = memory.take<uint8_t>(panels * kGroup32);
     __builtin_memset(nonfinite, 0, size_t(panels * kGroup32));
-    return {layout, tokens, tiles, nonfinite};
+    return {layout, tokens, tiles, nonfinite, row_bytes};
 }
 
 // One step of 16 tokens (of which `rows` are there).
@@ -355,7 +371,8 @@ inline void pack_token_step(const TokenTiles<kParts>& out, const T* x, int64_t s
                 out.mark(token + r);
     char* to = out.tile(token, step);
     const int64_t part_bytes = out.layout.part_bytes(step / kSlabSteps<kParts>);
-    for (int part = 0; part < kParts; ++part, to += part_bytes) transpose_tile(halves[part], to);
+    for (int part = 0; part < kParts; ++part, to += part_bytes)
+        transpose_tile(halves[part], to, out.row_bytes);
 }
 
 // x: [tokens, K], of strides of which one is 1.
@@ -376,7 +393,7 @@ inline void pack_token_tiles(const TokenTiles<kParts>& out, const Matrix<T>& x) 
                     pack_token_step(out, from, x.row_stride, token, rows, step, k_size - k);
                 else
                     interleave_step<kParts>(from, x.column_stride, rows, k_size - k, out.tile(token, step),
-                                            out.layout.part_bytes(step / kSlabSteps<kParts>),
+                                            out.row_bytes, out.layout.part_bytes(step / kSlabSteps<kParts>),
                                             [&](int row) { out.mark(token + row); });
             }
         }
@@ -388,7 +405,7 @@ template <int kParts>
 RK_INLINE float token_element(const TokenTiles<kParts>& x, int64_t token, int64_t k) {
     const int64_t step = k / kStepElements, in_step = k % kStepElements;
     const char* at =
-        x.tile(token, step) + in_step / 2 * kTileRowBytes + token % kTileSide * 4 + in_step % 2 * 2;
+        x.tile(token, step) + in_step / 2 * x.row_bytes + token % kTileSide * 4 + in_step % 2 * 2;
     const int64_t part_bytes = x.layout.part_bytes(step / kSlabSteps<kParts>);
     float sum = 0.0f;
     for (int part = kParts - 1; part >= 0; --part) {

@@ -176,13 +176,11 @@ class TileProduct {
         pack_strip<kParts>(in, at.rows, w.row_stride, w.columns - k, steps, tiles, nonfinite, next, lines);
     }
 
-    // Tasks of neighbouring strips, so that one can ask for what the next needs.
+    // A task is a strip, so that the threads end together; each asks for what its next one needs.
     void few(int64_t strips, int64_t threads) const {
-        const int64_t tasks = min64(strips, 8 * threads);
-        parallel_tasks(tasks, threads, [&](int64_t task) {
+        parallel_tasks(strips, threads, [&](int64_t strip) {
             const TileUse use;
-            for (int64_t strip = strips * task / tasks; strip < strips * (task + 1) / tasks; ++strip)
-                x_.tokens > kTileSide ? multiply_few<2>(strip) : multiply_few<1>(strip);
+            x_.tokens > kTileSide ? multiply_few<2>(strip) : multiply_few<1>(strip);
         });
     }
 
@@ -200,14 +198,14 @@ class TileProduct {
             const int64_t slab_steps = layout.steps_of(slab);
             for (int64_t step = 0; step < slab_steps; step += kPieceSteps<kParts>) {
                 const int64_t steps = min64(kPieceSteps<kParts>, slab_steps - step);
-                const char* const x = x_.slab(0, slab) + step * kPairBytes;
+                const char* const x = x_.slab(0, slab) + step * layout.step_bytes;
                 pack(at, slab * kSlabSteps<kParts> + step, steps, tiles, nonfinite, &next, kLinesPacking);
                 if constexpr (kParts == 1)
-                    multiply_once<kHalves>(tiles, x, steps, block, slab == 0 && step == 0, &next,
-                                           kLinesMultiplying);
+                    multiply_once<kHalves>(tiles, x, layout.step_bytes, x_.row_bytes, steps, block,
+                                           slab == 0 && step == 0, &next, kLinesMultiplying);
                 else
                     multiply_piece<kParts, kHalves>(
-                        {tiles, x, steps * kPairBytes, layout.part_bytes(slab), steps}, step,
+                        {tiles, x, steps * kPairBytes, layout.part_bytes(slab), steps}, x_.row_bytes, step,
                         slab_steps - step, &sums, &next, kLinesMultiplying);
             }
             if constexpr (kParts > 1) add_pieces<kParts, kHalves>(sums, slab_steps, block, slab == 0);
@@ -227,8 +225,8 @@ class TileProduct {
                     WriteAhead written =
                         last && step + kChunkSteps >= steps ? ahead(first + i, panel) : WriteAhead{};
                     multiply_once<kHalves>(tiles + i * strip_bytes + step * kPairBytes, x + step * kPairBytes,
-                                           min64(kChunkSteps, steps - step), sums + i * kBlockFloats,
-                                           slab == 0 && step == 0, &written, 3);
+                                           kPairBytes, kTileRowBytes, min64(kChunkSteps, steps - step),
+                                           sums + i * kBlockFloats, slab == 0 && step == 0, &written, 3);
                 }
         } else {
             for (int64_t i = 0; i < count; ++i)
@@ -341,16 +339,17 @@ inline void activate_block(const float* block, int rows, const T* bias, const To
     const int halves = to.real(panel) > kTileSide ? 2 : 1;
     for (int half = 0; half < halves; ++half)
         for (int row = 0; row < kGroup32; row += 2)
-            for (int v = 0; v < kTileSide; v += kLanes) {
+            for (int v = 0; v * 4 < to.row_bytes; v += kLanes) {
+                const int words = int(min64(kLanes, to.row_bytes / 4 - v));
                 vf32 pair[2];
                 for (int i = 0; i < 2; ++i)
                     pair[i] =
                         row + i < rows
                             ? gelu<kTanh>(load(block_row(block, row + i, half) + v) + load1(bias + row + i))
                             : zero();
-                char* const out = tiles + half * kTileBytes + row / 2 * kTileRowBytes + v * 4;
+                char* const out = tiles + half * kTileBytes + row / 2 * to.row_bytes + v * 4;
                 const auto put = [&](int part, vu32 even, vu32 odd) {
-                    store(reinterpret_cast<float*>(out + part * part_bytes), as_float((even >> 16) | odd));
+                    store_words(out + part * part_bytes, (even >> 16) | odd, words);
                 };
                 if constexpr (sizeof(T) == 2) {
                     put(0, bits(round_to_bf16(pair[0])), bits(round_to_bf16(pair[1])));
@@ -363,7 +362,7 @@ inline void activate_block(const float* block, int rows, const T* bias, const To
                     }
                     continue;
                 }
-                for (int t = 0; t < kLanes; ++t)
+                for (int t = 0; t < words; ++t)
                     for (int i = 0; i < 2; ++i) {
                         const ScalarParts parts = split_any(pair[i][t]);
                         for (int part = 0; part < kParts; ++part)

@@ -7,7 +7,7 @@
 
 #include "csrc/cuda/attention.h"
 #include "csrc/cuda/attention_sm90.h"
-#include "csrc/cuda/tensor_checks.h"
+#include "csrc/cuda/serving.h"
 #include "csrc/cuda/variants.h"
 
 namespace rk::cuda {
@@ -45,13 +45,6 @@ void check_heads(const Checks& checks, const Tensor& t, const char* name, int64_
 // Selection never hands one to this backend (roberta_kernels/backends/selection.py).
 void check_no_bias(const Checks& checks, const std::optional<Tensor>& bias) {
     checks.require(!bias.has_value(), "the CUDA kernels take no bias");
-}
-
-// The values of cu_seqlens stay on the device, unread.
-int64_t check_cu_seqlens(const Checks& checks, const Tensor& t, const char* name) {
-    checks.same(t, name, ScalarType::Int);
-    STD_TORCH_CHECK(t.dim() == 1 && t.size(0) >= 1, checks.op(), ": ", name, " must have shape [B + 1]");
-    return t.size(0) - 1;
 }
 
 Checked check(const Checks& checks, const Tensor& q, const Tensor& k, const Tensor& v,
@@ -106,9 +99,9 @@ Checked check(const Checks& checks, const Tensor& q, const Tensor& k, const Tens
     return c;
 }
 
-// The variant that is set, where this build and the device have it and it takes the call; else the portable
-// one.
-void run_forward(const AttentionArgs& a) {
+}  // namespace
+
+void serve_attention_forward(const AttentionArgs& a) {
 #ifdef ROBERTA_KERNELS_SM90A
     if (attention_variant() == AttentionVariant::sm90 && current_device().arch == 90 &&
         attention_sm90_supports(a)) {
@@ -120,6 +113,9 @@ void run_forward(const AttentionArgs& a) {
     attention_forward(a);
     note_served(AttentionVariant::portable, Direction::forward);
 }
+
+namespace {
+
 void run_backward(const AttentionArgs& a) {
 #ifdef ROBERTA_KERNELS_SM90A
     if (attention_variant() == AttentionVariant::sm90 && current_device().arch == 90 &&
@@ -149,7 +145,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
     Tensor lse = checks.empty({a.heads, a.total_q}, ScalarType::Float);
     a.out = out.mutable_data_ptr();
     a.lse = static_cast<float*>(lse.mutable_data_ptr());
-    run_forward(a);
+    serve_attention_forward(a);
     return {std::move(out), std::move(lse)};
 }
 

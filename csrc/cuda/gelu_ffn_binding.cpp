@@ -3,23 +3,13 @@
 #include <launch.cuh>
 
 #include "csrc/cuda/gelu_ffn.h"
-#include "csrc/cuda/tensor_checks.h"
+#include "csrc/cuda/serving.h"
 
 namespace rk::cuda {
 namespace {
 
 bool aligned(const Tensor& t) {
     return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
-}
-
-// torch's GEMM, called past the dispatcher: autocast, which would change the dtype, and autograd, which
-// refuses an output argument, stand above it.
-void multiply(Tensor& out, const Tensor& a, const Tensor& b) {
-    TORCH_ERROR_CODE_CHECK(RK_ATEN(mm_out)(out.get(), a.get(), b.get()));
-}
-
-void multiply_add(Tensor& out, const Tensor& bias, const Tensor& a, const Tensor& b) {
-    TORCH_ERROR_CODE_CHECK(RK_ATEN(addmm_out)(out.get(), bias.get(), a.get(), b.get(), 1.0, 1.0));
 }
 
 // A variant can only be set where it was built, so what is left out here is never reached.
@@ -47,13 +37,36 @@ void run_fused(GeluFfnVariant path, const FusedBackward& args) {
     throw std::logic_error("gelu_ffn: this build has no fused kernels");
 }
 
-// The transpose of a contiguous matrix, as a view.
-Tensor transposed(const Tensor& t) {
-    const int64_t sizes[] = {t.size(1), t.size(0)}, strides[] = {1, t.size(1)};
-    AtenTensorHandle view;
-    TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), 2, sizes, strides, 0, &view));
-    return Tensor(view);
+}  // namespace
+
+void serve_gelu_product(const Checks& checks, const Tensor& x, const Tensor& w_in, const Tensor& b_in,
+                        bool tanh, cudaStream_t stream, Tensor& activation, Tensor* preactivation) {
+    const int64_t tokens = x.size(0), hidden = x.size(1), inner = w_in.size(0);
+    const Device& properties = current_device();
+    const GeluFfnVariant path = gelu_ffn_path(gelu_ffn_variant(), properties.arch, checks.dtype(), tokens,
+                                              hidden, inner, aligned(x) && aligned(w_in) && aligned(b_in));
+    if (path == GeluFfnVariant::portable) {
+        Tensor& pre = preactivation == nullptr ? activation : *preactivation;
+        multiply_add(pre, b_in, x, transposed(w_in));
+        gelu_forward({pre.const_data_ptr(), activation.mutable_data_ptr(), tokens * inner, checks.dtype(),
+                      tanh, stream});
+    } else {
+        FusedForward args{};
+        args.x = x.const_data_ptr();
+        args.w_in = w_in.const_data_ptr();
+        args.b_in = b_in.const_data_ptr();
+        args.activation = activation.mutable_data_ptr();
+        args.preactivation = preactivation == nullptr ? nullptr : preactivation->mutable_data_ptr();
+        args.tokens = tokens, args.hidden = hidden, args.inner = inner;
+        args.dtype = checks.dtype();
+        args.tanh = tanh;
+        args.device = {properties.multiprocessors, stream};
+        run_fused(path, args);
+    }
+    note_served(path, Direction::forward);
 }
+
+namespace {
 
 std::tuple<Tensor, Tensor> forward(const Tensor& x_, const Tensor& w_in_, const Tensor& b_in_,
                                    const Tensor& w_out_, const std::optional<Tensor>& b_out_, bool tanh,
@@ -70,32 +83,11 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_, const Tensor& w_in_, const 
     const OnDeviceOf device(x_);
     const Tensor x = as_contiguous(x_), w_in = as_contiguous(w_in_), b_in = as_contiguous(b_in_);
     const Tensor w_out = as_contiguous(w_out_);
-    const Device& properties = current_device();
-    const GeluFfnVariant path = gelu_ffn_path(gelu_ffn_variant(), properties.arch, checks.dtype(), tokens,
-                                              hidden, inner, aligned(x) && aligned(w_in) && aligned(b_in));
     Tensor preactivation = checks.empty({0});
     Tensor activation = checks.empty({tokens, inner});
     if (save_preactivation) preactivation = checks.empty({tokens, inner});
-
-    if (path == GeluFfnVariant::portable) {
-        Tensor& pre = save_preactivation ? preactivation : activation;
-        multiply_add(pre, b_in, x, transposed(w_in));
-        gelu_forward({pre.const_data_ptr(), activation.mutable_data_ptr(), tokens * inner, checks.dtype(),
-                      tanh, device.stream()});
-    } else {
-        FusedForward args{};
-        args.x = x.const_data_ptr();
-        args.w_in = w_in.const_data_ptr();
-        args.b_in = b_in.const_data_ptr();
-        args.activation = activation.mutable_data_ptr();
-        args.preactivation = save_preactivation ? preactivation.mutable_data_ptr() : nullptr;
-        args.tokens = tokens, args.hidden = hidden, args.inner = inner;
-        args.dtype = checks.dtype();
-        args.tanh = tanh;
-        args.device = {properties.multiprocessors, device.stream()};
-        run_fused(path, args);
-    }
-    note_served(path, Direction::forward);
+    serve_gelu_product(checks, x, w_in, b_in, tanh, device.stream(), activation,
+                       save_preactivation ? &preactivation : nullptr);
 
     Tensor out = checks.empty({tokens, outer});
     if (b_out_)

@@ -1,4 +1,4 @@
-"""The kernels that there are, and which of them serve.
+"""The kernels that there are, and dispatch: which of them run.
 
 op_namespaces.py: the namespaces, how they are loaded, whether they can serve. override.py: which backend was asked for.
 selection.py: which one serves a call. gpus.py: what cannot run on a GPU. choosing.py, choices.json: what was measured
@@ -31,8 +31,8 @@ from roberta_kernels.backends.selection import (
     Serving,
     check_environment,
     choices,
-    cpu_serves,
     select,
+    serves_alone,
     serving,
     unserved,
 )
@@ -55,7 +55,6 @@ __all__ = [
     "choices",
     "cpu_isa",
     "cpu_isas",
-    "cpu_serves",
     "cuda_served",
     "cuda_variant",
     "current_backend",
@@ -63,6 +62,7 @@ __all__ = [
     "namespaces",
     "schemas",
     "select",
+    "serves_alone",
     "serving",
     "set_backend",
     "unserved",

@@ -1,4 +1,4 @@
-"""The choosing table: which backend serves an op where, as far as it was measured, and where each entry comes from.
+"""The choosing table: which backend runs an op where, as far as it was measured, and where each entry comes from.
 
 `choices.json` holds it; `python -m benchmarks choose RESULTS` writes it from committed results of the GPU suite, and
 nothing is entered by hand. What no entry covers is unmeasured, and takes the conservative choice: Triton before the
@@ -25,7 +25,7 @@ from roberta_kernels.schemas import OPS
 PATH = Path(__file__).parent / "choices.json"
 DTYPES = ("float32", "bfloat16", "float16")
 BACKENDS = ("cuda", "triton")
-NOT_IN_CUDA = frozenset({"linear_cross_entropy"})  # ops without CUDA C++ kernels
+NOT_IN_CUDA = frozenset({"linear_cross_entropy", "linear_log1p_max"})  # ops without CUDA C++ kernels
 # The variants that the CUDA library may have of an op, plainest first; the others have one.
 VARIANTS = {"attention": ("portable", "sm90"), "gelu_ffn": ("portable", "sm80", "sm90")}
 UNMEASURED = "unmeasured: conservative default"
@@ -99,7 +99,7 @@ def checked(entries: Iterable[Entry]) -> tuple[Entry, ...]:
             if entry.backend == other.backend == "cuda" and entry.variant != other.variant:
                 # The library keeps the variant of an op for the whole process, and a call must not have to set it.
                 raise ChoicesError(
-                    f"one variant serves an op on one architecture, not {entry.variant} ({entry}) and "
+                    f"one architecture has one variant of an op, not {entry.variant} ({entry}) and "
                     f"{other.variant} ({other})"
                 )
     return tuple(found)
@@ -127,7 +127,7 @@ def _meet(low: int, high: int | None, other_low: int, other_high: int | None) ->
 
 
 def ranges(entries: Sequence[Entry], op: str, dtype: str, arch: int) -> tuple[tuple[int | None, str | None], ...]:
-    """What serves on one architecture, over all sizes: (first size that this no longer holds for, backend) in rising
+    """What runs on one architecture, over all sizes: (first size that this no longer holds for, backend) in rising
     order; the last one ends at None. Backend None: unmeasured. Empty where nothing was measured at all.
     """
     found: list[tuple[int | None, str | None]] = []

@@ -12,7 +12,7 @@ LOWEST = 80  # compute capability times ten
 
 
 def too_old(arch: int) -> dict[str, str]:
-    """Backend -> why it cannot serve GPUs of this compute capability (times ten)."""
+    """Backend -> why it cannot run on GPUs of this compute capability (times ten)."""
     if arch >= LOWEST:
         return {}
     why = f"compute capability {arch / 10} is below 8.0: no bfloat16 products, and too little shared memory"
@@ -30,7 +30,7 @@ def can_probe() -> bool:
 
 
 def probe(kernels: Iterable[Kernels], device: torch.device) -> dict[str, str]:
-    """Backend -> why it cannot serve this device, by one launch of each on a row of 16.
+    """Backend -> why it cannot run on this device, by one launch of each on a row of 16.
 
     A library without code for the GPU, a driver that is too old for it, a missing compiler: each makes the launch
     itself fail, so nothing is waited for.

@@ -37,6 +37,7 @@ FAKES: dict[str, dict[str, Callable[..., Any]]] = {
         "pack_weight": _pack_weight,
         "packed_encoder": _encoder,
     },
+    "roberta_kernels_cuda": {"encoder": _encoder},
 }
 
 

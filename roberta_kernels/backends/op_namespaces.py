@@ -1,4 +1,4 @@
-"""The op namespaces: which there are, what is in them, whether they can serve here, and how they are loaded.
+"""The op namespaces: which there are, what is in them, whether they can run here, and how they are loaded.
 
 A backend is a namespace (`roberta_kernels_cpu`, ...) that holds every op of schemas.def under one schema: compiled, and
 loaded as a library, or defined here from a package of Python kernels. A library has ops of its own beside those
@@ -30,12 +30,12 @@ EMULATION_VARIABLE = "ROBERTA_KERNELS_CUDA_EMULATION"
 
 
 class BackendError(RuntimeError):
-    """A backend was asked for that does not exist, is not available, or cannot serve these tensors."""
+    """A backend was asked for that does not exist, is not available, or does not support these tensors."""
 
 
 @dataclass(frozen=True)
 class BackendStatus:
-    """available: it can serve; detail: what serves, or why it cannot."""
+    """available: it can be used; detail: what runs, or why it cannot."""
 
     available: bool
     detail: str
@@ -146,7 +146,7 @@ def _load() -> None:
 
 
 def available_backends() -> dict[str, BackendStatus]:
-    """Every backend, with whether it is available and what serves or why not; compiled ones first."""
+    """Every backend, with whether it is available and what runs or why not; compiled ones first."""
     status = {name: _status[name] for name in ("cuda", "triton", "cpu", "reference")}
     if status["cpu"]:
         status["cpu"] = BackendStatus(True, f"compiled; instruction set {cpu_isa()} of {', '.join(cpu_isas())}")
@@ -159,7 +159,7 @@ def available_backends() -> dict[str, BackendStatus]:
 
 
 def status_of(name: str) -> BackendStatus | None:
-    """As available_backends has it, less what serves within a library; None for an unknown name."""
+    """As available_backends has it, less what runs within a library; None for an unknown name."""
     return _status.get(name)
 
 
@@ -178,16 +178,16 @@ def cpu_isas() -> tuple[str, ...]:
 
 
 def cpu_isa() -> str:
-    """The instruction set that serves."""
+    """The instruction set in use."""
     return CPU_ISAS[torch.ops.roberta_kernels_cpu.get_isa()]
 
 
 def wrong_isa() -> str | None:
-    """Why no CPU kernel may serve: the environment variable asks for an instruction set that is not there."""
-    wish = os.environ.get(ISA_VARIABLE)
-    if wish is None or not _status["cpu"] or wish in cpu_isas():
+    """Why no CPU kernel may run: the environment variable asks for an instruction set that is not there."""
+    asked = os.environ.get(ISA_VARIABLE)
+    if asked is None or not _status["cpu"] or asked in cpu_isas():
         return None
-    return f"{ISA_VARIABLE} must be one of {', '.join(cpu_isas())} (what this processor and build have), got {wish!r}"
+    return f"{ISA_VARIABLE} must be one of {', '.join(cpu_isas())} (what this processor and build have), got {asked!r}"
 
 
 @contextlib.contextmanager
@@ -225,14 +225,14 @@ def use_cuda_variant(op: str, variant: str) -> Iterator[None]:
 
 
 def cuda_variant(op: str) -> str | None:
-    """The variant that the "cuda" backend serves an op with; None where the op has but one, or no library is there."""
+    """The variant that the "cuda" backend runs an op with; None where the op has but one, or no library is there."""
     if op not in choosing.VARIANTS or not _status["cuda"] or not hasattr(torch.ops.roberta_kernels_cuda, "get_variant"):
         return None
     return torch.ops.roberta_kernels_cuda.get_variant(op)
 
 
 def cuda_served(op: str) -> dict[tuple[str, str], int]:
-    """How many calls of an op each variant of the "cuda" backend has served in this process, by (variant, "forward" or
+    """How many calls of an op each variant of the "cuda" backend has run in this process, by (variant, "forward" or
     "backward"). A call that a variant does not take goes to one below it, and nothing else tells; empty for an op
     without variants.
     """

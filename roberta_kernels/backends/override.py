@@ -90,7 +90,7 @@ def current_backend() -> str:
 
 
 def set_backend(name: str) -> str:
-    """Makes `name` ("auto", "cuda", "triton", "cpu" or "reference") serve from now on in the whole process, wherever no
+    """Uses `name` ("auto", "cuda", "triton", "cpu" or "reference") from now on in the whole process, wherever no
     `with backend(...)` block says otherwise; returns what it was before.
 
     Raises BackendError for an unknown or unavailable backend.
@@ -102,7 +102,7 @@ def set_backend(name: str) -> str:
 
 
 class backend:
-    """`with backend("reference"): ...` serves with that backend inside the block, in this thread or asyncio task.
+    """`with backend("reference"): ...` uses that backend inside the block, in this thread or asyncio task.
 
     A thread that is started inside, a pool's worker too, does not take part: it opens a block of its own, or the whole
     process is told (set_backend). A task that is made inside takes part until the block ends.

@@ -1,4 +1,4 @@
-"""Which backend serves a call.
+"""Dispatch: which backend runs a call.
 
 Where one was asked for (override.py), that one or none. Else, on a GPU, the choosing table (choosing.py) decides
 between the CUDA C++ and the Triton kernels where they were measured; elsewhere Triton serves, and the compiled kernels
@@ -12,6 +12,7 @@ All answers are laid out ahead of the calls, for every backend that can be asked
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,7 +44,7 @@ _SELECTED = (*OPS, BIASED_ATTENTION)
 
 @dataclass
 class _Answers:
-    """Who serves while one backend is asked for, or "auto".
+    """Which backend runs while one is asked for, or "auto".
 
     chosen: an op on a device type in a dtype, whatever the size. by_size: where that depends on the size, or on which
     GPU: (first size that this no longer holds for, kernels), rising. What is in neither is refused, or is a device type
@@ -66,7 +67,7 @@ _unprobed: set[int] = set()
 
 
 def _serves(name: str, op: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """None when the backend serves such tensors, else why not."""
+    """None when the backend supports such tensors, else why not."""
     status = op_namespaces.status_of(name)
     assert status is not None
     if not status:
@@ -77,12 +78,12 @@ def _serves(name: str, op: str, device_type: str, dtype: torch.dtype) -> str | N
         return "Triton runs on GPUs (on CPU tensors only under TRITON_INTERPRET=1)"
     serves = "cpu" if name == "cuda" and emulating() else name
     if name in ("cpu", "cuda") and serves != device_type:
-        return f"it serves {serves} tensors, and these are on {device_type}"
+        return f"it runs on {serves} tensors, got {device_type}"
     return f"it has no {op}" if name == "cuda" and (op == BIASED_ATTENTION or op in choosing.NOT_IN_CUDA) else None
 
 
 def _choose(asked: str, op: str, device_type: str, dtype: torch.dtype) -> Kernels:
-    """What serves unmeasured, or because it was asked for."""
+    """What runs unmeasured, or because it was asked for."""
     if asked == override.FROM_ENVIRONMENT:
         override.check_environment()
     names = _PREFERENCE.get(device_type, ("reference",)) if asked == "auto" else (asked,)
@@ -93,12 +94,12 @@ def _choose(asked: str, op: str, device_type: str, dtype: torch.dtype) -> Kernel
                 raise BackendError(wrong)
             return namespaces()[name]
     if asked == "auto":
-        raise BackendError(f"no backend serves {dtype} on {device_type}")
-    raise BackendError(f"backend {asked!r} cannot serve {dtype} on {device_type}: {reason}")
+        raise BackendError(f"no backend supports {dtype} on {device_type}")
+    raise BackendError(f"backend {asked!r} does not support {dtype} on {device_type}: {reason}")
 
 
 def select(tensor: Tensor, op: str, size: int) -> Kernels:
-    """The kernels that serve `op` on tensors of this one's device and dtype.
+    """The kernels that run `op` on tensors of this one's device and dtype.
 
     size: of the call, as choosing.py means it. It is looked at only where the choosing table tells sizes apart, so that
     a traced graph is tied to it nowhere else.
@@ -119,13 +120,17 @@ def _select_by_size(asked: str, tensor: Tensor, op: str, size: int) -> Kernels:
         if size < end:
             return kernels
     if (why := _broken_on(tensor.device).get(asked)) is not None:
-        raise BackendError(f"backend {asked!r} cannot serve on {tensor.device}: {why}")
+        raise BackendError(f"backend {asked!r} does not run on {tensor.device}: {why}")
     return _choose(asked, op, tensor.device.type, tensor.dtype)
 
 
-def cpu_serves(tensor: Tensor) -> bool:
-    """Whether the compiled CPU kernels serve every op on such tensors."""
-    return all(select(tensor, op, 0).name == "cpu" for op in OPS)
+def serves_alone(tensor: Tensor, ops: Iterable[str]) -> str | None:
+    """The name of the backend that serves all of these ops on such tensors, whatever the size, or None."""
+    _probe(tensor.device)
+    chosen, device_type, dtype = _answers[current_backend()].chosen, tensor.device.type, tensor.dtype
+    found = {chosen.get((op, device_type, dtype)) for op in ops}
+    kernels = found.pop() if len(found) == 1 else None
+    return None if kernels is None else kernels.name
 
 
 def check_environment() -> None:
@@ -140,7 +145,7 @@ def check_environment() -> None:
 
 @dataclass(frozen=True)
 class Serving:
-    """Which backends serve some tensors: str() is for a reader, "triton", or "attention: cuda; others: triton".
+    """Which backends run on some tensors: str() is for a reader, "triton", or "attention: cuda; others: triton".
 
     broken: those that cannot run on the tensors' GPU, and why.
     """
@@ -165,7 +170,7 @@ class Serving:
 
 
 def serving(tensor: Tensor) -> Serving:
-    """Which backends serve tensors like this one. Raises BackendError when none can."""
+    """Which backends run on tensors like this one. Raises BackendError when none can."""
     _probe(tensor.device)
     answers = _answers[current_backend()]
     by_op = {}

@@ -314,7 +314,7 @@ def check_output(path: Path) -> str:
     """ "npy" or "parquet", by the extension. Raises EncodingError for another, or where pyarrow is missing."""
     kind = path.suffix.lower().removeprefix(".")
     if kind not in ("npy", "parquet"):
-        raise EncodingError(f"the output must end in .npy or .parquet, and is {path}")
+        raise EncodingError(f"the output must end in .npy or .parquet, got {path}")
     if kind == "parquet":
         import_pyarrow()
     return kind

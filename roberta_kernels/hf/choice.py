@@ -125,7 +125,7 @@ def self_attention_choice(core: CoreParts, dtype: torch.dtype) -> AttentionChoic
     """Of the attention by itself."""
     head_dim = serving_head_dim(core.head_dim)
     if head_dim is None:
-        return AttentionChoice(f"head_dim {core.head_dim} is not served")
+        return AttentionChoice(f"head_dim {core.head_dim} is not supported")
     if core.dropout.p >= 1.0:
         return AttentionChoice("attention dropout is 1")
     query, key, value = core.query, core.key, core.value
@@ -147,7 +147,7 @@ def _heads_reason(weights: list[Any], core: CoreParts) -> str | None:
     if len(rows) > 1:
         return "query, key and value have different numbers of heads"
     if any(count % core.head_dim for count in rows):
-        return "query, key and value are no whole number of heads"
+        return "the widths of query, key and value are not multiples of head_dim"
     return None
 
 

@@ -22,18 +22,35 @@ _TRAINING = "training mode"
 _UNSETTLED = "they were changed, and are copied again once they are the same in two calls"
 
 
-def no_call(options: Options, like: Tensor) -> str | None:
-    """Why no layer can run as an op call in such a call of the model, or None. like: a tensor of the device and dtype
-    of the hidden states."""
-    if type(like) not in (Tensor, nn.Parameter) or not like.is_cpu:
-        return "hidden states are not on the CPU"
+# What a layer is made of; its attention is another op where its scores have a bias.
+_OPS = ("attention", "add_layer_norm", "gelu_ffn")
+_BIASED_OPS = (backends.BIASED_ATTENTION, *_OPS[1:])
+
+
+def op_backend(options: Options, like: Tensor, biased: bool) -> tuple[str | None, str | None]:
+    """Whose op can run layers in such a call of the model, "cpu" or "cuda", and None; or None, and why none can.
+
+    like: a tensor of the device and dtype of the hidden states. biased: whether the model has a bias on its scores.
+    """
+    if type(like) not in (Tensor, nn.Parameter) or like.device.type not in ("cpu", "cuda"):
+        return None, "hidden states are neither on a CPU nor on a GPU"
+    if options.quantization is not None and not like.is_cpu:
+        return None, "hidden states are not on the CPU"
+    backend = backends.serves_alone(like, _BIASED_OPS if biased else _OPS)
+    if backend not in ("cpu", "cuda") or (backend == "cuda" and options.quantization is not None):
+        return None, "a backend other than the compiled kernels is in use"
+    reason = unavailable(backend) or (_no_cpu_call(options, like) if backend == "cpu" else _no_cuda_call(like))
+    return (backend, None) if reason is None else (None, reason)
+
+
+def _no_cuda_call(like: Tensor) -> str | None:
+    return "autocast" if torch.is_autocast_enabled(like.device.type) else None
+
+
+def _no_cpu_call(options: Options, like: Tensor) -> str | None:
     if like.dtype != torch.float32 and (options.quantization is not None or not _bfloat16_call(like.dtype)):
         return f"hidden states are {like.dtype}"
-    if torch.is_autocast_enabled("cpu") and not _autocast_call(options, like.dtype):
-        return "autocast"
-    if not backends.cpu_serves(like):
-        return "another backend than the CPU kernels serves"
-    return unavailable()
+    return "autocast" if torch.is_autocast_enabled("cpu") and not _autocast_call(options, like.dtype) else None
 
 
 def _bfloat16_call(dtype: torch.dtype) -> bool:
@@ -52,8 +69,8 @@ def _autocast_call(options: Options, dtype: torch.dtype) -> bool:
     )
 
 
-def no_layer_call(layer: Any, choice: LayerChoice) -> str | None:
-    """Why a layer cannot, whatever the call, or None."""
+def no_layer_call(layer: Any, choice: LayerChoice, like: Tensor) -> str | None:
+    """Why a layer cannot, whatever the call, or None. like: as op_backend's."""
     if any(module.training for module in layer.modules()):
         return _TRAINING
     attention, feed_forward = choice.attention, choice.feed_forward
@@ -62,12 +79,11 @@ def no_layer_call(layer: Any, choice: LayerChoice) -> str | None:
     if attention.said or feed_forward.said:
         return "a product is not a plain nn.Linear (an adapter, a quantised weight)"
     first, second = attention_parts(layer), feed_forward_parts(layer)
-    dtype = second.output.norm.weight.dtype
     tensors = tensors_of(layer)
     if any(tensor is None for tensor in tensors):
         return "a product has no bias"
-    if not all(_plain(tensor, dtype) for tensor in tensors):
-        return "not all of its parameters are plain, contiguous tensors of one dtype on the CPU"
+    if not all(_plain(tensor, like) for tensor in tensors):
+        return "not all of its parameters are plain, contiguous tensors of the hidden states' dtype and device"
     if not _fit(tensors):
         return "its weights do not fit one another"
     if not supported_head_dim(first.core.head_dim):
@@ -88,11 +104,11 @@ def tensors_of(layer: Any) -> LayerTensors:
     return LayerTensors(*(tensor for module in modules for tensor in (module.weight, module.bias)))
 
 
-def _plain(tensor: Any, dtype: torch.dtype) -> bool:
+def _plain(tensor: Any, like: Tensor) -> bool:
     return (
         type(tensor) is nn.Parameter
-        and tensor.is_cpu
-        and tensor.dtype == dtype
+        and tensor.device == like.device
+        and tensor.dtype == like.dtype
         and tensor.is_contiguous()
         and not tensor.is_inference()  # whose edits are not counted
     )
@@ -121,14 +137,15 @@ def _settings(layer: Any, choice: LayerChoice) -> LayerSettings:
 
 
 def encoder_call(
-    layers: Sequence[Any], choices: Sequence[LayerChoice], options: Options
+    layers: Sequence[Any], choices: Sequence[LayerChoice], options: Options, backend: str
 ) -> EncoderCall | QuantizedCall | None:
-    """One call through layers that each could be one, or None where they differ in what the op takes of them."""
+    """One call through layers that each could be one, or None where they differ in what the op takes of them. backend:
+    whose op it is."""
     settings = {_settings(layer, choice) for layer, choice in zip(layers, choices, strict=True)}
     if len(settings) != 1 or len({attention_parts(layer).core.head_dim for layer in layers}) != 1:
         return None
     if options.quantization is None:
-        return EncoderCall([tensors_of(layer) for layer in layers], settings.pop())
+        return EncoderCall([tensors_of(layer) for layer in layers], settings.pop(), backend)
     places = []
     for layer in layers:
         memory = memory_of(layer)

@@ -109,6 +109,10 @@ FAMILIES = {
 }
 
 
+# Classes of other packages around those models, by package and name.
+_OTHERS = {("sentence_transformers", "SpladePooling"): "splade_pooling"}
+
+
 def _package(cls: type) -> str:
     """ "transformers.models.roberta" of a class in a module of that package, whatever the module's own name."""
     return cls.__module__.rpartition(".")[0]
@@ -125,7 +129,9 @@ def family_of(cls: type) -> Family | None:
 def role_of(cls: type) -> str | None:
     """What a Hugging Face class is to the fused code, or None for a class that is none of the families'."""
     family = family_of(cls)
-    return None if family is None else family.role(cls.__name__)
+    if family is None:
+        return _OTHERS.get((cls.__module__.partition(".")[0], cls.__name__))
+    return family.role(cls.__name__)
 
 
 def why_left(cls: type) -> str | None:

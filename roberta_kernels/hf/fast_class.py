@@ -11,6 +11,7 @@ import copyreg
 import functools
 import inspect
 import types
+from abc import ABCMeta
 from collections.abc import Callable
 from typing import Any
 
@@ -40,6 +41,7 @@ from roberta_kernels.hf.layer import (
 from roberta_kernels.hf.masked_lm import FastMaskedLMHead
 from roberta_kernels.hf.model import FastAttentionModel, FastBiasedModel, FastModel
 from roberta_kernels.hf.names import ATTENTION
+from roberta_kernels.hf.sparse import FastSpladePooling
 from roberta_kernels.hf.state import PatchState, attach, detach, keep_implementation, kept_implementation
 from roberta_kernels.hf.structure import AROUND, structure_difference
 
@@ -63,6 +65,7 @@ _MIXINS: dict[str, type] = {
     "discriminator_head": FastDiscriminatorHead,
     "span_head": FastSpanHead,
     "head": FastHead,
+    "splade_pooling": FastSpladePooling,
 }
 # Roles of whole models: what a user constructs.
 MODEL_ROLES = (
@@ -76,11 +79,16 @@ class FastType(type):
     so a fast class is pickled as what makes it again."""
 
 
+class FastAbstractType(FastType, ABCMeta):
+    """The same where the original's is ABCMeta."""
+
+
 def _reduce(cls: Any) -> Any:
     return (fast_class, (cls._rk_original,)) if is_fast_class(cls) else cls.__qualname__
 
 
 copyreg.pickle(FastType, _reduce)  # type: ignore[arg-type]
+copyreg.pickle(FastAbstractType, _reduce)  # type: ignore[arg-type]
 
 
 _classes: dict[type, Any] = {}
@@ -122,7 +130,8 @@ def _make_class(original: Any) -> Any:
         namespace["forward"] = _like(original.forward, forward)
     if role in MODEL_ROLES:
         namespace["__init__"] = _like(original.__init__, _initialise(original))
-    return FastType(original.__name__, (mixin, original), namespace)
+    kind = FastAbstractType if isinstance(original, ABCMeta) else FastType
+    return kind(original.__name__, (mixin, original), namespace)
 
 
 def _of_role(original: Any, role: str, defaults: dict[str, Any]) -> dict[str, Any]:

@@ -16,8 +16,8 @@ IDS = [[5, 6, 7, 8, 9], [9, 6, 7, 1, 1]]  # 1: padding
 
 def padded_positions(ids: Tensor, padding_idx: int) -> Tensor:
     """RoBERTa's position ids, of ids `[B, S]`: padding stays at padding_idx, the rest counts on from it."""
-    real = ids.ne(padding_idx).int()
-    return (torch.cumsum(real, dim=1).type_as(real) * real).long() + padding_idx
+    real = ids.ne(padding_idx)
+    return torch.cumsum(real, dim=1) * real + padding_idx
 
 
 def same(got: Any, want: Tensor) -> bool:

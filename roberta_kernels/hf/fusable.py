@@ -51,7 +51,7 @@ def transform() -> str | None:
 
 
 def unserved(dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why no kernel serves this dtype on this device, or None."""
+    """Why no kernel supports this dtype on this device, or None."""
     if dtype not in FUSABLE_DTYPES:
         return f"no kernels for {dtype}"
     if device.type == "cuda":

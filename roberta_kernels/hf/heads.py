@@ -87,11 +87,14 @@ class FastTokenHead(FastHead):
     _rk_shift = 0  # label i is compared with the logits of position i - shift
 
     def _rk_unread(self, mask: Tensor, kwargs: dict[str, Any]) -> RealRows | None:
-        if mask.dim() != 2 or self._rk_reads_padding(mask, kwargs):
+        if mask.dim() != 2:
             return None
-        return RealRows(mask, returned=True)
+        reads = self._rk_reads_padding(mask, kwargs)
+        return None if reads is True else RealRows(mask, returned=True, unless=None if reads is False else reads)
 
-    def _rk_reads_padding(self, mask: Tensor, kwargs: dict[str, Any]) -> bool:
+    def _rk_reads_padding(self, mask: Tensor, kwargs: dict[str, Any]) -> bool | Tensor:
+        """Whether padded rows are read; a bool tensor of no dimension, which is not looked at here, where the labels
+        tell."""
         labels = kwargs.get("labels")
         if labels is None or tracing() or self._rk_unknown_tensor(kwargs):
             return True
@@ -103,7 +106,7 @@ class FastTokenHead(FastHead):
         if labels.shape != mask.shape:
             return False
         read = labels[:, shift:].to(mask.device) != kwargs.get("ignore_index", -100)
-        return bool((read > mask[:, : length - shift].bool()).any())  # of two booleans, "and not"
+        return (read > mask[:, : length - shift].bool()).any()  # of two booleans, "and not"
 
     def _rk_unknown_tensor(self, kwargs: dict[str, Any]) -> bool:
         """Whether a tensor was given that may be labels under another name."""

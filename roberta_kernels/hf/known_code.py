@@ -31,7 +31,7 @@ from roberta_kernels.hf.formulas import (
     same,
     zeros_at_padding,
 )
-from roberta_kernels.hf.known_heads import HeadFacts, run_head, run_masked_lm_head
+from roberta_kernels.hf.known_heads import HeadFacts, run_head, run_masked_lm_head, run_splade_pooling
 from roberta_kernels.hf.masks import BESIDE
 from roberta_kernels.hf.structure import (
     AROUND,
@@ -181,10 +181,10 @@ def making() -> bool:
 
 
 def tiny(cls: Any) -> Any:
-    """A small module of a class, with weights that are made up."""
+    """A small module of a class, with weights that are made up; of a class without a configuration, as it is made."""
     token = _making.set(True)
     try:
-        module = cls(_config(cls)).to(torch.float64).eval()
+        module = (cls() if family_of(cls) is None else cls(_config(cls))).to(torch.float64).eval()
     finally:
         _making.reset(token)
     for i, parameter in enumerate(module.parameters()):
@@ -400,4 +400,5 @@ _RUNS: dict[str, Callable[[Any], tuple[Facts, bool]]] = {
     "head": run_head,
     "token_head": run_head,
     "masked_lm_head": run_masked_lm_head,
+    "splade_pooling": run_splade_pooling,
 }

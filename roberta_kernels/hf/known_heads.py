@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from roberta_kernels.hf.formulas import IDS, dense, same, zeros_at_padding
+from roberta_kernels.hf.formulas import IDS, dense, numbers, same, zeros_at_padding
 from roberta_kernels.hf.structure import vocabulary_parts
 
 
@@ -92,3 +92,11 @@ def _same_rows(got: Any, want: Any, real: Tensor) -> bool:
     if isinstance(want, Tensor) and want.shape[:2] == real.shape:
         return same(got[real], want[real])
     return same(got, want) if isinstance(want, Tensor) else True
+
+
+def run_splade_pooling(module: Any) -> tuple[None, bool]:
+    """Whether a SpladePooling as it is made gives the largest log1p(relu(logits)) of each sequence's real tokens."""
+    logits = numbers((2, 5, 7), 100) * 4.0
+    mask = torch.tensor([[1, 1, 1, 0, 0], [0, 1, 1, 1, 1]])
+    want = logits.relu().log1p().masked_fill(mask[:, :, None] == 0, 0.0).amax(1)
+    return None, same(module({"token_embeddings": logits.clone(), "attention_mask": mask})["sentence_embedding"], want)

@@ -19,10 +19,12 @@ class RealRows:
     """The caller's attention mask, and that nobody reads padded rows but position 0 of a sequence.
 
     returned: what is made of them goes back to the caller all the same, so that they are exact where that is cheap.
+    unless: a bool tensor of no dimension, True where they are read after all: whoever reads the mask reads it too.
     """
 
     attention_mask: Any
     returned: bool = False
+    unless: Any = None
 
     def size(self, dim: int) -> int:
         return self.attention_mask.size(dim)

@@ -3,6 +3,7 @@ original. route.py decides; what is here runs what was decided."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from roberta_kernels.hf.arguments import by_name, is_causal
 from roberta_kernels.hf.choice import AttentionChoice, any_skipped, replaced, self_attention_choice
 from roberta_kernels.hf.embeddings import HuggingFaceModule
 from roberta_kernels.hf.fusable import own_forward
+from roberta_kernels.hf.graphs import Rows
 from roberta_kernels.hf.known_code import position_bias
 from roberta_kernels.hf.layer import FastLayer, FastSelfAttention
 from roberta_kernels.hf.masks import BESIDE, Handover, LayerMask, RealRows, find, put
@@ -53,7 +55,8 @@ class FastModel(HuggingFaceModule):
         if type(mask) is RealRows:
             kwargs = kwargs | {"attention_mask": mask.attention_mask}
         if isinstance(chosen, route.Unpadded):
-            batch_layout = padding.layout(self, chosen, kwargs)
+            unless = mask.unless if type(mask) is RealRows else None
+            batch_layout = padding.layout(self, chosen, kwargs, unless)
             if isinstance(batch_layout, Unpadding):
                 return self._rk_unpadded(chosen, batch_layout, kwargs)
             chosen = batch_layout
@@ -65,37 +68,60 @@ class FastModel(HuggingFaceModule):
     # --- unpadded ---
 
     def _rk_unpadded(self, chosen: route.Unpadded, batch_layout: Unpadding, kwargs: dict[str, Any]) -> Any:
-        hidden_states = self._rk_embed(chosen, batch_layout, kwargs)
-        sequences = self._rk_sequences(batch_layout.sequences, hidden_states, batch_layout.length)
-        if isinstance(chosen, route.Encoder):
-            hidden_states = chosen.call.run(hidden_states, sequences)
-        else:
-            layer_mask = LayerMask(sequences, chosen.choices)
-            for layer in encoder_of(self).layer:
-                hidden_states = self._rk_layer(layer, hidden_states, layer_mask)
-        return self._rk_output(batch_layout.pad(hidden_states), kwargs.get("return_dict"))
-
-    def _rk_embed(self, chosen: route.Unpadded, batch_layout: Unpadding, kwargs: dict[str, Any]) -> Tensor:
-        embeddings = self.embeddings
+        padded = None
         if chosen.fused_embeddings:
-            input_ids, position_ids = kwargs["input_ids"], kwargs.get("position_ids")
-            if position_ids is None:
-                position_ids = embeddings.positions(input_ids)
-            embeddings.check_positions(position_ids)
-            token_type_ids = embeddings.token_types(kwargs.get("token_type_ids"), position_ids)
-            position_ids = position_ids.expand(input_ids.shape)
-            if batch_layout.indices is not None:
-                embeddings.check_padding(input_ids, token_type_ids)
-            hidden_states = embeddings.embed(
-                batch_layout.unpad(input_ids),
-                batch_layout.unpad(position_ids),
-                None if token_type_ids is None else batch_layout.unpad(token_type_ids.expand(input_ids.shape)),
-            )
+            rows = self._rk_rows(batch_layout, kwargs)
+            if chosen.graphs is not None:
+                padded = chosen.graphs.run(
+                    id(chosen), partial(self._rk_compute, chosen), rows, batch_layout, state_of(self).graphs
+                )
+            elif chosen.no_graphs is not None:
+                state_of(self).graphs[chosen.no_graphs] += 1
+            if padded is None:
+                hidden_states = self._rk_embed(rows)
         else:
             given = {name: kwargs[name] for name in self._rk_embedding_arguments if name in kwargs}
-            hidden_states = batch_layout.unpad(embeddings(**given))
+            hidden_states = self._rk_project(batch_layout.unpad(self.embeddings(**given)))
+        if padded is None:
+            sequences = self._rk_sequences(batch_layout.sequences, hidden_states, batch_layout.length)
+            padded = batch_layout.pad(self._rk_layers(chosen, hidden_states, sequences))
+        return self._rk_output(padded, kwargs.get("return_dict"))
+
+    def _rk_rows(self, batch_layout: Unpadding, kwargs: dict[str, Any]) -> Rows:
+        """What fused embeddings take."""
+        embeddings = self.embeddings
+        input_ids, position_ids = kwargs["input_ids"], kwargs.get("position_ids")
+        if position_ids is None:
+            position_ids = embeddings.positions(input_ids)
+        embeddings.check_positions(position_ids)
+        token_type_ids = embeddings.token_types(kwargs.get("token_type_ids"), position_ids)
+        position_ids = position_ids.expand(input_ids.shape)
+        if batch_layout.indices is not None:
+            embeddings.check_padding(input_ids, token_type_ids)
+        return Rows(
+            batch_layout.unpad(input_ids),
+            batch_layout.unpad(position_ids),
+            None if token_type_ids is None else batch_layout.unpad(token_type_ids.expand(input_ids.shape)),
+        )
+
+    def _rk_embed(self, rows: Rows) -> Tensor:
+        return self._rk_project(self.embeddings.embed(*rows))
+
+    def _rk_project(self, hidden_states: Tensor) -> Tensor:
         project = self._modules.get("embeddings_project")
         return hidden_states if project is None else project(hidden_states)
+
+    def _rk_layers(self, chosen: route.Unpadded, hidden_states: Tensor, sequences: Sequences) -> Tensor:
+        if isinstance(chosen, route.Encoder):
+            return chosen.call.run(hidden_states, sequences)
+        layer_mask = LayerMask(sequences, chosen.choices)
+        for layer in encoder_of(self).layer:
+            hidden_states = self._rk_layer(layer, hidden_states, layer_mask)
+        return hidden_states
+
+    def _rk_compute(self, chosen: route.Unpadded, rows: Rows, sequences: Sequences) -> Tensor:
+        """All op calls of a call without a bias on the scores. What may be recorded."""
+        return self._rk_layers(chosen, self._rk_embed(rows), sequences)
 
     def _rk_output(self, sequence_output: Tensor, return_dict: bool | None) -> Any:
         facts = self._rk_facts

@@ -3,8 +3,8 @@
     Encoder          unpadded, all layers in one op call
     Unpadded         unpadded, layer by layer
     Padded           every row of the batch, through the model's original forward, layers fused
-    ThroughInterface the same where a release lets nobody replace the layers' mask: attention by way of transformers'
-                     attention interface
+    ThroughInterface the same by way of transformers' attention interface: where a release lets nobody replace the
+                     layers' mask, and where a decoder that was loaded with it has a key/value cache or cross-attention
     Original         the original attention; what else of a layer can be fused still is
 
 A route follows from two things alone. `Call` is all that it depends on in a call; `Survey` (survey.py) is all that it
@@ -32,7 +32,9 @@ from roberta_kernels.hf.fusable import (
     transform,
     unserved,
 )
+from roberta_kernels.hf.graphs import Graphs, make_recorder
 from roberta_kernels.hf.masks import RealRows
+from roberta_kernels.hf.names import ATTENTION
 from roberta_kernels.hf.same_attention import attention_difference
 from roberta_kernels.hf.state import Options, state_of
 from roberta_kernels.hf.survey import Survey, survey_of, taken
@@ -45,6 +47,9 @@ _HANDLED = frozenset(
         *("output_attentions", "output_hidden_states", "return_dict", "use_cache", "is_causal", "num_items_in_batch"),
     }
 )
+# Where a decoder is handed its keys and values of former calls, by the name of the release.
+_CACHES = frozenset({"cache", "past_key_values"})
+_CACHED = "a key/value cache or cross-attention"
 # What only flash attention reads, which takes the boundaries of several sequences in a row from them.
 _FLASH = frozenset({"position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"})
 
@@ -80,6 +85,7 @@ class Unpadded:
 
     fused_embeddings: else their original code runs, on the padded batch. reads: READS. differ: why the padded rows of a
     sequence are not one row, or None where the data tells. padded: the route where all of them are to be computed.
+    graphs: what records and replays it, or None; no_graphs says why, where that was asked for.
     """
 
     fused_embeddings: bool
@@ -87,6 +93,8 @@ class Unpadded:
     reads: str
     differ: str | None
     padded: Padded | ThroughInterface | Original
+    graphs: Graphs | None
+    no_graphs: str | None
 
 
 @dataclass(frozen=True)
@@ -108,22 +116,25 @@ class Call(NamedTuple):
     """All that a route depends on in a call; each reason is None where nothing is in the way.
 
     original: why only the original attention can give what the call asks for.
+    cached: why transformers' own code must hand out keys and values, to the fused attention by way of its interface.
     padded: why every row must be computed.
     reads: READS.
     positions: whether position ids were given.
     embeds: dtype of the inputs_embeds given in the place of input_ids; embeds_grad: whether they need a gradient.
     autocast: its dtype, if any.
-    no_encoder: why no layer can run as an op call.
+    encoder: whose op can run layers, "cpu" or "cuda"; None: none can, and no_encoder says why.
     grad: whether gradients are recorded.
     """
 
     original: str | None
+    cached: str | None
     padded: str | None
     reads: str
     positions: bool
     embeds: torch.dtype | None
     embeds_grad: bool
     autocast: torch.dtype | None
+    encoder: str | None
     no_encoder: str | None
     grad: bool
 
@@ -134,25 +145,36 @@ def call_of(model: Any, survey: Survey, kwargs: dict[str, Any]) -> Call:
     mask: Any = kwargs.get("attention_mask")
     marked = type(mask) is RealRows
     embeds = kwargs.get("inputs_embeds")
+    traced_reason = (None, "a graph is being traced")
+    encoder, no_encoder = (
+        traced_reason if traced else encoder_layers.op_backend(state_of(model).options, like, model._rk_biased)
+    )
     return Call(
         original=_original_reason(model, kwargs, mask.attention_mask if marked else mask),
+        cached=_CACHED if _cached(model, kwargs) and _switched(model) else None,
         padded=_padded_call(model, like, kwargs),
         reads=_reads(model, mask),
         positions=kwargs.get("position_ids") is not None,
         embeds=None if embeds is None else embeds.dtype,
         embeds_grad=embeds is not None and embeds.requires_grad,
         autocast=autocast_dtype(like.device.type),
-        no_encoder="a graph is being traced" if traced else encoder_layers.no_call(state_of(model).options, like),
+        encoder=encoder,
+        no_encoder=no_encoder,
         grad=torch.is_grad_enabled(),
     )
 
 
 def _reads(model: Any, mask: Any) -> str:
+    if state_of(model).options.padded_rows != "zeros" and type(mask) is RealRows:
+        return "returned" if mask.returned else "real"
+    return reads(model)
+
+
+def reads(model: Any) -> str:
+    """READS of a call whose padded rows nobody vouches for."""
     state = state_of(model)
     if state.options.padded_rows == "zeros":
         return "real"
-    if type(mask) is RealRows:
-        return "returned" if mask.returned else "real"
     # Only encoders: a loss over a decoder's rows is taken by labels.
     return "returned" if state.known_reader and not is_causal(model) else "all"
 
@@ -160,6 +182,20 @@ def _reads(model: Any, mask: Any) -> str:
 def wants(model: Any, output: str, kwargs: dict[str, Any]) -> Any:
     """What the call asks of this output, as transformers' capture_outputs looks it up: a None given is a no."""
     return kwargs.get(output, getattr(model.config, output, False))
+
+
+def _cached(model: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether keys and values of a decoder come from former calls, or go to later ones, or from an encoder."""
+    if not is_causal(model):
+        return False
+    use_cache = model.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
+    given = any(kwargs.get(name) is not None for name in ("encoder_hidden_states", *_CACHES))
+    return bool(use_cache) or given
+
+
+def _switched(model: Any) -> bool:
+    """Whether the model was loaded with attn_implementation="roberta_kernels"."""
+    return model.config._attn_implementation == ATTENTION
 
 
 def _original_reason(model: Any, kwargs: dict[str, Any], mask: Any) -> str | None:
@@ -172,11 +208,8 @@ def _original_reason(model: Any, kwargs: dict[str, Any], mask: Any) -> str | Non
     reason = _unknown_argument(model, kwargs)
     if reason is not None:
         return reason
-    if is_causal(model) and (
-        kwargs.get("encoder_hidden_states") is not None
-        or (config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"])
-    ):
-        return "a key/value cache or cross-attention"
+    if _cached(model, kwargs):
+        return None if _switched(model) else _CACHED
     ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
     if (ids is None) == (embeds is None):
         return "not one of input_ids and inputs_embeds"
@@ -196,6 +229,8 @@ def _unknown_argument(model: Any, kwargs: dict[str, Any]) -> str | None:
     defaults = model._rk_defaults
     for name, value in kwargs.items():
         if value is None or name in _HANDLED or value is defaults.get(name, False):
+            continue
+        if name in _CACHES and is_causal(model):
             continue
         if name in _FLASH:
             if flash:
@@ -238,6 +273,8 @@ def _decide(model: Any, survey: Survey, call: Call) -> Route:
     reason = call.original or survey.original or unserved(products, survey.like.device)
     if reason is not None:
         return Original(reason)
+    if call.cached is not None:
+        return ThroughInterface(call.cached)
     options = state_of(model).options
     fused = isinstance(model._modules["embeddings"], FastEmbeddings) and call.embeds is None
     unknown = _embeddings_reason(survey, call, fused)  # of which dtype the hidden states will be, say
@@ -254,10 +291,39 @@ def _decide(model: Any, survey: Survey, call: Call) -> Route:
     if survey.watch is None:
         return _padded(survey, "traced", handed, zeros=options.padded_rows == "zeros")
     differ, padded = _differ(model, survey, call, fused), _padded(survey, None, handed)
-    call_all = _one_call(survey, choices, options)
+    call_all = _one_call(survey, call, choices, options)
+    recorded = _graphs(model, survey, call, choices, options) if fused else (None, "the embeddings are not fused")
     if call_all is None:
-        return Unpadded(fused, choices, call.reads, differ, padded)
-    return Encoder(fused, choices, call.reads, differ, padded, call_all)
+        return Unpadded(fused, choices, call.reads, differ, padded, *recorded)
+    return Encoder(fused, choices, call.reads, differ, padded, *recorded, call_all)
+
+
+def _graphs(
+    model: Any, survey: Survey, call: Call, choices: dict[int, LayerChoice], options: Options
+) -> tuple[Graphs | None, str | None]:
+    """What records such calls, and None; or None, and why they are not."""
+    if options.cuda_graphs is not True:  # "auto": no card has measured it
+        return None, None
+    reason = None
+    if call.grad:
+        reason = "gradients are recorded (torch.no_grad() was not set)"
+    elif call.autocast is not None:
+        reason = "autocast"
+    elif survey.dropout:
+        reason = "dropout"
+    elif model._rk_biased:
+        reason = "a bias on the scores"
+    elif any(c.attention.said or c.feed_forward.said or c.feed_forward.gelu is None for c in choices.values()):
+        reason = "a part of a layer runs its own code"
+    elif any(map(compiled, survey.layers)):
+        reason = "a layer is compiled"
+    if reason is None and survey.graphs is None:
+        recorder = make_recorder(survey.like.device)
+        if recorder is None:
+            reason = "hidden states are not on a GPU"
+        else:
+            survey.graphs = Graphs(recorder)
+    return (survey.graphs, None) if reason is None else (None, f"not recorded: {reason}")
 
 
 def _differ(model: Any, survey: Survey, call: Call, fused: bool) -> str | None:
@@ -315,16 +381,22 @@ def layer_choices(survey: Survey, call: Call, options: Options) -> dict[int, Lay
         choice = layer_choice(layer, survey.like.dtype, survey.like.shape[-1], call.autocast)
         # From the first layer on that has something to learn, the hidden states need gradients.
         grad = grad or (call.grad and any(parameter.requires_grad for parameter in layer.parameters()))
-        reason = call.no_encoder or (encoder_layers.GRADIENTS if grad else encoder_layers.no_layer_call(layer, choice))
-        if reason is None:
-            own = encoder_layers.encoder_call([layer], [choice], options)
+        reason = call.no_encoder or (encoder_layers.GRADIENTS if grad else None)
+        reason = reason or encoder_layers.no_layer_call(layer, choice, survey.like)
+        if call.encoder is not None and reason is None:
+            own = encoder_layers.encoder_call([layer], [choice], options, call.encoder)
             choices[id(layer)] = choice._replace(call=own)
         else:
             choices[id(layer)] = choice._replace(no_call=reason)
     return choices
 
 
-def _one_call(survey: Survey, choices: dict[int, LayerChoice], options: Options) -> EncoderCall | QuantizedCall | None:
-    if any(choice.call is None for choice in choices.values()) or any(map(compiled, survey.layers)):
+def _one_call(
+    survey: Survey, call: Call, choices: dict[int, LayerChoice], options: Options
+) -> EncoderCall | QuantizedCall | None:
+    if call.encoder is None or any(choice.call is None for choice in choices.values()):
         return None
-    return encoder_layers.encoder_call(survey.layers, [choices[id(layer)] for layer in survey.layers], options)
+    if any(map(compiled, survey.layers)):
+        return None
+    found = [choices[id(layer)] for layer in survey.layers]
+    return encoder_layers.encoder_call(survey.layers, found, options, call.encoder)

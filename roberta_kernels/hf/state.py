@@ -38,7 +38,7 @@ class Options:
 
     padded_rows: "exact": what a caller may read at padded positions is what the original gives there. "zeros": padding
         is left out of every computation that can do without; zeros come back in its place, position 0 excepted.
-    backend: "auto", or the backend that shall serve this model.
+    backend: "auto", or the backend to use for this model.
     quantization: None; or what a copy of the layers' weights is rounded to, for inference of a float32 model on a CPU:
         "bfloat16" (products accumulate in float32), "int8" (weights only), "int8-dynamic" (weights, and activations as
         they come). The answers are then no longer those of the original (`verify` measures them). Parameters, state
@@ -46,8 +46,11 @@ class Options:
         and the report's fallbacks say so.
     offload: whether weights that were copied leave memory for an unlinked file in the temporary directory (TMPDIR),
         mapped in their place; they read, train and save as before. None: yes, with `quantization`.
-    return_logits: False: nobody reads the logits of a masked-language-model head that is given labels. Its loss is then
-        made without them, from the rows with a label alone, and they are None.
+    return_logits: False: nobody reads the logits of a masked-language-model head that is given labels, or of one in a
+        SparseEncoder. Its loss is then made without them, from the rows with a label alone, and they are None; the
+        SparseEncoder's vectors are made without them, and features have no token_embeddings.
+    cuda_graphs: True: inference on a GPU is recorded by bucket of batches, and replayed. "auto": where that was
+        measured to be faster, which is nowhere yet. False: never.
     """
 
     padded_rows: str = "exact"
@@ -55,6 +58,7 @@ class Options:
     quantization: str | None = None
     offload: bool | None = None
     return_logits: bool = True
+    cuda_graphs: str | bool = "auto"
 
     def __post_init__(self) -> None:
         if self.padded_rows not in ("exact", "zeros"):
@@ -66,6 +70,8 @@ class Options:
             raise ValueError(f"offload must be None, True or False, got {self.offload!r}")
         if not isinstance(self.return_logits, bool):
             raise ValueError(f"return_logits must be True or False, got {self.return_logits!r}")
+        if self.cuda_graphs != "auto" and not isinstance(self.cuda_graphs, bool):
+            raise ValueError(f'cuda_graphs must be "auto", True or False, got {self.cuda_graphs!r}')
         if self.quantization is not None and self.backend not in ("auto", "cpu"):
             raise ValueError(
                 f"backend must be auto or cpu with quantization={self.quantization!r}, got {self.backend!r}"
@@ -131,16 +137,20 @@ class PatchState:
     """What `patch` was asked for, and what happened since: shared by the modules of one patched model.
 
     known_reader: whether what stands around the models, a pooling say, is known to leave padded rows alone.
+    pools_logits: whether a SpladePooling is all that reads the logits of a masked-language-model head (sparse.py).
     fallbacks: (name of the module, its class, reason) -> calls in which it ran the original code. padded: reason ->
     calls in which a model ran fused, but on all rows of the padded batch. cost: of the calls that computed padded rows
-    because somebody may read them, the rows, and those of them that were padding. said: what was logged.
+    because somebody may read them, the rows, and those of them that were padding. graphs: what became of calls that
+    were to be recorded and replayed. said: what was logged.
     """
 
     options: Options = field(default_factory=Options)
     known_reader: bool = False
+    pools_logits: bool = False
     fallbacks: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     padded: Counter[str] = field(default_factory=Counter)
     cost: Counter[str] = field(default_factory=Counter)
+    graphs: Counter[str] = field(default_factory=Counter)
     said: set[str] = field(default_factory=set)
 
     def fell_back(self, module: Any, reason: str, runs: str = "the original code runs") -> None:
@@ -178,12 +188,14 @@ class PatchState:
 class Memory:
     """What a module keeps that can be derived again: a copy or a pickle of the module takes an empty one with it.
 
-    survey: survey.Survey of a model. quantized: quantized.LayerCopies of a layer.
+    owner: the id of that module: DataParallel's replicas get the same __dict__. survey: survey.Survey of a model.
+    quantized: quantized.LayerCopies of a layer.
     """
 
-    __slots__ = ("quantized", "survey")
+    __slots__ = ("owner", "quantized", "survey")
 
-    def __init__(self) -> None:
+    def __init__(self, owner: int | None = None) -> None:
+        self.owner = owner
         self.survey: Any = None
         self.quantized: Any = None
 
@@ -210,7 +222,10 @@ def state_of(module: Any) -> PatchState:
 
 def memory_of(module: Any) -> Memory:
     """The module's own, made when first asked for."""
-    return module.__dict__.setdefault("_rk_memory", Memory())
+    memory = module.__dict__.get("_rk_memory")
+    if memory is None or memory.owner != id(module):
+        memory = module.__dict__["_rk_memory"] = Memory(id(module))
+    return memory
 
 
 def drop_quantized(root: nn.Module) -> bool:

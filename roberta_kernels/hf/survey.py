@@ -33,7 +33,7 @@ class Survey:
     like: a tensor of the hidden states' dtype, device and width.
     embeddings_grad: whether what the embeddings give may need a gradient.
     dropout: whether any is active.
-    routes: of the calls that were made, by route.Call.
+    routes: of the calls that were made, by route.Call. graphs: what was recorded of them (graphs.py).
     """
 
     watch: Watch | None
@@ -49,6 +49,7 @@ class Survey:
     embeddings_grad: bool
     dropout: bool
     routes: dict[Any, Any] = field(default_factory=dict)
+    graphs: Any = None
 
 
 def survey_of(model: Any) -> Survey:

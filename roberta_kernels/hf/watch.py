@@ -14,7 +14,7 @@ from collections.abc import Callable
 from operator import attrgetter, is_, itemgetter
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from roberta_kernels.hf.structure import ATTRIBUTES, METHODS
@@ -23,8 +23,7 @@ _own = itemgetter(
     *("training", "_modules", "_parameters"),
     *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"),
 )
-_kind = attrgetter("dtype", "requires_grad")
-_place = attrgetter("device")
+_dtype, _wants_grad, _place = map(attrgetter, ("dtype", "requires_grad", "device"))
 
 
 class Watch:
@@ -51,7 +50,8 @@ class Watch:
         plain = all(type(p) in (nn.Parameter, Tensor) for p in self._parameters)
         self._address: Callable[[Tensor], Any] = Tensor.data_ptr if plain else _place
         self._addresses = list(map(self._address, self._parameters))
-        self._kinds = list(map(_kind, self._parameters))
+        self._dtypes = list(map(_dtype, self._parameters))
+        self._want_grad = list(map(_wants_grad, self._parameters))
         self._contiguous = list(map(Tensor.is_contiguous, self._parameters))
         classes = {getattr(cls, "_rk_original", cls) for cls in self._types}
         self._methods = [(cls, name) for cls in classes for name in METHODS if hasattr(cls, name)]
@@ -70,7 +70,9 @@ class Watch:
                 and ["forward" in own for own in self._dicts] == self._bound
                 and ["_compiled_call_impl" in own for own in self._dicts] == self._compiled
                 and list(map(self._address, self._parameters)) == self._addresses
-                and list(map(_kind, self._parameters)) == self._kinds
+                and list(map(_dtype, self._parameters)) == self._dtypes
+                # Without gradients nothing is decided by it: a call with them looks.
+                and (not is_grad_enabled() or list(map(_wants_grad, self._parameters)) == self._want_grad)
                 and list(map(Tensor.is_contiguous, self._parameters)) == self._contiguous
                 and [getattr(cls, name) for cls, name in self._methods] == self._code
                 and bool(_has_any_global_hook()) == self._global_hook

@@ -7,6 +7,7 @@ from roberta_kernels.ops.attention import attention
 from roberta_kernels.ops.embedding_layer_norm import embedding_layer_norm
 from roberta_kernels.ops.gelu_ffn import gelu_ffn
 from roberta_kernels.ops.linear_cross_entropy import linear_cross_entropy
+from roberta_kernels.ops.linear_log1p_max import linear_log1p_max
 from roberta_kernels.ops.seeds import draw_seeds
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "embedding_layer_norm",
     "gelu_ffn",
     "linear_cross_entropy",
+    "linear_log1p_max",
 ]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from roberta_kernels import backends
 from roberta_kernels.ops import contract
-from roberta_kernels.ops.contract import check, check_tensor
+from roberta_kernels.ops.contract import check_tensor
 
 
 def add_layer_norm(
@@ -40,7 +40,7 @@ def add_layer_norm(
     Raises:
         TypeError, ValueError: a dtype, shape, device or value outside of the above.
     """
-    check(x.dim() == 2 and x.shape[1] > 0, f"x has shape {list(x.shape)}, expected [tokens, hidden]")
+    contract.check_dims("x", x, 2, 1, "tokens, hidden")
     contract.check_floating("x", x)
     hidden = x.shape[1]
     check_tensor("residual", residual, (x.shape[0], hidden), x)

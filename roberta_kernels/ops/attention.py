@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -9,18 +10,18 @@ from torch import Tensor
 
 from roberta_kernels import backends
 from roberta_kernels.ops import contract, matmul_precision
-from roberta_kernels.ops.contract import check, check_device, check_shape, check_tensor
+from roberta_kernels.ops.contract import check_device, check_shape, check_tensor
 
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 128
 
 
 def supported_head_dim(head_dim: int) -> bool:
-    """Whether the kernels serve this head dim: 16 to 128 in steps of 8."""
+    """Whether the kernels support this head dim: 16 to 128 in steps of 8."""
     return MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM and head_dim % 8 == 0
 
 
 def serving_head_dim(head_dim: int) -> int | None:
-    """The smallest head dim of at least this one that the kernels serve, or None. Zeros in the places between change
+    """The smallest head dim of at least this one that the kernels support, or None. Zeros in the places between change
     neither a score nor another column of the output.
     """
     return max(MIN_HEAD_DIM, -(-head_dim // 8) * 8) if 0 < head_dim <= MAX_HEAD_DIM else None
@@ -70,38 +71,36 @@ def attention(
     Raises:
         TypeError, ValueError: a dtype, shape, device or value outside of the above. The contents of cu_seqlens
             are checked when they are on the CPU; on a GPU that would need a synchronisation.
-        backends.BackendError: the backend asked for cannot serve.
+        backends.BackendError: the backend asked for does not support the call.
     """
-    check(q.dim() == 3, f"q has shape {list(q.shape)}, expected [tokens, heads, head_dim]")
+    contract.check_dims("q", q, 3, None, "tokens, heads, head_dim")
     heads, head_dim = q.shape[1], q.shape[2]
     contract.check_floating("q", q)
     check_tensor("k", k, (None, heads, head_dim), q)
     check_tensor("v", v, (k.shape[0], heads, head_dim), q)
-    check(heads > 0, "q has no heads")
-    check(
-        supported_head_dim(head_dim),
-        f"head_dim is {head_dim}; {MIN_HEAD_DIM} to {MAX_HEAD_DIM} in steps of 8 are served",
-    )
+    if heads == 0:
+        raise ValueError("q has no heads")
+    if not supported_head_dim(head_dim):
+        raise ValueError(f"head_dim must be {MIN_HEAD_DIM} to {MAX_HEAD_DIM} in steps of 8, got {head_dim}")
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
         max_seqlen_k = max_seqlen_q if max_seqlen_k is None else max_seqlen_k
-        _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q, max_seqlen_q)
-        if k.shape[0] != q.shape[0]:  # not check(): making the message would tie a traced graph to this size
+        check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q, max_seqlen_q)
+        if k.shape[0] != q.shape[0]:
             raise ValueError(f"q has {q.shape[0]} rows and k {k.shape[0]}: cu_seqlens_k is needed")
     else:
         if max_seqlen_k is None:
-            raise ValueError("cu_seqlens_k needs max_seqlen_k")
-        _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q, max_seqlen_q)
-        _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k, max_seqlen_k)
-        check(
-            cu_seqlens_q.shape == cu_seqlens_k.shape,
-            f"cu_seqlens_q names {cu_seqlens_q.shape[0] - 1} sequences and cu_seqlens_k {cu_seqlens_k.shape[0] - 1}",
-        )
+            raise ValueError("cu_seqlens_k requires max_seqlen_k")
+        check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q, max_seqlen_q)
+        check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k, max_seqlen_k)
+        if cu_seqlens_q.shape != cu_seqlens_k.shape:
+            named = (cu_seqlens_q.shape[0] - 1, cu_seqlens_k.shape[0] - 1)
+            raise ValueError("cu_seqlens_q names {} sequences and cu_seqlens_k {}".format(*named))
     if key_mask is not None:
         check_shape("key_mask", key_mask, (k.shape[0],))
         check_device("key_mask", key_mask, q)
         if key_mask.dtype != torch.bool:
-            raise TypeError(f"key_mask is {key_mask.dtype}, and must be bool")
+            raise TypeError(f"key_mask must be bool, got {key_mask.dtype}")
         key_mask = key_mask.contiguous()
     contract.check_dropout(dropout_p, seed, q)
     if bias is not None:
@@ -130,30 +129,31 @@ def attention(
 
 def check_bias(bias: Tensor, q: Tensor, max_seqlen_q: int, max_seqlen_k: int | None) -> None:
     check_tensor("bias", bias, (q.shape[1], None, None), q)
-    # not check(): making the message would tie a traced graph to these sizes
     if bias.shape[1] < max_seqlen_q or bias.shape[2] < max_seqlen_k:  # type: ignore[operator]
         raise ValueError(
             f"bias has shape {list(bias.shape)}, too small for {max_seqlen_q} queries, {max_seqlen_k} keys"
         )
 
 
-def _check_cu_seqlens(name: str, cu_seqlens: Tensor, rows: Tensor, max_seqlen: int) -> None:
+def check_cu_seqlens(name: str, cu_seqlens: Tensor, rows: Tensor, max_seqlen: int | None) -> None:
+    """max_seqlen: None: a sequence may be as long as it likes."""
     if cu_seqlens.dtype != torch.int32:
-        raise TypeError(f"{name} is {cu_seqlens.dtype}, and must be int32")
-    check(cu_seqlens.dim() == 1 and cu_seqlens.shape[0] >= 1, f"{name} must have shape [sequences + 1]")
+        raise TypeError(f"{name} must be int32, got {cu_seqlens.dtype}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"{name} must have shape [sequences + 1]")
     check_device(name, cu_seqlens, rows)
     if cu_seqlens.device.type != "cpu" or type(cu_seqlens) is not Tensor or torch.compiler.is_compiling():
         return
     ends = cu_seqlens.tolist()
-    check(ends[0] == 0, f"{name} starts at {ends[0]}, and must start at 0")
-    check(ends[-1] == rows.shape[0], f"{name} ends at {ends[-1]}, and there are {rows.shape[0]} rows")
-    for b in range(len(ends) - 1):
-        length = ends[b + 1] - ends[b]
-        check(length >= 0, f"{name} falls from {ends[b]} to {ends[b + 1]} at sequence {b}")
-        check(
-            length <= max_seqlen,
-            f"sequence {b} of {name} has {length} rows, more than the max_seqlen of {max_seqlen}",
-        )
+    if ends[0] != 0:
+        raise ValueError(f"{name} must start at 0, got {ends[0]}")
+    if ends[-1] != rows.shape[0]:
+        raise ValueError(f"{name} must end at the number of rows, {rows.shape[0]}, got {ends[-1]}")
+    for b, (start, end) in enumerate(pairwise(ends)):
+        if start > end:
+            raise ValueError(f"{name} falls from {start} to {end} at sequence {b}")
+        if max_seqlen is not None and end - start > max_seqlen:
+            raise ValueError(f"sequence {b} of {name} has {end - start} rows, more than the max_seqlen of {max_seqlen}")
 
 
 def _fake_forward(

@@ -16,47 +16,54 @@ from torch.autograd import forward_ad
 
 from roberta_kernels import backends, reference
 
+# Messages are made where something is wrong alone: making one takes as long as a launch, and would tie a traced graph
+# to the sizes in it.
 
-def check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
+
+def check_dims(name: str, tensor: Tensor, dims: int, filled: int | None, expected: str) -> None:
+    """tensor has so many dimensions, and that one of them is not empty."""
+    if tensor.dim() != dims or (filled is not None and tensor.shape[filled] == 0):
+        raise ValueError(f"{name} must have shape [{expected}], got {list(tensor.shape)}")
 
 
 def check_tensor(name: str, tensor: Tensor, shape: tuple[int | None, ...], like: Tensor) -> None:
     """tensor has `shape` (None: any size), and the dtype and device of `like`."""
     check_shape(name, tensor, shape)
     if tensor.dtype != like.dtype:
-        raise TypeError(f"{name} is {tensor.dtype}, and the other tensors are {like.dtype}")
+        raise TypeError(f"{name} must be {like.dtype}, as the other tensors, got {tensor.dtype}")
     check_device(name, tensor, like)
 
 
 def check_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
-    if tensor.dim() != len(shape) or any(
-        want is not None and have != want for have, want in zip(tensor.shape, shape, strict=True)
-    ):
-        wanted = ", ".join("*" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name} has shape {list(tensor.shape)}, expected [{wanted}]")
+    if tensor.dim() == len(shape):
+        for have, want in zip(tensor.shape, shape, strict=True):
+            if want is not None and have != want:
+                break
+        else:
+            return
+    wanted = ", ".join("*" if size is None else str(size) for size in shape)
+    raise ValueError(f"{name} must have shape [{wanted}], got {list(tensor.shape)}")
 
 
 def check_device(name: str, tensor: Tensor, like: Tensor) -> None:
     if tensor.device != like.device:
-        raise ValueError(f"{name} is on {tensor.device}, and the other tensors are on {like.device}")
+        raise ValueError(f"{name} must be on {like.device}, as the other tensors, got {tensor.device}")
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
     if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise TypeError(f"{name} is {tensor.dtype}; float32, bfloat16, float16 and (reference only) float64 are served")
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or (reference only) float64, got {tensor.dtype}")
 
 
 def check_dropout(dropout_p: float, seed: Tensor | None, like: Tensor) -> None:
     if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p is {dropout_p}, and must be at least 0 and less than 1")
+        raise ValueError(f"dropout_p must be at least 0 and less than 1, got {dropout_p}")
     if dropout_p > 0.0:
         if seed is None:
-            raise ValueError("dropout_p > 0 needs a seed: an int64 tensor of one element (see ops.draw_seeds)")
+            raise ValueError("dropout_p > 0 requires a seed: an int64 tensor of one element (see ops.draw_seeds)")
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise TypeError(
-                f"seed must be an int64 tensor of one element, not {seed.dtype} of shape {list(seed.shape)}"
+                f"seed must be an int64 tensor of one element, got {seed.dtype} of shape {list(seed.shape)}"
             )
         check_device("seed", seed, like)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from roberta_kernels import backends
 from roberta_kernels.ops import contract
-from roberta_kernels.ops.contract import check, check_device, check_shape, check_tensor
+from roberta_kernels.ops.contract import check_device, check_shape, check_tensor
 
 
 def embedding_layer_norm(
@@ -48,12 +48,9 @@ def embedding_layer_norm(
             or an undefined row, since a check would need a synchronisation).
         TypeError, ValueError: a dtype, shape, device or value outside of the above.
     """
-    check(input_ids.dim() == 1, f"input_ids has shape {list(input_ids.shape)}, expected [tokens]")
+    contract.check_dims("input_ids", input_ids, 1, None, "tokens")
     contract.check_floating("word_embeddings", word_embeddings)
-    check(
-        word_embeddings.dim() == 2 and word_embeddings.shape[1] > 0,
-        f"word_embeddings has shape {list(word_embeddings.shape)}, expected [vocabulary, hidden]",
-    )
+    contract.check_dims("word_embeddings", word_embeddings, 2, 1, "vocabulary, hidden")
     hidden = word_embeddings.shape[1]
     check_tensor("position_embeddings", position_embeddings, (None, hidden), word_embeddings)
     check_tensor("token_type_embeddings", token_type_embeddings, (None, hidden), word_embeddings)
@@ -99,7 +96,7 @@ def _ids(name: str, ids: Tensor, input_ids: Tensor, table: Tensor) -> Tensor:
     check_shape(name, ids, (input_ids.shape[0],))
     check_device(name, ids, table)
     if ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{name} is {ids.dtype}, and must be int64 or int32")
+        raise TypeError(f"{name} must be int64 or int32, got {ids.dtype}")
     return ids.to(torch.int64).contiguous()
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from roberta_kernels import backends
 from roberta_kernels.ops import contract, matmul_precision
-from roberta_kernels.ops.contract import check, check_tensor
+from roberta_kernels.ops.contract import check_tensor
 
 
 def gelu_ffn(
@@ -38,10 +38,11 @@ def gelu_ffn(
     Raises:
         TypeError, ValueError: a dtype, shape, device or value outside of the above.
     """
-    check(x.dim() == 2 and x.shape[1] > 0, f"x has shape {list(x.shape)}, expected [tokens, hidden]")
-    check(approximate in ("none", "tanh"), f'approximate is {approximate!r}, and must be "none" or "tanh"')
+    contract.check_dims("x", x, 2, 1, "tokens, hidden")
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f'approximate must be "none" or "tanh", got {approximate!r}')
     contract.check_floating("x", x)
-    check(w_in.dim() == 2 and w_in.shape[0] > 0, f"w_in has shape {list(w_in.shape)}, expected [inner, hidden]")
+    contract.check_dims("w_in", w_in, 2, 0, "inner, hidden")
     inner = w_in.shape[0]
     check_tensor("w_in", w_in, (inner, x.shape[1]), x)
     check_tensor("b_in", b_in, (inner,), x)

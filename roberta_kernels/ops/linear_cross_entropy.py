@@ -9,7 +9,7 @@ from torch import Tensor
 
 from roberta_kernels import backends
 from roberta_kernels.ops import contract
-from roberta_kernels.ops.contract import check, check_device, check_shape, check_tensor
+from roberta_kernels.ops.contract import check_device, check_shape, check_tensor
 
 _REDUCTIONS = ("mean", "sum", "none")
 
@@ -41,19 +41,20 @@ def linear_cross_entropy(
     Raises:
         TypeError, ValueError: a dtype, shape, device or value outside of the above.
         IndexError: a label outside of the vocabulary, on a CPU. On a GPU the loss is then nan.
-        backends.BackendError: the backend asked for cannot serve ("cuda" has no such kernels).
+        backends.BackendError: the backend asked for does not support the call ("cuda" has no such kernels).
     """
-    check(x.dim() == 2 and x.shape[1] > 0, f"x has shape {list(x.shape)}, expected [tokens, hidden]")
-    check(reduction in _REDUCTIONS, f"reduction is {reduction!r}, and must be one of {', '.join(_REDUCTIONS)}")
+    contract.check_dims("x", x, 2, 1, "tokens, hidden")
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
     contract.check_floating("x", x)
-    check(weight.dim() == 2 and weight.shape[0] > 0, f"weight has shape {list(weight.shape)}, expected [words, hidden]")
+    contract.check_dims("weight", weight, 2, 0, "words, hidden")
     check_tensor("weight", weight, (None, x.shape[1]), x)
     if bias is not None:
         check_tensor("bias", bias, (weight.shape[0],), x)
     check_shape("labels", labels, (x.shape[0],))
     check_device("labels", labels, x)
     if labels.dtype != torch.int64:
-        raise TypeError(f"labels is {labels.dtype}, and must be int64")
+        raise TypeError(f"labels must be int64, got {labels.dtype}")
 
     tokens, rows = x.shape[0], None
     count: Any

@@ -13,17 +13,14 @@ no atomics.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from roberta_kernels.triton import device as device_facts
+from roberta_kernels.triton.vocabulary import chunks
 
-_LOGITS_AT_ONCE = 1 << 25
-_FEWEST_WORDS = 512
 _BLOCK = 1024
 
 
@@ -101,18 +98,6 @@ def linear_cross_entropy_backward_kernel(
     tl.store(here, grad.to(logits_ptr.dtype.element_ty), mask=word < stride)
 
 
-def _chunks(x: Tensor, weight: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(first word, weight's rows, room for the logits `[T, words]`) of each chunk. One room serves all; its rows
-    begin at multiples of 128 elements.
-    """
-    rows, words = x.shape[0], weight.shape[0]
-    fitting = max(_FEWEST_WORDS, _LOGITS_AT_ONCE // rows // 128 * 128)
-    room = x.new_empty((rows, triton.cdiv(min(fitting, words), 128) * 128))
-    for first in range(0, words, fitting):
-        some = weight[first : first + fitting]
-        yield first, some, room[:, : some.shape[0]]
-
-
 def linear_cross_entropy_forward(
     x: Tensor,  # [T, H]
     weight: Tensor,  # [V, H]
@@ -131,7 +116,8 @@ def linear_cross_entropy_forward(
     at_label = torch.full((rows,), float("nan"), dtype=torch.float32, device=x.device)
     if rows > 0:
         with device_facts.on_device(x):
-            for first, some, logits in _chunks(x, weight):
+            for first, some, room in chunks(x, weight):
+                logits = room[:, : some.shape[0]]
                 torch.mm(x, some.t(), out=logits)
                 linear_cross_entropy_forward_kernel[(rows,)](
                     logits, bias, labels, statistics, at_label, rows, first, some.shape[0], logits.stride(0) // 16,
@@ -161,8 +147,9 @@ def linear_cross_entropy_backward(
     statistics = statistics.contiguous()
     grad_x = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     with device_facts.on_device(x):
-        for first, some, logits in _chunks(x, weight):
+        for first, some, room in chunks(x, weight):
             words = some.shape[0]
+            logits = room[:, :words]
             torch.mm(x, some.t(), out=logits)
             linear_cross_entropy_backward_kernel[(rows, triton.cdiv(words, _BLOCK))](
                 logits, bias, labels, statistics, grad_loss, rows, first, words, logits.stride(0) // 16, ignore_index,

@@ -25,10 +25,13 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 PART_ERROR = {1: 2.0**-8 + 2.0**-17, 2: 3 * 2.0**-17}
 TINY = 2.0**-126
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or platform.machine() != "x86_64" or shutil.which(os.environ.get("CXX", "g++")) is None,
-    reason="needs a C++ compiler on x86-64 Linux",
-)
+pytestmark = [
+    pytest.mark.full,  # compiles
+    pytest.mark.skipif(
+        sys.platform != "linux" or platform.machine() != "x86_64" or shutil.which(os.environ.get("CXX", "g++")) is None,
+        reason="needs a C++ compiler on x86-64 Linux",
+    ),
+]
 
 
 @pytest.fixture(autouse=True)

@@ -294,7 +294,7 @@ def test_dropout_mask(library: ctypes.CDLL, dropout_p: float) -> None:
             assert torch.equal(got, kept[..., first : first + len(rows)]), name
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_under_the_sanitizers(tmp_path: Path) -> None:
     """The smaller cases again, in a process that has the sanitizers in it."""
     library = build.library(tmp_path, sources=SOURCES, sanitize=True)

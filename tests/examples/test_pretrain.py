@@ -58,6 +58,7 @@ def run(example, monkeypatch, *given):
         example.main()
 
 
+@pytest.mark.full
 def test_pretrain(example, text, folder, tmp_path, monkeypatch):
     whole, parts, pair = (tmp_path / name for name in ("whole", "parts", "pair"))
     run(example, monkeypatch, text, whole, folder)

@@ -20,6 +20,8 @@ from roberta_kernels.backends import choosing
 
 from .double import Rehearsal, make_machine
 
+pytestmark = pytest.mark.full  # minutes
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

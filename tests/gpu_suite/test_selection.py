@@ -74,6 +74,7 @@ def collected(tmp_path_factory) -> list[dict[str, tuple[str, bool, str, bool]]]:
     return [json.loads((folder / f"found{pretend}.json").read_text()) for pretend in ("1", "")]
 
 
+@pytest.mark.full  # collects all tests, twice
 def test_every_test_that_needs_a_card_is_selected(collected) -> None:
     with_card, without = collected
     needs = {node for node, told in with_card.items() if not told[3] and (node not in without or without[node][3])}
@@ -87,6 +88,7 @@ def test_every_test_that_needs_a_card_is_selected(collected) -> None:
     assert missed == [], "they need the mark gpu, or their file a place in plan.GPU_TESTS"
 
 
+@pytest.mark.full
 def test_no_selection_is_empty(collected) -> None:
     """Each variant has tests that say its name, and every op's sanitizer some."""
     nodes = [node for node, told in collected[0].items() if told[1] and not told[3]]

@@ -544,7 +544,7 @@ def test_nothing_of_it_is_copied_or_saved(tmp_path):
 
 @pytest.mark.parametrize(
     ("layers", "loaded"),
-    [(2, False), pytest.param(6, True, marks=pytest.mark.slow)],
+    [(2, False), pytest.param(6, True, marks=pytest.mark.full)],
     ids=["made", "from_pretrained"],
 )
 def test_no_call_makes_a_copy_of_a_weight(layers, loaded, tmp_path):

@@ -400,7 +400,7 @@ def test_dropout_in_mpnet():
 @pytest.mark.parametrize(("hidden", "heads"), [(40, 5), (60, 3), (24, 1), (128, 1), (80, 2), (136, 1)])
 @pytest.mark.parametrize("family", ["roberta", "bert", "distilbert", "xmod"])
 def test_head_dims(family, hidden, heads):
-    # 8 and 20 run in kernels for 16 and 24; 136 is not served, and runs the original attention.
+    # 8 and 20 run in kernels for 16 and 24; 136 is not supported, and runs the original attention.
     config = {"hidden_size": hidden, "num_attention_heads": heads, "num_hidden_layers": 1, "hidden_act": "gelu"}
     case = Case(seed=6, family=family, config=config, train=True)
     original = build(case)
@@ -408,7 +408,7 @@ def test_head_dims(family, hidden, heads):
     report = rk.patch(ours)
     assert_promise(ours, original, batches_for(case, original.config, 8), backward=True)
     reasons = {reason.split(": ", 1)[1] for reason in report.fallbacks()}
-    assert reasons == ({"head_dim 136 is not served"} if hidden == 136 else set())
+    assert reasons == ({"head_dim 136 is not supported"} if hidden == 136 else set())
 
 
 def test_8194_positions():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -41,6 +42,54 @@ def test_outputs_loss_and_every_gradient(backend: str, case: Case) -> None:
     options = {"use_cache": False} if case.head == "causal_lm" else {}
     batches = [on_gpu(inputs) for inputs in batches_for(case, original.config, count=8)]
     assert_promise(ours, original, batches, head=case.head, backward=True, what=case, **options)
+
+
+@on_each_backend
+@pytest.mark.parametrize("graphs", [False, True], ids=["as it comes", "graphs"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mask", ["none", "right", "holes"])
+def test_inference(backend: str, mask: str, dtype: str, graphs: bool) -> None:
+    """Without gradients: one op call on the CUDA kernels; and as graphs, recorded and replayed, after edits too."""
+    needs(backend)
+    case = Case(mask=mask, dtype=dtype, seed=6)
+    original = build(case).cuda()
+    ours = patched(original, backend=backend, cuda_graphs=graphs)
+    batches = [on_gpu(inputs) for inputs in batches_for(case, original.config, count=6)]
+    for _ in range(3):
+        assert_promise(ours, original, batches, everywhere=True, what=case)
+    replayed = ours._rk_state.graphs["replayed"]
+    assert replayed >= len(batches) if graphs else replayed == 0
+    for model in (original, ours):
+        layer = model.encoder.layer[0]
+        layer.output.dense.weight.data.mul_(1.5)
+        layer.attention.output.dense.weight.data = layer.attention.output.dense.weight.data * -1.5
+    for _ in range(3):
+        assert_promise(ours, original, batches, everywhere=True, what=case)
+
+
+@on_each_backend
+def test_graphs_in_two_threads_on_two_streams(backend: str) -> None:
+    """Buffers have one user at a time, on the host and on the device."""
+    needs(backend)
+    case = Case(mask="right", dtype="bfloat16", seed=6)
+    ours = patched(build(case).cuda(), backend=backend, cuda_graphs=True)
+    batches = [on_gpu(inputs) for inputs in batches_for(case, ours.config, count=6)]
+    with torch.no_grad():
+        want = [ours(**inputs).last_hidden_state for inputs in batches for _ in range(3)][2::3]
+    torch.cuda.synchronize()
+
+    def repeat(turn: int) -> list[bool]:
+        found = []
+        with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
+            for i in range(60):
+                at = (i + turn) % len(batches)
+                out = ours(**batches[at]).last_hidden_state
+                found.append(torch.allclose(out, want[at], rtol=0.05, atol=0.05))
+        return found
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(repeat, range(2)))
+    assert all(map(all, found))
 
 
 @on_each_backend

@@ -235,7 +235,7 @@ def two_processes(tmp_path_factory):
     return {name: [result.get(name, "not reached") for result in results] for name in CASES}
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes(case, two_processes):
     for error in two_processes[case]:

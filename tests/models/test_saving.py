@@ -137,7 +137,7 @@ def test_copies(head, how, tmp_path):
         assert type(copied) is hf_class("roberta", head)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_pickle_opens_in_a_process_that_never_made_a_model(tmp_path):
     case = case_of("single_label")
     model = patched(build(case))

@@ -340,7 +340,7 @@ def test_cross_encoder_trainer(reranker, tmp_path):
 # --- processes ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["embeddings", "scores"])
 def test_several_processes(folder, reranker, kind):
     # Each process has a patched copy of its own: its calls are not in this process's report.

@@ -16,7 +16,7 @@ from model_cases import PREFIX, Case, assert_promise, batch_for, batches_for, bu
 import roberta_kernels as rk
 
 SMALL = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "hidden_act": "gelu"}
-slow = pytest.mark.slow
+full = pytest.mark.full
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -48,7 +48,7 @@ def test_compiled_in_one_graph(head, train):
 
 
 @pytest.mark.parametrize(
-    "family", [pytest.param(f, marks=() if f in ("bert", "ernie", "roberta_prelayernorm") else slow) for f in PREFIX]
+    "family", [pytest.param(f, marks=() if f in ("bert", "ernie", "roberta_prelayernorm") else full) for f in PREFIX]
 )
 def test_every_family_compiled_in_one_graph(family):
     # One dynamic graph, trained in and evaluated in, for batches of different shapes.
@@ -204,7 +204,7 @@ def assert_runs_like(module, original, case):
 
 
 @pytest.mark.parametrize(
-    "family", ["roberta", *(pytest.param(f, marks=slow) for f in ("xlm_roberta", "bert", "electra", "ernie", "xmod"))]
+    "family", ["roberta", *(pytest.param(f, marks=full) for f in ("xlm_roberta", "bert", "electra", "ernie", "xmod"))]
 )
 def test_exported_with_a_mask(family):
     case = case_of("single_label", family=family)
@@ -253,7 +253,7 @@ def test_exported_by_transformers(head):
     torch.testing.assert_close(got[0], want[0], rtol=2e-4, atol=2e-5)
 
 
-@slow
+@full
 def test_compiled_ahead_of_time(tmp_path):
     case = case_of("single_label")
     original = build(case)
@@ -368,7 +368,7 @@ def test_compiling_does_not_disturb_what_is_not_compiled():
     assert report.padded() == {}
 
 
-@slow
+@full
 def test_compiled_for_real():
     case = case_of("single_label", train=True)
     original = build(case)

@@ -40,6 +40,11 @@ class Served:
         return "-".join(part for part in (self.backend, self.isa, str(self.dtype).removeprefix("torch.")) if part)
 
     @property
+    def factors(self) -> dict[str, str | torch.dtype]:
+        """What tests/covering.py pairs."""
+        return {"kernels": f"{self.backend}-{self.isa}", "dtype": self.dtype}
+
+    @property
     def interpreted(self) -> bool:
         """Runs in Triton's interpreter or the CUDA emulation: a thousand times slower than anything else."""
         return self.backend in ("triton", "cuda") and self.device == "cpu"
@@ -83,6 +88,8 @@ def served_by(dtypes: Iterable[torch.dtype] | None = None, *, every_isa: bool = 
                 if dtype in wanted:
                     one = Served(name, device, dtype, isa)
                     marks = [pytest.mark.gpu] if device == "cuda" else []
+                    if isa not in (None, backends.cpu_isas()[0], backends.cpu_isas()[-1]):
+                        marks.append(pytest.mark.full)  # tests/cpu has every kernel on every instruction set
                     combinations.append(pytest.param(one, id=one.id, marks=marks))
     return combinations
 

@@ -28,8 +28,8 @@ def served(request: pytest.FixtureRequest) -> Iterator[Served]:
 @pytest.fixture
 def draw(request: pytest.FixtureRequest) -> Draw:
     """Random inputs, other ones on every run. RK_TEST_SEED=<the number that a failure prints> draws them again."""
-    wish = os.environ.get("RK_TEST_SEED")
-    seed = int(wish) if wish else int.from_bytes(os.urandom(4), "little")
+    asked = os.environ.get("RK_TEST_SEED")
+    seed = int(asked) if asked else int.from_bytes(os.urandom(4), "little")
     print(f"RK_TEST_SEED={seed}")  # captured; shown with a failure
     if backends.emulating():  # the same seed orders the threads of the emulated kernels
         ctypes.CDLL(os.environ[backends.EMULATION_VARIABLE]).rk_emulation_set_seed(ctypes.c_uint64(seed))

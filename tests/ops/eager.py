@@ -123,6 +123,13 @@ def linear_cross_entropy(
     return F.cross_entropy(F.linear(x, weight, bias), labels, ignore_index=ignore_index, reduction=reduction)
 
 
+def linear_log1p_max(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, lengths: list[int]) -> Tensor:
+    """As sentence-transformers' SpladePooling: log1p(relu(logits)) of every row, and torch's max."""
+    activations = F.linear(x, weight, bias).relu().log1p()
+    nothing = activations.new_zeros(weight.shape[0])
+    return torch.stack([rows.max(0)[0] if len(rows) else nothing for rows in activations.split(lengths)])
+
+
 def embedding_layer_norm(
     word_embeddings: Tensor,
     position_embeddings: Tensor,

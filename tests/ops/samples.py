@@ -110,12 +110,26 @@ def _linear_cross_entropy(draw: Draw, dtype: torch.dtype, tokens: int, *, every_
     return Sample(ops.linear_cross_entropy, tensors, rest)
 
 
+def _linear_log1p_max(draw: Draw, dtype: torch.dtype, tokens: int, *, every_option: bool) -> Sample:
+    # No rounding changes which row has the largest logit of a word, or whether that is above zero: rows grow from one
+    # to the next, and a word is of one sign.
+    x = (draw.normal(1, 24, dtype=dtype).abs() + 0.1) * torch.arange(1, tokens + 1, device=draw.device)[:, None]
+    weight = draw.normal(37, 24, dtype=dtype, std=0.3).abs()
+    weight[::4] *= -1.0
+    tensors = {"x": (x * (1.0 + 0.1 * draw.normal(tokens, 24, dtype=dtype))).to(dtype), "weight": weight}
+    if every_option:
+        tensors["bias"] = draw.normal(37, dtype=dtype, std=0.3)
+    ends = cumulative([tokens // 3, 0, tokens - tokens // 3], draw.device)
+    return Sample(ops.linear_log1p_max, tensors, {"cu_seqlens": ends})
+
+
 MAKERS = {
     "attention": _attention,
     "add_layer_norm": _add_layer_norm,
     "gelu_ffn": _gelu_ffn,
     "embedding_layer_norm": _embedding_layer_norm,
     "linear_cross_entropy": _linear_cross_entropy,
+    "linear_log1p_max": _linear_log1p_max,
 }
 OPS = tuple(MAKERS)
 
@@ -154,6 +168,10 @@ def registered_calls(served: Served, call: Sample, draw: Draw) -> dict[str, tupl
         forward = (t["x"], t["weight"], t.get("bias"), rest["labels"], ignored)
         loss, statistics = kernels.linear_cross_entropy_forward(*forward)
         backward = (draw.normal(*loss.shape, dtype=loss.dtype), *forward[:-1], statistics, ignored, True)
+    elif call.op == "linear_log1p_max":
+        forward = (t["x"], t["weight"], t.get("bias"), rest["cu_seqlens"])
+        out, rows = kernels.linear_log1p_max_forward(*forward)
+        backward = (draw.normal(*out.shape, dtype=out.dtype), *forward[:-1], out, rows, True)
     else:
         types = rest["token_type_ids"]
         ids = (

@@ -407,7 +407,7 @@ def test_the_op_itself_with_head_dim_strided(served: Served, draw: Draw) -> None
     torch.testing.assert_close(got, expected)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @on_every_backend(dtypes=[FLOAT32])
 def test_long_sequences(served: Served, draw: Draw) -> None:
     if served.interpreted:

@@ -68,7 +68,7 @@ def bad_tensors(op: str, names: str, first: str) -> list[Refused]:
                 changed(name, lambda t: torch.cat([t, t], dim=-1)),
                 ValueError,
                 # All others are measured by the first, so that a wrong size there is found in the next.
-                name if name != first else "has shape|head_dim|k has|expected",
+                name if name != first else "must have shape|head_dim|expected",
             ),
         ]
     return cases
@@ -103,8 +103,8 @@ REFUSED = [
     # attention: 9 tokens in sequences of 3 and 6, 2 heads, head dim 16
     *bad_tensors("attention", "q k v", "q"),
     *bad_dropout("attention"),
-    Refused("attention", "q-integer", as_dtype("q", "k", "v", dtype=torch.int64), TypeError, "q is"),
-    Refused("attention", "q-complex", as_dtype("q", "k", "v", dtype=torch.complex64), TypeError, "q is"),
+    Refused("attention", "q-integer", as_dtype("q", "k", "v", dtype=torch.int64), TypeError, "q must be"),
+    Refused("attention", "q-complex", as_dtype("q", "k", "v", dtype=torch.complex64), TypeError, "q must be"),
     *(Refused("attention", f"head_dim-{d}", head_dim(d), ValueError, "head_dim") for d in (8, 12, 20, 31, 136, 256)),
     Refused("attention", "no-heads", lambda a: {**a, **{n: torch.zeros(9, 0, 16) for n in "qkv"}}, ValueError, "heads"),
     Refused(
@@ -114,18 +114,20 @@ REFUSED = [
         ValueError,
         "cu_seqlens_k",
     ),
-    Refused("attention", "v-longer", given(v=torch.zeros(10, 2, 16)), ValueError, "v has"),
+    Refused("attention", "v-longer", given(v=torch.zeros(10, 2, 16)), ValueError, "v must have"),
     Refused("attention", "cu-int64", given(cu_seqlens_q=ends(0, 3, 9, dtype=torch.int64)), TypeError, "cu_seqlens_q"),
     Refused("attention", "cu-float", given(cu_seqlens_q=torch.tensor([0.0, 9.0])), TypeError, "cu_seqlens_q"),
     Refused("attention", "cu-rank", given(cu_seqlens_q=ends(0, 3, 9)[None]), ValueError, "cu_seqlens_q"),
     Refused("attention", "cu-empty", given(cu_seqlens_q=ends()), ValueError, "cu_seqlens_q"),
     Refused("attention", "cu-device", given(cu_seqlens_q=ends(0, 3, 9).to("meta")), ValueError, "cu_seqlens_q"),
-    Refused("attention", "cu-starts-late", given(cu_seqlens_q=ends(1, 3, 9)), ValueError, "cu_seqlens_q starts"),
-    Refused("attention", "cu-starts-negative", given(cu_seqlens_q=ends(-1, 3, 9)), ValueError, "cu_seqlens_q starts"),
+    Refused("attention", "cu-starts-late", given(cu_seqlens_q=ends(1, 3, 9)), ValueError, "cu_seqlens_q must start"),
+    Refused(
+        "attention", "cu-starts-negative", given(cu_seqlens_q=ends(-1, 3, 9)), ValueError, "cu_seqlens_q must start"
+    ),
     Refused("attention", "cu-falls", given(cu_seqlens_q=ends(0, 6, 3, 9)), ValueError, "cu_seqlens_q falls"),
-    Refused("attention", "cu-short", given(cu_seqlens_q=ends(0, 3, 8)), ValueError, "cu_seqlens_q ends"),
-    Refused("attention", "cu-long", given(cu_seqlens_q=ends(0, 3, 10)), ValueError, "cu_seqlens_q ends"),
-    Refused("attention", "cu-none-of-9", given(cu_seqlens_q=ends(0)), ValueError, "cu_seqlens_q ends"),
+    Refused("attention", "cu-short", given(cu_seqlens_q=ends(0, 3, 8)), ValueError, "cu_seqlens_q must end"),
+    Refused("attention", "cu-long", given(cu_seqlens_q=ends(0, 3, 10)), ValueError, "cu_seqlens_q must end"),
+    Refused("attention", "cu-none-of-9", given(cu_seqlens_q=ends(0)), ValueError, "cu_seqlens_q must end"),
     Refused("attention", "max-small", given(max_seqlen_q=5), ValueError, "max_seqlen"),
     Refused("attention", "max-zero", given(max_seqlen_q=0), ValueError, "max_seqlen"),
     Refused("attention", "k-max-missing", given(cu_seqlens_k=ends(0, 3, 9)), ValueError, "max_seqlen_k"),
@@ -165,15 +167,19 @@ REFUSED = [
         "integers",
         as_dtype("x", "residual", "weight", "bias", "x_bias", dtype=torch.int32),
         TypeError,
-        "x is",
+        "x must be",
     ),
     Refused("add_layer_norm", "residual-broadcast", changed("residual", lambda t: t[:1]), ValueError, "residual"),
     Refused("add_layer_norm", "x_bias-scalar", changed("x_bias", lambda t: t[0]), ValueError, "x_bias"),
-    Refused("add_layer_norm", "no-hidden", given(x=torch.zeros(9, 0)), ValueError, "x has shape"),
+    Refused("add_layer_norm", "no-hidden", given(x=torch.zeros(9, 0)), ValueError, "x must have shape"),
     # gelu_ffn: 9 tokens, 16 -> 24 -> 17
     *bad_tensors("gelu_ffn", "x w_in b_in w_out b_out", "x"),
     Refused(
-        "gelu_ffn", "integers", as_dtype("x", "w_in", "b_in", "w_out", "b_out", dtype=torch.int32), TypeError, "x is"
+        "gelu_ffn",
+        "integers",
+        as_dtype("x", "w_in", "b_in", "w_out", "b_out", dtype=torch.int32),
+        TypeError,
+        "x must be",
     ),
     Refused("gelu_ffn", "w_in-transposed", changed("w_in", lambda t: t.t()), ValueError, "w_in"),
     Refused("gelu_ffn", "w_out-transposed", changed("w_out", lambda t: t.t()), ValueError, "w_out"),
@@ -194,7 +200,7 @@ REFUSED = [
             "word_embeddings", "position_embeddings", "token_type_embeddings", "weight", "bias", dtype=torch.int32
         ),
         TypeError,
-        "word_embeddings is",
+        "word_embeddings must be",
     ),
     *(Refused("embedding_layer_norm", f"{n}-float", changed(n, lambda t: t.float()), TypeError, n) for n in IDS),
     *(Refused("embedding_layer_norm", f"{n}-bool", changed(n, lambda t: t > 0), TypeError, n) for n in IDS),
@@ -212,7 +218,9 @@ REFUSED = [
     ),
     # linear_cross_entropy: 9 rows of 24, 37 words
     *bad_tensors("linear_cross_entropy", "x weight bias", "x"),
-    Refused("linear_cross_entropy", "integers", as_dtype("x", "weight", "bias", dtype=torch.int32), TypeError, "x is"),
+    Refused(
+        "linear_cross_entropy", "integers", as_dtype("x", "weight", "bias", dtype=torch.int32), TypeError, "x must be"
+    ),
     Refused("linear_cross_entropy", "weight-transposed", changed("weight", lambda t: t.t()), ValueError, "weight"),
     Refused("linear_cross_entropy", "no-words", changed("weight", lambda t: t[:0]), ValueError, "weight"),
     Refused("linear_cross_entropy", "labels-float", changed("labels", lambda t: t.float()), TypeError, "labels"),
@@ -221,6 +229,14 @@ REFUSED = [
     Refused("linear_cross_entropy", "labels-size", changed("labels", lambda t: t[1:]), ValueError, "labels"),
     Refused("linear_cross_entropy", "labels-device", changed("labels", lambda t: t.to("meta")), ValueError, "labels"),
     Refused("linear_cross_entropy", "reduction", given(reduction="max"), ValueError, "reduction"),
+    # linear_log1p_max: 9 rows of 24 in sequences of 3, 0 and 6, 37 words
+    *bad_tensors("linear_log1p_max", "x weight bias", "x"),
+    Refused("linear_log1p_max", "integers", as_dtype("x", "weight", "bias", dtype=torch.int32), TypeError, "x is"),
+    Refused("linear_log1p_max", "no-words", changed("weight", lambda t: t[:0]), ValueError, "weight"),
+    Refused("linear_log1p_max", "cu_seqlens-int64", given(cu_seqlens=ends(0, 9, dtype=torch.int64)), TypeError, "cu_"),
+    Refused("linear_log1p_max", "cu_seqlens-start", given(cu_seqlens=ends(1, 9)), ValueError, "cu_seqlens starts"),
+    Refused("linear_log1p_max", "cu_seqlens-end", given(cu_seqlens=ends(0, 8)), ValueError, "cu_seqlens ends"),
+    Refused("linear_log1p_max", "cu_seqlens-falls", given(cu_seqlens=ends(0, 5, 4, 9)), ValueError, "cu_seqlens falls"),
 ]
 
 

@@ -30,6 +30,8 @@ def original_of(call: Sample) -> Callable[..., Tensor]:
         lengths_k = rest.pop("cu_seqlens_k").diff().tolist() if "cu_seqlens_k" in rest else lengths
         rest = {name: value for name, value in rest.items() if not name.startswith("max_seqlen")}
         rest |= {"lengths_q": lengths, "lengths_k": lengths_k}
+    if call.op == "linear_log1p_max":
+        rest = {"lengths": rest["cu_seqlens"].diff().tolist()}
     function = getattr(eager, call.op)
 
     def run(**tensors: Tensor) -> Tensor:

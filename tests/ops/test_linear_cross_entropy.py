@@ -94,8 +94,8 @@ def run_case(case: Case, draw: Draw, dtype: torch.dtype) -> dict[str, Tensor]:
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks of the vocabulary where there would be one."""
-    triton_op = pytest.importorskip("roberta_kernels.triton.linear_cross_entropy")
-    monkeypatch.setattr(triton_op, "_LOGITS_AT_ONCE", 1)
+    vocabulary = pytest.importorskip("roberta_kernels.triton.vocabulary")
+    monkeypatch.setattr(vocabulary, "LOGITS_AT_ONCE", 1)
 
 
 @cases_on_every_backend(CASES)

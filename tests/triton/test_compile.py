@@ -23,6 +23,8 @@ from typing import Any
 import pytest
 import torch
 
+pytestmark = pytest.mark.full  # minutes of compiling
+
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = (80, 90, 100)
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
@@ -131,6 +133,20 @@ def linear_cross_entropy(hidden: int, words: int, dtype: torch.dtype, *, bias: b
     return launch
 
 
+def linear_log1p_max(hidden: int, words: int, dtype: torch.dtype, *, bias: bool = True, rows: int = 307) -> Launch:
+    from roberta_kernels.triton import KERNELS
+
+    x, weight = empty(rows, hidden, dtype=dtype), empty(words, hidden, dtype=dtype)
+    of_words = empty(words, dtype=dtype) if bias else None
+
+    def launch() -> None:
+        KERNELS["linear_log1p_max_forward"](x, weight, of_words, empty(8, dtype=torch.int32))
+        out, rows_of = empty(7, words, dtype=torch.float32), empty(7, words, dtype=torch.int32)
+        KERNELS["linear_log1p_max_backward"](out, x, weight, of_words, out, rows_of, True)
+
+    return launch
+
+
 def cases() -> dict[str, Launch]:
     """What is compiled: every kernel, with the sizes of base and large models and the widest options."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
@@ -157,6 +173,8 @@ def cases() -> dict[str, Launch]:
         "linear_cross_entropy 50265 bf16": linear_cross_entropy(768, 50265, bf16),
         "linear_cross_entropy 250002 fp16 no bias": linear_cross_entropy(768, 250002, fp16, bias=False),
         "linear_cross_entropy 30522 fp32": linear_cross_entropy(1024, 30522, fp32),
+        "linear_log1p_max 30522 bf16": linear_log1p_max(768, 30522, bf16),
+        "linear_log1p_max 50265 fp32 no bias": linear_log1p_max(768, 50265, fp32, bias=False),
     }
 
 
@@ -178,6 +196,7 @@ def same_keys() -> dict[str, list[Launch]]:
         "gelu_ffn": [gelu_ffn(768, 3072, bf16, tokens=t) for t in (16384, 20000, 8191)],
         "gelu_ffn fewest": [gelu_ffn(768, 3072, bf16, tokens=t) for t in (1, 16, 37, 64)],
         "linear_cross_entropy": [linear_cross_entropy(768, 50265, bf16, rows=r) for r in (307, 1, 16, 4096, 20001)],
+        "linear_log1p_max": [linear_log1p_max(768, 30522, bf16, rows=r) for r in (307, 1, 16, 4096, 20001)],
         "embedding_layer_norm": [embedding_layer_norm(768, bf16, 0.1, tokens=t) for t in (65, 128, 16384)],
     }
 

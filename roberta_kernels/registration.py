@@ -1,0 +1,68 @@
+"""The ops and `attn_implementation="roberta_kernels"` are there in every process that imports the package, whose import
+costs next to nothing: `import transformers` imports no torch until a program needs it, and neither does this package.
+
+torch learns of the ops when it is imported, so that a saved graph that holds them can be loaded; transformers of the
+attention, when it imports the module that holds its own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from typing import Any
+
+
+def _of_this_package() -> set[str]:
+    return {name for name in sys.modules if name.startswith("roberta_kernels.")}
+
+
+_light = _of_this_package()
+
+
+def _register_ops() -> None:
+    if _of_this_package() <= _light:  # else the one that is more is what imports torch, half way through its own import
+        importlib.import_module("roberta_kernels.ops")
+
+
+def _register_attention() -> None:
+    importlib.import_module("roberta_kernels.hf.attention_interface").register()
+
+
+# What is done when a module is there. AttentionInterface is in the second one.
+WHEN = {"torch": _register_ops, "transformers.modeling_utils": _register_attention}
+
+
+def register() -> None:
+    """Does now what concerns modules that are imported, and the rest right after their import."""
+    _light.update(_of_this_package())
+    for name, action in WHEN.items():
+        if name in sys.modules:
+            action()
+        else:
+            sys.meta_path.insert(0, _Watch(name))
+
+
+class _Watch(MetaPathFinder):
+    """Stands in sys.meta_path until a module is imported, which the finders after it find."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        if name != self.name or self not in sys.meta_path:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module: Any) -> None:
+            execute(module)
+            WHEN[name]()
+
+        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
