@@ -85,12 +85,7 @@ class TensorChecks {
             strides[i] = stride;
             stride *= sizes.begin()[i] > 0 ? sizes.begin()[i] : 1;
         }
-        const int32_t code = dtype == ScalarType::Float      ? aoti_torch_dtype_float32()
-                             : dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
-                             : dtype == ScalarType::Half     ? aoti_torch_dtype_float16()
-                             : dtype == ScalarType::Int      ? aoti_torch_dtype_int32()
-                             : dtype == ScalarType::Byte     ? aoti_torch_dtype_uint8()
-                                                             : aoti_torch_dtype_int64();
+        const int32_t code = code_of(dtype);
         AtenTensorHandle handle;
         TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
                                                         strides, code, static_cast<int32_t>(device_.type()),
@@ -99,6 +94,27 @@ class TensorChecks {
     }
 
   private:
+    int32_t code_of(ScalarType dtype) const {
+        switch (dtype) {
+            case ScalarType::Float:
+                return aoti_torch_dtype_float32();
+            case ScalarType::BFloat16:
+                return aoti_torch_dtype_bfloat16();
+            case ScalarType::Half:
+                return aoti_torch_dtype_float16();
+            case ScalarType::Long:
+                return aoti_torch_dtype_int64();
+            case ScalarType::Int:
+                return aoti_torch_dtype_int32();
+            case ScalarType::Short:
+                return aoti_torch_dtype_int16();
+            case ScalarType::Byte:
+                return aoti_torch_dtype_uint8();
+            default:
+                STD_TORCH_CHECK(false, op_, ": no tensor of ", torch::headeronly::toString(dtype),
+                                " can be made here");
+        }
+    }
     const char* op_;
     torch::stable::Device device_;
     ScalarType dtype_;

@@ -165,6 +165,26 @@ struct KeyConsumer : Consumer<T, P> {
         return this->problem.statistics[unit.head * this->problem.total_q + unit.first_other + query];
     }
 
+    // Whether some key of the tile is not seen by some query of the chunk that begins at query `first`, apart
+    // from queries past the end, whose log-sum-exp is +inf.
+    __device__ __forceinline__ bool some_unseen(const Unit& unit, int first) const {
+        return unit.rows < kTile || first < unit.diagonal + kTile - 1 || this->problem.key_mask != nullptr;
+    }
+    // -inf where a key of the tile is not seen.
+    __device__ __forceinline__ void mask_keys(Scores& scores, const Unit& unit, int first,
+                                              const bool (&seen)[2]) const {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int from =
+                unit.diagonal + this->row + 8 * r - first - this->column;  // the first that sees it
+#pragma unroll
+            for (int i = 0; i < 8; ++i)
+#pragma unroll
+                for (int e = 0; e < 2; ++e)
+                    if (!seen[r] || 8 * i + e < from) scores[4 * i + 2 * r + e] = -INFINITY;
+        }
+    }
+
     // Bit 4 (4 (i / 4) + 2 e + r) + lane / 4 % 4 of kept[i % 4] tells whether element [4 i + 2 r + e] is
     // kept. A group of 4 keys belongs to four lanes; each draws a quarter of their groups, and all get what
     // the others found.
@@ -226,6 +246,7 @@ struct KeyConsumer : Consumer<T, P> {
             this->multiply_transposed(grad_weights, values, 1, use);
             ptx::wgmma_wait<1>(scores, grad_keys, grad_values);  // the latter with the previous chunk
             if (c > 0 && unit.held > 0) this->release(use - 1);
+            if (some_unseen(unit, first)) mask_keys(scores, unit, first, seen);
             uint32_t kept[4];
             if (Drops) kept_queries(kept, unit, first_key, first, key);
 #pragma unroll
@@ -236,9 +257,7 @@ struct KeyConsumer : Consumer<T, P> {
 #pragma unroll
                     for (int r = 0; r < 2; ++r) {
                         float& score = scores[4 * i + 2 * r + e];
-                        const bool sees =
-                            seen[r] && first + 8 * i + this->column + e >= unit.diagonal + this->row + 8 * r;
-                        score = sees ? ptx::exp2(fmaf(score, problem.score_scale, -lse)) : 0.0f;
+                        score = ptx::exp2(fmaf(score, problem.score_scale, -lse));
                     }
                 }
             const auto is_kept = [&](int i) {

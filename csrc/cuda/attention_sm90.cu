@@ -23,8 +23,6 @@ namespace {
 
 using namespace sm90;
 
-constexpr float kGrowth = 8.0f;  // of the maximum before it is moved, in units of log2
-
 template <int HeadDim>
 using ForwardPlan = Plan<HeadDim, 1, HeadDim == 128 ? 2 : 3,
                          HeadDim == 128  ? 6
@@ -44,7 +42,7 @@ struct ForwardConsumer : Consumer<T, P> {
     // scores become exp2(score - maximum); factor: what earlier sums must be multiplied by.
     __device__ __forceinline__ void exponentials(Scores& scores, float (&maximum)[2], float (&sum)[2],
                                                  float (&factor)[2]) const {
-        const float scale = this->problem.score_scale, growth = kGrowth / scale;
+        const float scale = this->problem.score_scale;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             float most = -INFINITY;
@@ -54,7 +52,7 @@ struct ForwardConsumer : Consumer<T, P> {
                 for (int e = 0; e < 2; ++e) most = fmaxf(most, scores[4 * i + 2 * r + e]);
             most = warp_max<4>(most);
             const float before = maximum[r];
-            const bool grew = most > before + growth;
+            const bool grew = most > before + this->problem.growth;
             if (grew) maximum[r] = most;
             factor[r] = grew ? ptx::exp2((before - most) * scale) : 1.0f;
             const float shift = maximum[r] == -INFINITY ? 0.0f : maximum[r] * scale;

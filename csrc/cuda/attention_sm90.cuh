@@ -45,6 +45,7 @@ constexpr int kTileWeight = 2;  // what a tile costs besides its chunks, in chun
 // repeat every 8 rows of 128 bytes, where wgmma's matrices must begin.
 constexpr int kRegisters = 65536, kMostShared = 227 * 1024, kPattern = 1024;
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr float kGrowth = 8.0f;  // of forward's maximum before it is moved, in units of log2
 
 // TileTensors: how many tensors a tile is rows of (a chunk is rows of two). Consumers: warpgroups. Buffers:
 // for tiles, of each consumer. Registers of 65536: the producer's warpgroup has 40 a thread.
@@ -108,6 +109,7 @@ struct Problem {  // an argument of the kernels: maps must lie in parameter spac
     int32_t tile_rows;                // of the tensors on the tiles' side
     int32_t most_tiles, most_chunks;  // rows of a sequence: more belong to none
     float score_scale;                // |scale| * log2(e), or 1 where the scale is 0
+    float growth;                     // of the largest score before the running maximum is moved
     uint32_t and_bits,
         negative_bits;  // what gives one factor of the scores the sign of the scale, or makes it 0
     bool causal;
@@ -691,6 +693,7 @@ inline Problem problem_of(const AttentionArgs& a, bool of_keys) {
     // The largest score is the largest scaled one if the scale is positive; that it be negative or zero is
     // left to a factor.
     p.score_scale = a.scale == 0.0f ? 1.0f : (a.scale < 0.0f ? -a.scale : a.scale) * kLog2e;
+    p.growth = kGrowth / p.score_scale;
     p.and_bits = a.scale == 0.0f ? 0u : ~0u;
     p.negative_bits = a.scale < 0.0f ? 0x80008000u : 0u;
     p.causal = a.causal;

@@ -10,7 +10,7 @@
 //    add_layer_norm.
 // 3. sum_runs_kernel adds the gradients of equal keys, in token order: a warp has 32 neighbours of the sorted
 //    keys, so every warp has the same work, however often an id occurs. A run that crosses such a border
-//    leaves pieces, which join_pieces_kernel adds, in order. Rows that no token names keep the zeros that
+//    leaves pieces, which join_pieces_kernel adds, in a fixed order. Rows that no token names keep the zeros that
 //    they were allocated with.
 //
 // Bytes, for T tokens, H columns of E bytes, V rows in all tables, K tables that are sorted for (2 or 3); the
@@ -21,7 +21,7 @@
 //                 4 T H (1 + K)        grad_sum, written once and read for each table
 //                 V H E                the dense gradients, zeros included: 77 MB for 50265 words of 768
 //                                      in bfloat16, more than all the rest up to 6000 tokens
-//                 K T (4 + 4 + 4 + 8)  keys, the sort's own passes apart
+//                 K T (3 b + 8)        keys of b = 2 or 4 bytes, the sort's own passes apart
 //
 // About 10 flops an element forward, 20 + K backward.
 #include "csrc/cuda/embedding_layer_norm.h"
@@ -124,10 +124,15 @@ struct Keys {
         first_row[kTables + 1];  // of each table, when they are laid end to end; then: how many rows in all
     int64_t padding_idx[kTables];
     int64_t tokens, entries;
-    int32_t* keys;
+    void* keys;
+    bool narrow;
 
     explicit Keys(const EmbeddingLayerNormArgs& a)
-        : first_row{0}, tokens(a.rows), entries(sorted_tables(a) * a.rows), keys(a.keys) {
+        : first_row{0},
+          tokens(a.rows),
+          entries(sorted_tables(a) * a.rows),
+          keys(a.keys),
+          narrow(embedding_layer_norm_narrow_keys(a)) {
         for (int t = 0; t < kTables; ++t) {
             ids[t] = a.ids[t];
             padding_idx[t] = a.padding_idx[t];
@@ -149,13 +154,23 @@ __global__ void __launch_bounds__(256) keys_kernel(Keys k) {
             if (id >= 0 && id < k.first_row[t + 1] - k.first_row[t] && id != k.padding_idx[t])
                 key = k.first_row[t] + id;
         }
-        k.keys[entry] = static_cast<int32_t>(key);
+        if (k.narrow)
+            static_cast<int16_t*>(k.keys)[entry] = static_cast<int16_t>(key + INT16_MIN);
+        else
+            static_cast<int32_t*>(k.keys)[entry] = static_cast<int32_t>(key);
     }
+}
+
+// Keys of 16 bits are counted from -32768, as their sort has signs.
+__device__ inline int32_t key_at(const void* keys, bool narrow, int64_t entry) {
+    return narrow ? static_cast<const int16_t*>(keys)[entry] - INT16_MIN
+                  : static_cast<const int32_t*>(keys)[entry];
 }
 
 template <typename T>
 struct TableGradients {
-    const int32_t* keys;    // [entries], sorted
+    const void* keys;       // [entries], sorted
+    bool narrow;            // they have 16 bits, else 32
     const int64_t* order;   // [entries]
     const float* grad_sum;  // [tokens, columns]
     float* pieces;          // [ceil(entries / kRun), 2, columns]
@@ -165,6 +180,7 @@ struct TableGradients {
 
     explicit TableGradients(const EmbeddingLayerNormArgs& a)
         : keys(a.sorted_keys),
+          narrow(embedding_layer_norm_narrow_keys(a)),
           order(a.order),
           grad_sum(a.grad_sum),
           pieces(a.pieces),
@@ -185,6 +201,26 @@ struct TableGradients {
         T* const table = t == 0 ? grad_table[0] : t == 1 ? grad_table[1] : grad_table[2];
         return table + (key - (t == 0 ? 0 : t == 1 ? first_row[1] : first_row[2])) * columns;
     }
+    __device__ int32_t key(int64_t entry) const { return key_at(keys, narrow, entry); }
+    // By a warp: if a run starts in the group and goes beyond it, in how many groups it goes on, else 0. Keys are
+    // sorted: each step asks for 32 of them, and leaves a 33rd of the groups.
+    __device__ int64_t groups_after(int64_t group, int lane) const {
+        const int64_t first = group * kRun;
+        if (first + kRun >= entries) return 0;
+        const int32_t here = key(first + kRun - 1);
+        if (here == no_row() || key(first + kRun) != here) return 0;              // nothing goes beyond
+        if (key(first) == here && first > 0 && key(first - 1) == here) return 0;  // it started before
+        int64_t last = group + 1,
+                end = (entries + kRun - 1) / kRun;  // it goes on in `last`, and not in `end`
+        while (end - last > 1) {
+            const int64_t step = (end - last + kWarp) / (kWarp + 1), probe = last + (lane + 1) * step;
+            const unsigned on = __ballot_sync(kAllLanes, probe < end && key(probe * kRun) == here);
+            const int64_t met = last + __popc(on) * step;
+            end = min(end, met + step);
+            last = met;
+        }
+        return last - group;
+    }
     __device__ float* piece(int64_t group, bool starts_here) const {
         return pieces + (group * 2 + starts_here) * columns;
     }
@@ -204,10 +240,10 @@ __global__ void __launch_bounds__(kGroupWarps* kWarp) sum_runs_kernel(TableGradi
     const int64_t first = group * kRun, column = (blockIdx.y * static_cast<int64_t>(kWarp) + lane) * N;
     if (first >= a.entries) return;
     const bool real = first + lane < a.entries;
-    const int32_t my_key = real ? a.keys[first + lane] : a.no_row();
+    const int32_t my_key = real ? a.key(first + lane) : a.no_row();
     const int64_t my_token = real ? a.order[first + lane] - a.table_of(my_key) * a.tokens : 0;
-    const int32_t before = first > 0 ? a.keys[first - 1] : -1;
-    const int32_t after = first + kRun < a.entries ? a.keys[first + kRun] : -1;
+    const int32_t before = first > 0 ? a.key(first - 1) : -1;
+    const int32_t after = first + kRun < a.entries ? a.key(first + kRun) : -1;
     const int count = __popc(__ballot_sync(kAllLanes, my_key < a.no_row()));  // the others come last
     const bool inside = column < a.columns;
     bool starts_here = __shfl_sync(kAllLanes, my_key, 0) != before;
@@ -242,36 +278,50 @@ __global__ void __launch_bounds__(kGroupWarps* kWarp) sum_runs_kernel(TableGradi
     }
 }
 
-// The warp of the group in which a run starts that goes beyond it adds the run's pieces, in order.
+constexpr int kJoinWarps = 16;  // of a block
+
+// A block has as many groups as warps. Each warp finds out whether a run starts in its group that goes beyond it,
+// and in how many groups it goes on; then all warps add the pieces of one such run after the other, each a
+// stretch of them in order, and the first warp the stretches: so that a row which every token names, of a small
+// table, does not wait for one warp. Which stretches there are depends on the run's length alone.
 template <typename T, int N>
-__global__ void __launch_bounds__(kGroupWarps* kWarp) join_pieces_kernel(TableGradients<T> a) {
-    const int lane = threadIdx.x % kWarp;
-    const int64_t group = blockIdx.x * static_cast<int64_t>(kGroupWarps) + threadIdx.x / kWarp;
-    const int64_t first = group * kRun, column = (blockIdx.y * static_cast<int64_t>(kWarp) + lane) * N;
-    if (first + kRun >= a.entries) return;
-    const int32_t key = a.keys[first + kRun - 1];
-    if (key == a.no_row() || a.keys[first + kRun] != key) return;               // nothing goes beyond
-    if (a.keys[first] == key && first > 0 && a.keys[first - 1] == key) return;  // it started before
+__global__ void __launch_bounds__(kJoinWarps* kWarp) join_pieces_kernel(TableGradients<T> a) {
+    __shared__ int64_t lengths[kJoinWarps];
+    __shared__ float stretches[kJoinWarps][kWarp * N];
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+    const int64_t column = (blockIdx.y * static_cast<int64_t>(kWarp) + lane) * N;
+    const int64_t first_group = blockIdx.x * static_cast<int64_t>(kJoinWarps);
+    const int64_t length = a.groups_after(first_group + warp, lane);
+    if (lane == 0) lengths[warp] = length;
+    __syncthreads();
     const bool inside = column < a.columns;
-    float total[N] = {};
-    if (inside) load(total, a.piece(group, true) + column);
-    int count = kWarp;
-    for (int64_t next = group + 1; count == kWarp; next += kWarp) {
-        const int64_t mine = (next + lane) * kRun;
-        const unsigned others = ~__ballot_sync(kAllLanes, mine < a.entries && a.keys[mine] == key);
-        count = others == 0 ? kWarp : __ffs(static_cast<int>(others)) - 1;
-        for (int i = 0; i < count; i += kAtOnce) {
+    for (int starts = 0; starts < kJoinWarps; ++starts) {
+        const int64_t count = lengths[starts], group = first_group + starts;
+        if (count == 0) continue;
+        float total[N] = {};
+        if (warp == 0 && inside) load(total, a.piece(group, true) + column);
+        const int64_t from = count * warp / kJoinWarps, to = count * (warp + 1) / kJoinWarps;
+        for (int64_t i = from; i < to; i += kAtOnce) {
             float pieces[kAtOnce][N] = {};
 #pragma unroll
             for (int j = 0; j < kAtOnce; ++j)
-                if (i + j < count && inside) load(pieces[j], a.piece(next + i + j, false) + column);
+                if (i + j < to && inside) load(pieces[j], a.piece(group + 1 + i + j, false) + column);
 #pragma unroll
             for (int j = 0; j < kAtOnce; ++j)
 #pragma unroll
                 for (int c = 0; c < N; ++c) total[c] += pieces[j][c];
         }
+#pragma unroll
+        for (int c = 0; c < N; ++c) stretches[warp][c * kWarp + lane] = total[c];
+        __syncthreads();
+        if (warp == 0) {
+            for (int other = 1; other < kJoinWarps; ++other)
+#pragma unroll
+                for (int c = 0; c < N; ++c) total[c] += stretches[other][c * kWarp + lane];
+            if (inside) store(a.row_of(a.key(group * kRun + kRun - 1)) + column, total);
+        }
+        __syncthreads();
     }
-    if (inside) store(a.row_of(key) + column, total);
 }
 
 int64_t groups_of(const EmbeddingLayerNormArgs& a) {
@@ -285,7 +335,9 @@ void table_gradients(const EmbeddingLayerNormArgs& a) {
                      dim3(kGroupWarps * kWarp), 0, a.stream};
     const TableGradients<T> gradients(a);
     launch(sum_runs_kernel<T, N>, how, gradients);
-    if (groups_of(a) > 1) launch(join_pieces_kernel<T, N>, how, gradients);
+    const Launch join{dim3(static_cast<unsigned>(ceil_div(groups_of(a), kJoinWarps)), how.grid.y),
+                      dim3(kJoinWarps * kWarp), 0, a.stream};
+    if (groups_of(a) > 1) launch(join_pieces_kernel<T, N>, join, gradients);
 }
 
 // ------------------------------------------------------------------------------------------------ launching

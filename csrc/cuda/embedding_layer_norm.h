@@ -36,17 +36,23 @@ struct EmbeddingLayerNormArgs {
 
     // Scratch of backward. entries = sorted_tables(args) * rows: an entry is a token's id for one of the
     // tables, as a row of the tables laid end to end.
-    int32_t* keys;               // [entries]: written by embedding_layer_norm_keys
-    const int32_t* sorted_keys;  // [entries]: keys, sorted
-    const int64_t* order;        // [entries]: the entry that each of them is, increasing among equal keys
-    float* grad_sum;             // [rows, hidden]: the gradient of what is normalised
-    float* partials;             // embedding_layer_norm_partials(args) floats
-    float* pieces;               // embedding_layer_norm_pieces(args) floats
+    void* keys;               // [entries], 16 or 32 bits: written by embedding_layer_norm_keys
+    const void* sorted_keys;  // [entries]: keys, sorted
+    const int64_t* order;     // [entries]: the entry that each of them is, increasing among equal keys
+    float* grad_sum;          // [rows, hidden]: the gradient of what is normalised
+    float* partials;          // embedding_layer_norm_partials(args) floats
+    float* pieces;            // embedding_layer_norm_pieces(args) floats
 };
 
 // A token-type table of one row, RoBERTa's usual one, needs no sorting: every token has it.
 inline int sorted_tables(const EmbeddingLayerNormArgs& args) {
     return args.table_rows[2] == 1 ? 2 : 3;
+}
+
+// Whether keys, of which one stands behind all rows, fit in 16 bits: torch's radix sort goes over the bits that a key
+// has, so half as often. RoBERTa's and BERT's tables are that small, XLM-RoBERTa's is not.
+inline bool embedding_layer_norm_narrow_keys(const EmbeddingLayerNormArgs& args) {
+    return args.table_rows[0] + args.table_rows[1] + args.table_rows[2] <= UINT16_MAX;
 }
 
 void embedding_layer_norm_forward(const EmbeddingLayerNormArgs& args);

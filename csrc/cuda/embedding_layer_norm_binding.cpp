@@ -123,11 +123,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     Tensor grad_sum = checks.empty({a.rows, a.hidden}, ScalarType::Float);
     Tensor partials = checks.empty({embedding_layer_norm_partials(a)}, ScalarType::Float);
     Tensor pieces = checks.empty({embedding_layer_norm_pieces(a)}, ScalarType::Float);
-    Tensor keys = checks.empty({sorted_tables(a) * a.rows}, ScalarType::Int);
-    a.keys = static_cast<int32_t*>(keys.mutable_data_ptr());
+    Tensor keys = checks.empty({sorted_tables(a) * a.rows},
+                               embedding_layer_norm_narrow_keys(a) ? ScalarType::Short : ScalarType::Int);
+    a.keys = keys.mutable_data_ptr();
     embedding_layer_norm_keys(a);
     const auto [sorted_keys, order] = stable_sort(keys);
-    a.sorted_keys = static_cast<const int32_t*>(sorted_keys.const_data_ptr());
+    a.sorted_keys = sorted_keys.const_data_ptr();
     a.order = static_cast<const int64_t*>(order.const_data_ptr());
     a.grad_sum = static_cast<float*>(grad_sum.mutable_data_ptr());
     a.partials = static_cast<float*>(partials.mutable_data_ptr());

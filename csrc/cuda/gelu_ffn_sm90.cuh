@@ -343,7 +343,7 @@ struct Gemm {
 };
 
 template <class Element, FusedTile kTile>
-void forward(const FusedForward& args) {
+auto forward_gemm(const FusedForward& args) {
     Gemm<Element, kTile, false> gemm(args.tokens, args.inner, args.hidden, args.x, args.w_in, args.activation,
                                      args.device.multiprocessors);
     const StrideMNL stride = make_stride(args.inner, _1{}, int64_t{0});
@@ -352,11 +352,11 @@ void forward(const FusedForward& args) {
         {static_cast<const Element*>(args.b_in), Element(0), {}},          // the bias
         {{static_cast<Element*>(args.preactivation), stride}, args.tanh},  // BiasGelu
     };
-    gemm.run(args.device.stream);
+    return gemm;
 }
 
 template <class Element>
-void backward(const FusedBackward& args) {
+auto backward_gemm(const FusedBackward& args) {
     Gemm<Element, FusedTile::large, true> gemm(args.tokens, args.inner, args.outer, args.grad_out, args.w_out,
                                                args.grad_preactivation, args.device.multiprocessors);
     const StrideMNL stride = make_stride(args.inner, _1{}, int64_t{0});
@@ -370,15 +370,20 @@ void backward(const FusedBackward& args) {
         },
         {args.partials.data, args.partials.pitch},  // ColumnSums
     };
-    gemm.run(args.device.stream);
+    return gemm;
+}
+
+template <class Element>
+void backward(const FusedBackward& args) {
+    backward_gemm<Element>(args).run(args.device.stream);
 }
 
 template <class Element>
 void forward_of(const FusedForward& args) {
     if (fused_forward_tile(args.tokens, args.inner, args.device.multiprocessors) == FusedTile::large)
-        forward<Element, FusedTile::large>(args);
+        forward_gemm<Element, FusedTile::large>(args).run(args.device.stream);
     else
-        forward<Element, FusedTile::small>(args);
+        forward_gemm<Element, FusedTile::small>(args).run(args.device.stream);
 }
 
 }  // namespace

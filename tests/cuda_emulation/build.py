@@ -28,11 +28,24 @@ EXEMPT = {"gelu_ffn_bfloat16_sm90.cu", "gelu_ffn_float16_sm90.cu"}
 # Its arrays of 16-bit numbers shift masks further than C++ allows, so there only the address sanitizer looks.
 NEED_CUTLASS = {"gelu_ffn_sm80.cu"}
 CUTLASS_FLAGS = "-fpermissive -w -fno-sanitize=undefined"
+# The epilogue of the exempt ones, for tests of its own; CUTLASS's headers for Hopper make maps of tensors by the
+# driver's function, and only for an nvcc that knows Hopper.
+EPILOGUE = "gelu_ffn_sm90_epilogue.cpp"
+EPILOGUE_FLAGS = "-O1 -DCUTLASS_ENABLE_DIRECT_CUDA_DRIVER_CALL -D__CUDACC_VER_MAJOR__=12 -D__CUDACC_VER_MINOR__=8"
 # Kernels that use the copy engine: in a build without the sanitizers their loads and stores are followed
 # (emulator_proxies.cpp).
 FOLLOWED = ("sm90.cu", "faults.cu")
 FOLLOW = "-fsanitize=thread --param tsan-instrument-func-entry-exit=0"
-EMULATOR = [HERE / name for name in ("emulator.cpp", "emulator_proxies.cpp", "emulator_sm90.cpp")]
+# To count, all of them, as they are written: nothing merged, split or left out, and with frame pointers.
+_UNDONE = (
+    "-fno-tree-sra -fno-ipa-sra -fno-tree-fre -fno-tree-forwprop -fno-tree-dse -fno-tree-dce -fno-tree-pre "
+    "-fno-tree-dominator-opts -fno-store-merging -fno-tree-vrp -fno-tree-ccp -fno-tree-loop-optimize "
+    "-fno-tree-copy-prop -fno-tree-sink -fno-tree-phiprop -fno-tree-slsr -fno-tree-ter"
+)
+COUNTED = f"{FOLLOW} -O1 -fno-omit-frame-pointer -fno-optimize-sibling-calls {_UNDONE}"
+EMULATOR = [
+    HERE / name for name in ("emulator.cpp", "emulator_counts.cpp", "emulator_proxies.cpp", "emulator_sm90.cpp")
+]
 FAULTS = [HERE / "faults.cu"]  # kernels that test the emulation itself
 NAME = "_cuda_emulated.so"
 FLAGS = [
@@ -69,21 +82,26 @@ def missing() -> str | None:
     return None
 
 
-def kernel_sources() -> list[Path]:
-    """The CUDA library: all of csrc/cuda that can be emulated."""
+def has_cutlass(count: bool) -> bool:
+    return cuda_build.cutlass_include() is not None and not count
+
+
+def kernel_sources(count: bool = False) -> list[Path]:
+    """The CUDA library: all of csrc/cuda that can be emulated. count: without CUTLASS's part."""
     sources = [
         *sorted(HERE.glob("exempt*.cpp")),
         ROOT / "csrc/library.cpp",
         *sorted((ROOT / "csrc/cuda").glob("*.cpp")),
     ]
-    left_out = EXEMPT if cuda_build.cutlass_include() is not None else EXEMPT | NEED_CUTLASS
+    left_out = EXEMPT if has_cutlass(count) else EXEMPT | NEED_CUTLASS
     return sources + [path for path in sorted((ROOT / "csrc/cuda").glob("*.cu")) if path.name not in left_out]
 
 
-def library(folder: Path, *, sources: list[Path] | None = None, sanitize: bool = True) -> Path:
+def library(folder: Path, *, sources: list[Path] | None = None, sanitize: bool = True, count: bool = False) -> Path:
     """Builds what is out of date, with ninja; returns the library. CalledProcessError: the compiler has said why.
 
-    sources: what to compile beside the emulator; by default the CUDA library, registered with torch.
+    sources: what to compile beside the emulator; by default the CUDA library, registered with torch. count: so that
+    what kernels do is counted (count.py); not together with sanitize.
     """
     why = missing()
     if why:
@@ -93,13 +111,13 @@ def library(folder: Path, *, sources: list[Path] | None = None, sanitize: bool =
     if sources is None:
         import torch
 
-        sources = kernel_sources()
+        sources = kernel_sources(count)
         torch_include, torch_lib = (Path(torch.__file__).parent / name for name in ("include", "lib"))
         includes += [torch_include, torch_include / "torch/csrc/api/include"]
         libraries = f"-L{torch_lib} -ltorch_cpu -lc10 -Wl,-rpath,{torch_lib}"
     flags = [*FLAGS, *(SANITIZERS if sanitize else ["-O2"]), *(f"-I{path}" for path in includes)]
     defines = "-DUSE_CUDA -DROBERTA_KERNELS_CUDA -DROBERTA_KERNELS_SM90A -DTORCH_TARGET_VERSION=0x020a000000000000"
-    if cuda_build.cutlass_include() is not None:
+    if has_cutlass(count):
         defines += " -DROBERTA_KERNELS_CUTLASS"
     compile_command = (
         f"g++ -x c++ $first $flags {defines} -include {HERE / 'emulation.h'} $last -MD -MF $out.d -c $in -o $out"
@@ -113,10 +131,16 @@ def library(folder: Path, *, sources: list[Path] | None = None, sanitize: bool =
     for source in [*EMULATOR, *sources]:
         objects.append(f"{source.stem}{source.suffix.replace('.', '_')}.o")
         lines.append(f"build {objects[-1]}: compile {source}")
-        if source.name in NEED_CUTLASS:
-            lines.append(f"  first = -I{HERE / 'cutlass'}")
-            headers = f"-I{cuda_include()}/cccl -I{cuda_build.cutlass_include()} -include {HERE / 'cutlass/prelude.h'}"
-            lines.append(f"  last = {CUTLASS_FLAGS} {headers}")
+        if source.name in NEED_CUTLASS or source.name == EPILOGUE:
+            ours = ["cutlass"] if source.name in NEED_CUTLASS else ["cutlass_sm90", "cutlass"]
+            lines.append(f"  first = {' '.join(f'-I{HERE / name}' for name in ours)}")
+            headers = (
+                f"-I{cuda_include()}/cccl -I{cuda_build.cutlass_include()} -include {HERE / ours[0] / 'prelude.h'}"
+            )
+            more = EPILOGUE_FLAGS if source.name == EPILOGUE else ""
+            lines.append(f"  last = {CUTLASS_FLAGS} {headers} {more}")
+        elif source.suffix == ".cu" and count:
+            lines.append(f"  last = {COUNTED}")
         elif source.name.endswith(FOLLOWED) and not sanitize:
             lines.append(f"  last = {FOLLOW}")
     lines.append(f"build {NAME}: link {' '.join(objects)}\n")

@@ -29,12 +29,15 @@
 #define gridDim (::emulation::grid_size())
 #define warpSize 32
 
+// What runs for a whole warp at once is no access of the kernel's.
+#define RK_UNSEEN __attribute__((no_sanitize("thread")))
+
 namespace emulation {
 
-const uint3& thread_index();
-const uint3& block_index();
-const dim3& block_size();
-const dim3& grid_size();
+uint3 thread_index();
+uint3 block_index();
+dim3 block_size();
+dim3 grid_size();
 int lane();  // of the running thread, in its warp
 
 // Ends the launch that is running; launch() throws std::runtime_error with the message, the block and the
@@ -91,8 +94,50 @@ void demand_fenced_loads(const char* what, uint32_t at, uint32_t count);
 // emulator_sm90.cpp: fails if the block has left something amiss.
 void check_end_of_block();
 
-// Runs kernel() for every thread of every block; launch.cuh calls it.
-void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
+// emulator_counts.cpp. Of a launch; a request is what one instruction of a warp asks for. What is only counted
+// where a build counts accesses: all up to shared_conflicts.
+enum class Count {
+    load_requests,          // of global memory
+    vector_load_requests,   // of those, 16 bytes a lane
+    load_sectors,           // of 32 bytes, asked for by requests and by bulk copies
+    distinct_load_sectors,  // each once
+    store_requests,
+    store_sectors,
+    distinct_store_sectors,
+    shared_requests,
+    shared_wavefronts,  // of 128 bytes
+    shared_conflicts,   // of those, beyond what the same bytes would take without bank conflicts
+    bulk_wavefronts,    // of 128 bytes that the copy engine writes, or wgmma reads, in shared memory
+    barrier_arrivals,   // of threads
+    mbarrier_arrivals,  // of threads
+    mbarrier_waits,     // of threads
+    exponentials,       // ptx::exp2, of threads
+    tensor_flops,
+    shuffles,  // and votes, of warps
+    kinds
+};
+bool counting();
+void count(Count what, int64_t more = 1);
+void begin_counts(const void* code);  // of a launch of that kernel
+void begin_counts_of_block(int threads);
+void end_counts_of_block();
+void count_meeting(int warp);    // all of its lanes have come to the same point
+void count_barrier(int thread);  // arrives
+void count_access(const void* address, size_t bytes, bool store, uint64_t place);  // by the running thread
+void count_matrices(const void* const in[32]);                                     // ldmatrix of a warp: rows
+void count_copy(const void* global, size_t bytes, bool store);  // of neighbours, by the copy engine
+bool in_a_stack(const void* address);                           // of a thread, or of the host
+bool in_running_stack(const void* address, size_t bytes);       // of the running thread
+
+// cp.async: counts it, and defers the copy (of zeros, where it is not valid).
+void copy_async(void* shared, const void* global, size_t bytes, bool valid);
+
+// The call stack of the running thread from the caller on, as a number. For instrumented code, which keeps
+// frame pointers.
+uint64_t place_of_caller(void* const* frame);
+
+// Runs kernel() for every thread of every block; launch.cuh calls it. code: of the kernel, to name it.
+void run(dim3 grid, dim3 block, size_t shared_bytes, const void* code, const std::function<void()>& kernel);
 
 // Per-thread state of the instructions in ptx.cuh that complete later (cp.async): one list of pending
 // actions, in groups.
@@ -137,11 +182,12 @@ struct Shuffled {
 
 template <typename T>
 inline T shuffle(const char* what, unsigned mask, T value, int source) {
+    if (counting() && lane() == __builtin_ctz(mask)) count(Count::shuffles);
     static_assert(std::is_trivially_copyable<T>::value && sizeof(T) <= 8, "what a shuffle can move");
     const Shuffled<T> in{value, source};
     T out = value;
     warp_collective(what, mask, &in, &out,
-                    [](const void* const ins[32], void* const outs[32], uint32_t lanes) {
+                    [](const void* const ins[32], void* const outs[32], uint32_t lanes) RK_UNSEEN {
                         for (int i = 0; i < 32; ++i) {
                             if (!(lanes >> i & 1)) continue;
                             const int from = static_cast<const Shuffled<T>*>(ins[i])->source;
@@ -155,8 +201,9 @@ inline T shuffle(const char* what, unsigned mask, T value, int source) {
 
 inline uint32_t ballot(const char* what, unsigned mask, int predicate) {
     uint32_t out = 0;
+    if (counting() && lane() == __builtin_ctz(mask)) count(Count::shuffles);
     warp_collective(what, mask, &predicate, &out,
-                    [](const void* const ins[32], void* const outs[32], uint32_t lanes) {
+                    [](const void* const ins[32], void* const outs[32], uint32_t lanes) RK_UNSEEN {
                         uint32_t votes = 0;
                         for (int i = 0; i < 32; ++i)
                             if (lanes >> i & 1)

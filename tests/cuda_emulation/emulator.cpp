@@ -1,6 +1,7 @@
 // The emulation's run time: a block's threads as fibers on one operating-system thread, run in random order;
 // barriers and warp collectives as places where a fiber waits. README.md tells what it finds and what it
 // cannot.
+#include <pthread.h>
 #include <sys/mman.h>
 
 #include <cstdarg>
@@ -151,6 +152,19 @@ Block block;
 alignas(1024) unsigned char shared[kMostShared];
 std::mt19937_64 random_order;
 
+// Of the thread that launches: what a kernel finds there are its arguments.
+const unsigned char *host_stack = nullptr, *host_stack_end = nullptr;
+void find_host_stack() {
+    pthread_attr_t attributes;
+    void* begin = nullptr;
+    size_t bytes = 0;
+    if (pthread_getattr_np(pthread_self(), &attributes) != 0) return;
+    pthread_attr_getstack(&attributes, &begin, &bytes);
+    pthread_attr_destroy(&attributes);
+    host_stack = static_cast<const unsigned char*>(begin);
+    host_stack_end = host_stack + bytes;
+}
+
 Fiber& current() {
     return *fibers[static_cast<size_t>(block.running)];
 }
@@ -195,6 +209,7 @@ void arrive(int id, int count, int predicate) {
     barrier.expected = count;
     barrier.arrived += 1;
     barrier.predicates += predicate != 0;
+    count_barrier(block.running);
 }
 
 void fiber_main() {
@@ -272,6 +287,7 @@ void run_block() {
     block.until_held = draw_held();
     block.number += 1;
     begin_proxies(block.threads);
+    begin_counts_of_block(block.threads);
     for (int thread = 0; thread < block.threads; ++thread) {
         prepare(thread);
         block.runnable.push_back(thread);
@@ -301,6 +317,7 @@ void run_block() {
         resume(thread);
     }
     ASAN_UNPOISON_MEMORY_REGION(shared, kMostShared);
+    end_counts_of_block();
     if (block.live == 0 && !block.failed) {
         try {
             check_end_of_block();
@@ -335,16 +352,16 @@ bool is_dry_run() {
     return settings.dry_run;
 }
 
-const uint3& thread_index() {
+uint3 thread_index() {
     return current().thread;
 }
-const uint3& block_index() {
+uint3 block_index() {
     return block.index;
 }
-const dim3& block_size() {
+dim3 block_size() {
     return block.size;
 }
-const dim3& grid_size() {
+dim3 grid_size() {
     return block.grid;
 }
 int lane() {
@@ -407,6 +424,7 @@ void warp_collective(const char* what, uint32_t mask, const void* in, void* out,
         return;
     }
     compute(meeting.in, meeting.out, mask);
+    if (mask == 0xffffffffu) count_meeting(first / 32);
     for (int i = 0; i < 32; ++i)
         if (i != mine && mask >> i & 1) wake(first + i);
     meetings.erase(meetings.begin() + static_cast<std::ptrdiff_t>(at));
@@ -485,7 +503,22 @@ void wait_group(int pending) {
     }
 }
 
-void run(dim3 grid, dim3 size, size_t bytes, const std::function<void()>& kernel) {
+bool in_running_stack(const void* address, size_t bytes) {
+    const auto* const at = static_cast<const unsigned char*>(address);
+    const unsigned char* const begin = current().stack + kGuardBytes;
+    return at >= begin && at + bytes <= begin + kStackBytes;
+}
+
+bool in_a_stack(const void* address) {
+    if (block.running >= 0 && in_running_stack(address, 1)) return true;
+    const auto* const at = static_cast<const unsigned char*>(address);
+    if (at >= host_stack && at < host_stack_end) return true;
+    return std::any_of(fibers.begin(), fibers.end(), [&](const auto& fiber) {
+        return at >= fiber->stack && at < fiber->stack + kGuardBytes + kStackBytes;
+    });
+}
+
+void run(dim3 grid, dim3 size, size_t bytes, const void* code, const std::function<void()>& kernel) {
     const auto refuse = [](const std::string& why) { throw std::runtime_error("emulation: " + why); };
     if (block.running >= 0) refuse("a kernel launches a kernel");
     if (grid.x > INT_MAX || grid.y > 65535 || grid.z > 65535)
@@ -499,6 +532,8 @@ void run(dim3 grid, dim3 size, size_t bytes, const std::function<void()>& kernel
                " has " + std::to_string(settings.device.shared_bytes_per_block));
     launches.push_back({{grid.x, grid.y, grid.z}, {size.x, size.y, size.z}, static_cast<int64_t>(bytes)});
     if (settings.dry_run) return;
+    find_host_stack();
+    begin_counts(code);
 
     block.grid = grid;
     block.size = size;

@@ -46,12 +46,31 @@ void note(const void* address, size_t size, bool store) {
     for (uint32_t i = 0; i < bytes.count; ++i) ++loads_of[at + i];
 }
 
+// Inline: its frame is that of the function that the kernel called.
+inline __attribute__((always_inline)) void see(const void* address, size_t size, bool store) {
+    if (counting() && running_thread() >= 0)
+        count_access(address, size, store,
+                     place_of_caller(static_cast<void* const*>(__builtin_frame_address(0))));
+    note(address, size, store);
+}
+
 bool holds(const std::vector<Bytes>& list, uint32_t from, uint32_t count) {
     return std::any_of(list.begin(), list.end(),
                        [&](const Bytes& b) { return b.at < from + count && from < b.at + b.count; });
 }
 
 }  // namespace
+
+uint64_t place_of_caller(void* const* frame) {
+    uint64_t place = 0;
+    for (int depth = 0; depth < 8 && in_running_stack(frame, 16); ++depth) {
+        place = place * 0x9e3779b97f4a7c15ull + reinterpret_cast<uintptr_t>(frame[1]);
+        void* const* const above = static_cast<void* const*>(frame[0]);
+        if (above <= frame) break;
+        frame = above;
+    }
+    return place;
+}
 
 void begin_proxies(int count) {
     memory = shared_memory();
@@ -100,16 +119,16 @@ void demand_fenced_loads(const char* what, uint32_t at, uint32_t count) {
 #define RK_HOOK extern "C" __attribute__((visibility("default"))) void
 #define RK_HOOKS(bytes)                               \
     RK_HOOK __tsan_read##bytes(void* at) {            \
-        emulation::note(at, bytes, false);            \
+        emulation::see(at, bytes, false);             \
     }                                                 \
     RK_HOOK __tsan_write##bytes(void* at) {           \
-        emulation::note(at, bytes, true);             \
+        emulation::see(at, bytes, true);              \
     }                                                 \
     RK_HOOK __tsan_unaligned_read##bytes(void* at) {  \
-        emulation::note(at, bytes, false);            \
+        emulation::see(at, bytes, false);             \
     }                                                 \
     RK_HOOK __tsan_unaligned_write##bytes(void* at) { \
-        emulation::note(at, bytes, true);             \
+        emulation::see(at, bytes, true);              \
     }
 RK_HOOKS(1)
 RK_HOOKS(2)
@@ -117,10 +136,10 @@ RK_HOOKS(4)
 RK_HOOKS(8)
 RK_HOOKS(16)
 RK_HOOK __tsan_read_range(void* at, size_t bytes) {
-    emulation::note(at, bytes, false);
+    emulation::see(at, bytes, false);
 }
 RK_HOOK __tsan_write_range(void* at, size_t bytes) {
-    emulation::note(at, bytes, true);
+    emulation::see(at, bytes, true);
 }
 RK_HOOK __tsan_init() {
     emulation::instrumented = true;

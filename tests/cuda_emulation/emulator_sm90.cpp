@@ -17,13 +17,13 @@ unsigned char* shared_at(uint32_t address, uint32_t bytes, uint32_t alignment, c
 }
 
 int thread_number() {
-    const dim3& size = block_size();
-    const uint3& thread = thread_index();
+    const dim3 size = block_size();
+    const uint3 thread = thread_index();
     return static_cast<int>(thread.x + size.x * (thread.y + size.y * thread.z));
 }
 
 int threads_of_block() {
-    const dim3& size = block_size();
+    const dim3 size = block_size();
     return static_cast<int>(size.x * size.y * size.z);
 }
 
@@ -199,6 +199,8 @@ void issue_wgmma(const void* const in[32], void* const[32], uint32_t mask) {
     if (warp.issued == calls.size()) calls.push_back(call);
     if (!same(call, calls[warp.issued++])) fail("wgmma: warps of a warpgroup disagree");
     operation.b = read_matrix(call);
+    count(Count::tensor_flops, 2 * 16 * 16 * call.columns);
+    if (thread_number() / 32 % 4 == 0) count(Count::bulk_wavefronts, 16 * 2 * call.columns / 128);
 
     const auto found = warp.accumulators.find(call.d);
     Accumulators& accumulators = warp.accumulators[call.d];
@@ -294,6 +296,7 @@ void change_mbarrier(uint32_t address, int arrivals, int64_t more_bytes) {
 }
 
 void mbarrier_wait(uint32_t barrier, int phase) {
+    count(Count::mbarrier_waits);
     yield();
     for (;;) {
         // Parity tells a phase from the one before and the one after, and no more: who is further ahead goes
@@ -328,6 +331,20 @@ void prefetch_map(const CUtensorMap* map) {
     (void)decode(map, "prefetch_tensor_map");
 }
 
+// The copy's sectors of global memory, and what it writes in shared memory.
+static void count_box(const rk::cuda::TensorMap3d& t, int x, int y, int z) {
+    count(Count::bulk_wavefronts, 2 * t.box[0] * t.box[1] * t.box[2] / 128);
+    const auto end = std::min(t.sizes[0], static_cast<uint64_t>(x) + t.box[0]);
+    for (uint32_t k = 0; k < t.box[2]; ++k)
+        for (uint32_t j = 0; j < t.box[1]; ++j) {
+            const uint64_t row = static_cast<uint64_t>(y) + j, plane = static_cast<uint64_t>(z) + k;
+            if (row >= t.sizes[1] || plane >= t.sizes[2]) continue;
+            const auto* const from = static_cast<const unsigned char*>(t.data) + 2 * static_cast<size_t>(x) +
+                                     row * t.strides[0] + plane * t.strides[1];
+            count_copy(from, 2 * (end - static_cast<uint64_t>(x)), false);
+        }
+}
+
 void copy_box(uint32_t to, const CUtensorMap* map, int x, int y, int z, uint32_t barrier) {
     const EncodedMap encoded = decode(map, "copy_box");
     if (encoded.mark != kTensorMap) fail("copy_box: not a tensor map");
@@ -341,6 +358,7 @@ void copy_box(uint32_t to, const CUtensorMap* map, int x, int y, int z, uint32_t
     demand_fenced_stores("copy_box", to, bytes);
     const std::vector<unsigned char> nothing(bytes, 0xff);
     write_async(to, nothing.data(), bytes);
+    if (counting()) count_box(encoded.tensor, x, y, z);
     later([=] {
         const rk::cuda::TensorMap3d& tensor = encoded.tensor;
         uint32_t offset = to;

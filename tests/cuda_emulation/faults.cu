@@ -187,6 +187,15 @@ void run_hopper(float* out) {
            HopperProblem{encode(map), out});
 }
 
+// Lanes of a warp read words that lie Stride apart: of one bank, where Stride is a power of two.
+template <int Stride>
+__global__ void strided(float* out) {
+    float* const words = reinterpret_cast<float*>(shared_memory());
+    words[threadIdx.x] = static_cast<float>(threadIdx.x);
+    __syncthreads();
+    out[threadIdx.x] = words[threadIdx.x % 32 * Stride];
+}
+
 template <void (*kernel)(float*)>
 void run_plain(float* out) {
     launch(kernel, {dim3(1), dim3(kThreads), kThreads * sizeof(float), nullptr}, out);
@@ -210,6 +219,8 @@ extern "C" __attribute__((visibility("default"))) void rk_fault(const char* name
         {"unwaited copy", run_plain<unwaited_copy>},
         {"waited copy", run_plain<waited_copy>},
         {"block sum", run_plain<block_sum>},
+        {"stride 2", run_plain<strided<2>>},
+        {"stride 3", run_plain<strided<3>>},
         {"hopper", run_hopper<Mistake::none>},
         {"wait two ahead", run_hopper<Mistake::wait_two_ahead>},
         {"wait one behind", run_hopper<Mistake::wait_one_behind>},

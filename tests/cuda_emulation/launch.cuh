@@ -35,7 +35,7 @@ void launch(void (*kernel)(Parameters...), const Launch& how,
     // CUDA C++ Programming Guide, "Function Parameters": more needs newer drivers than we ask for.
     static_assert((sizeof(Parameters) + ... + 0) <= 4096, "parameter space");
     if (how.grid.x == 0 || how.grid.y == 0 || how.grid.z == 0) return;
-    ::emulation::run(how.grid, how.block, how.shared_bytes, [&] {
+    ::emulation::run(how.grid, how.block, how.shared_bytes, reinterpret_cast<const void*>(kernel), [&] {
         void (*volatile calls[])(Parameters...) = {note_parameters<Parameters...>, kernel};
 #pragma GCC unroll 1
         for (int i = 0; i < 2; ++i) calls[i](arguments...);

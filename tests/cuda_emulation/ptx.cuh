@@ -9,6 +9,7 @@ inline uint4 load_streaming(const void* global) {
 }
 
 inline float exp2(float x) {
+    ::emulation::count(::emulation::Count::exponentials);
     const float y = std::exp2(x);
     return std::fpclassify(y) == FP_SUBNORMAL ? 0.0f : y;
 }
@@ -19,12 +20,7 @@ template <int Bytes>
 inline void copy_async(void* shared, const void* global, bool valid) {
     if (reinterpret_cast<uintptr_t>(shared) % Bytes != 0 || reinterpret_cast<uintptr_t>(global) % Bytes != 0)
         ::emulation::fail("cp.async of %d bytes, from %p to %p: not aligned", Bytes, global, shared);
-    ::emulation::defer([=] {
-        if (valid)
-            std::memcpy(shared, global, Bytes);
-        else
-            std::memset(shared, 0, Bytes);
-    });
+    ::emulation::copy_async(shared, global, Bytes, valid);
 }
 inline void copy_async_16(void* shared, const void* global, bool valid) {
     copy_async<16>(shared, global, valid);
@@ -47,7 +43,8 @@ inline void load_matrices_as(uint32_t (&to)[4], const void* shared_row) {
         ::emulation::fail("ldmatrix from %p: not a multiple of 16", shared_row);
     ::emulation::warp_collective(
         Transposed ? "ldmatrix.trans" : "ldmatrix", 0xffffffffu, &shared_row, to,
-        [](const void* const in[32], void* const out[32], uint32_t) {
+        [](const void* const in[32], void* const out[32], uint32_t) RK_UNSEEN {
+            ::emulation::count_matrices(in);
             for (int matrix = 0; matrix < 4; ++matrix) {
                 uint16_t rows[8][8];
                 for (int row = 0; row < 8; ++row)
@@ -86,7 +83,8 @@ inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uin
     };
     const Lane mine{{a[0], a[1], a[2], a[3]}, {b0, b1}, {d[0], d[1], d[2], d[3]}};
     ::emulation::warp_collective(
-        "mma", 0xffffffffu, &mine, d, [](const void* const in[32], void* const out[32], uint32_t) {
+        "mma", 0xffffffffu, &mine, d, [](const void* const in[32], void* const out[32], uint32_t) RK_UNSEEN {
+            ::emulation::count(::emulation::Count::tensor_flops, 2 * 16 * 8 * 16);
             const auto element = [](uint32_t pair, int i) {
                 return from_bits(static_cast<uint16_t>(pair >> 16 * i), T());
             };

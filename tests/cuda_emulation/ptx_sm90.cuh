@@ -70,9 +70,11 @@ inline void fence_mbarrier_init() {
 }
 inline void mbarrier_arrive(uint32_t barrier, int count = 1) {
     if (count < 1) ::emulation::fail("mbarrier_arrive: count %d", count);
+    ::emulation::count(::emulation::Count::mbarrier_arrivals);
     ::emulation::change_mbarrier(barrier, count, 0);
 }
 inline void mbarrier_arrive_expect_bytes(uint32_t barrier, int bytes) {
+    ::emulation::count(::emulation::Count::mbarrier_arrivals);
     ::emulation::change_mbarrier(barrier, 0, bytes);  // expect-tx comes before the arrival
     ::emulation::change_mbarrier(barrier, 1, 0);
 }

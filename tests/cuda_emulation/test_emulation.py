@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from . import build
+from . import build, count
 
 THREADS = 96
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=f"the CUDA emulation: {build.missing()}")
@@ -24,7 +24,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def faults(folder: Path) -> ctypes.CDLL:
-    return ctypes.CDLL(str(build.library(folder / "plain", sources=build.FAULTS, sanitize=False)))
+    """Built so that it can count: kernels run as ever until it does."""
+    return ctypes.CDLL(str(build.library(folder / "counted", sources=build.FAULTS, sanitize=False, count=True)))
 
 
 def run(library: ctypes.CDLL, kernel: str, seed: int = 1) -> tuple[list[float], str]:
@@ -97,6 +98,37 @@ def test_the_sanitizer_sees_an_access_out_of_bounds(folder: Path, kernel: str) -
     assert f"{kernel} ran" not in done.stdout
     assert "AddressSanitizer" in done.stderr
     assert done.returncode != 0
+
+
+def counts(library: ctypes.CDLL, kernel: str, seed: int) -> dict[str, int]:
+    library.rk_emulation_set_counting(1)
+    assert run(library, kernel, seed)[1] == ""
+    numbers = (ctypes.c_int64 * (1 + len(count.COUNTS)))()
+    library.rk_emulation_take_counts.restype = ctypes.c_int64
+    assert library.rk_emulation_take_counts(numbers, ctypes.c_int64(1)) == 1
+    library.rk_emulation_set_counting(0)
+    return dict(zip(count.COUNTS, numbers[1:], strict=True))
+
+
+@pytest.mark.parametrize(("kernel", "wavefronts"), [("neighbour", 1), ("stride 2", 2), ("stride 3", 1)])
+def test_what_a_kernel_does_is_counted(faults: ctypes.CDLL, kernel: str, wavefronts: int) -> None:
+    """Three warps: each stores its words to shared memory, meets the others, loads and stores to global memory."""
+    for seed in range(3):  # in whatever order the threads run
+        found = counts(faults, kernel, seed)
+        assert (found["load_requests"], found["store_requests"]) == (0, 3)
+        assert 12 <= found["distinct_store_sectors"] <= 13, "384 bytes, which may begin within a sector"
+        assert found["shared_requests"] == 6
+        assert found["shared_wavefronts"] == 3 + 3 * wavefronts
+        assert found["shared_conflicts"] == 3 * (wavefronts - 1)
+        assert found["barrier_arrivals"] == THREADS
+
+
+def test_what_hopper_does_is_counted(faults: ctypes.CDLL) -> None:
+    faults.rk_emulation_set_device(90, 4)
+    found = counts(faults, "hopper", 1)
+    assert found["tensor_flops"] > 0
+    assert found["bulk_wavefronts"] > 0
+    assert found["mbarrier_waits"] > 0
 
 
 def test_a_dry_run_records_and_runs_nothing(faults: ctypes.CDLL) -> None:

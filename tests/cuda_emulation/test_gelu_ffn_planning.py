@@ -50,10 +50,13 @@ int main() {
         EXPECT(path(allowed, 90, Dtype::bfloat16, 64, 768, 8) == allowed);
         EXPECT(path(allowed, 90, Dtype::bfloat16, 64, 768, 3072, false) == V::portable);
     }
-    // Large tiles as soon as every multiprocessor has one.
+    // The tile whose largest share of a multiprocessor is less work.
     EXPECT(fused_forward_tile(64, 3072, 132) == FusedTile::small);
-    EXPECT(fused_forward_tile(5 * 128, 3072, 132) == FusedTile::small);
-    EXPECT(fused_forward_tile(5 * 128 + 1, 3072, 132) == FusedTile::large);
+    EXPECT(fused_forward_tile(100, 3072, 132) == FusedTile::small);
+    EXPECT(fused_forward_tile(5 * 128, 3072, 132) == FusedTile::large);      // 120 tiles, or 240 halves
+    EXPECT(fused_forward_tile(5 * 128 + 1, 3072, 132) == FusedTile::small);  // 144, or 264: two halves each
+    EXPECT(fused_forward_tile(1024, 3072, 132) == FusedTile::small);         // 192, two each, or 384, three
+    EXPECT(fused_forward_tile(4096, 3072, 132) == FusedTile::large);
     EXPECT(fused_forward_tile(65536, 4096, 132) == FusedTile::large);
     EXPECT(fused_forward_tile(2147483519, 8, 132) == FusedTile::large);
     // Partial sums: a row for each row of tiles, or one for each of its four warps.

@@ -63,6 +63,8 @@ CASES = [
     Case("0x32-dropout", 0, 32, type_ids=False, dropout_p=0.5),
     Case("one-word", 33, 48, repeat=True),
     Case("one-word-257", 257, 32, repeat=True, type_ids=False, grad="expanded"),
+    Case("one-word-700", 700, 16, repeat=True),  # a run of more pieces than warps that join them
+    Case("66000-words", 33, 16, vocabulary=66000),  # of which 16 bits cannot number the rows
     Case("one-row-tables", 20, 48, vocabulary=1, positions=1, types=1),
     Case("all-padding", 12, 32, vocabulary=1, positions=1, types=1, padding=(0, 0)),
     Case("dropout-0.1", 97, 48, dropout_p=0.1, padding=(1, 1), layout="columns"),

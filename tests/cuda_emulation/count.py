@@ -1,0 +1,322 @@
+"""Lower bounds of the CUDA kernels' time on a Hopper GPU, counted without one.
+
+    python tests/cuda_emulation/count.py [--only TEXT] [--json FILE]
+
+The emulation counts what each kernel asks of memory, shared memory, the exponential units and the tensor cores; the
+machine code tells how many instructions go with that (tests/cuda/loops.py). Each unit's rate is published; the kernel
+cannot end before the busiest of its units. *These are counts, not measurements*: nothing is said of latency, of what
+does not overlap, or of multiprocessors with less work than others.
+
+Memory is that of a cold L2: what a kernel touches comes and goes once, whatever the kernel before has left there.
+
+Attention is counted for two heads of one sequence and taken as often as the case has such pairs; the elementwise
+kernels of gelu_ffn for 128 tokens, likewise. What each does is independent of the others, so that is exact, but for
+what two blocks load twice at a border (sm90) and for lengths, weights and column sums, of a few KB. The rest is counted
+in full.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path[:0] = [str(HERE), str(ROOT / "tests/cuda"), str(ROOT)]
+
+import loops  # noqa: E402
+import ptxas  # noqa: E402
+
+import build  # noqa: E402
+
+# NVIDIA H100 Tensor Core GPU Architecture (whitepaper), H100 SXM5: 132 multiprocessors; 989.4 TFLOP/s of bfloat16
+# without sparsity; 66.9 TFLOP/s of float32, which are 128 multiply-adds a clock and multiprocessor at 1.98 GHz: the
+# highest clock. Memory: the data sheets of H100 SXM (3.35 TB/s) and H200 (4.8 TB/s). By multiprocessor and clock (CUDA
+# C++ Programming Guide, compute capability 9.0): 4 instructions of warps, 16 results of special functions, 128 bytes of
+# shared memory.
+MULTIPROCESSORS, CLOCK, TENSOR = 132, 1.98e9, 989.4e12
+MEMORY = {"H100": 3.35e12, "H200": 4.8e12}
+SECTOR = 32
+
+COUNTS = (  # as in emulation.h
+    *("load_requests", "vector_load_requests", "load_sectors", "distinct_load_sectors"),
+    *("store_requests", "store_sectors", "distinct_store_sectors"),
+    *("shared_requests", "shared_wavefronts", "shared_conflicts", "bulk_wavefronts"),
+    *("barrier_arrivals", "mbarrier_arrivals", "mbarrier_waits", "exponentials", "tensor_flops", "shuffles"),
+)
+
+# Kernel -> (source, opcode of its anchor, what of the counts is that anchor, in warps).
+EXPONENTIAL, VECTOR = (r"MUFU\.EX2", "exponentials"), (r"LDG\.E\..*128.*", "vector_load_requests")
+ANCHORS = {
+    "attention_forward_kernel": ("attention_forward.cu", *EXPONENTIAL),
+    "attention_backward_kernel": ("attention_backward.cu", *EXPONENTIAL),
+    "attention_sm90_forward_kernel": ("attention_sm90.cu", *EXPONENTIAL),
+    "attention_sm90_grad_query_kernel": ("attention_backward_sm90.cu", *EXPONENTIAL),
+    "attention_sm90_grad_key_kernel": ("attention_backward_sm90.cu", *EXPONENTIAL),
+    "layer_norm_forward_kernel": ("{op}.cu", *VECTOR),
+    "layer_norm_backward_kernel": ("{op}.cu", *VECTOR),
+    "gelu_forward_kernel": ("gelu_ffn_elementwise.cu", *VECTOR),
+    "gelu_backward_kernel": ("gelu_ffn_elementwise.cu", *VECTOR),
+}
+
+
+@dataclass
+class Kernel:
+    """One launch, or as many as the case takes of it. us: of each unit, by what it cannot do without."""
+
+    name: str
+    counts: dict[str, int]
+    instructions: int | None  # of warps; None: not known
+    us: dict[str, float] = field(default_factory=dict)
+
+    def bound(self, gpu: str) -> tuple[str, float]:
+        """(the unit that binds, its microseconds)."""
+        here = {unit: us for unit, us in self.us.items() if not unit.startswith("memory ") or unit.endswith(gpu)}
+        return max(here.items(), key=lambda item: item[1])
+
+
+@dataclass
+class Case:
+    """An op at a shape. times: how often the work that `run` has done fits in it."""
+
+    name: str
+    op: str
+    times: int
+    run: Callable[[], None]
+    multiprocessors: int = MULTIPROCESSORS
+
+
+def units(counts: dict[str, int], instructions: int | None) -> dict[str, float]:
+    """Microseconds that each unit of the whole GPU is busy at least."""
+    clocks = MULTIPROCESSORS * CLOCK / 1e6  # of all multiprocessors, in a microsecond
+    sectors = counts["distinct_load_sectors"] + counts["distinct_store_sectors"]
+    us = {f"memory {gpu}": sectors * SECTOR / rate * 1e6 for gpu, rate in MEMORY.items()}
+    us["shared memory"] = (counts["shared_wavefronts"] + counts["bulk_wavefronts"]) / clocks
+    us["exponentials"] = counts["exponentials"] / 16 / clocks
+    us["tensor cores"] = counts["tensor_flops"] / TENSOR * 1e6
+    if instructions is not None:
+        us["issue"] = instructions / 4 / clocks
+    return us
+
+
+# ------------------------------------------------------------------------------------------ machine code
+
+
+@cache
+def _functions(binary: Path) -> dict[str, dict[int, str]]:
+    found = loops.functions(ptxas.disassemble(binary, "sm_90a"))
+    return {_same_in_both(symbol): code for symbol, code in found.items()}
+
+
+def _same_in_both(symbol: str) -> str:
+    """nvcc gives an anonymous namespace a name of its own in each file."""
+    while match := re.search(r"(\d+)(_GLOBAL__N__)", symbol):
+        end = match.end(1) + int(match[1])
+        symbol = f"{symbol[: match.start()]}12_GLOBAL__N_1{symbol[end:]}"
+    return symbol
+
+
+@cache
+def machine_code() -> dict[str, Path]:
+    """Source -> object for sm_90a; nothing where they cannot be compiled or read here."""
+    if ptxas.disassembler() is None:
+        return {}
+    cuda_build = ptxas.load_cuda_build()
+    if cuda_build.missing():
+        return {}
+    listed = cuda_build.parse_architectures("9.0a")
+    names = {
+        source.format(op=op) for source, *_ in ANCHORS.values() for op in ("add_layer_norm", "embedding_layer_norm")
+    }
+    sources = [ROOT / "csrc/cuda" / name for name in sorted(names)]
+    return dict(cuda_build.compile_kernels(listed, cuda_build.BUILD.with_name("cuda-counted"), sources))
+
+
+def instructions_of(symbol: str, op: str, counts: dict[str, int]) -> int | None:
+    """Instructions of warps in the loop that a kernel spends its time in; None: the kernel is not in ANCHORS."""
+    known = next((value for name, value in ANCHORS.items() if re.search(rf"\d{name}I", symbol)), None)
+    if known is None:
+        return None
+    source, anchor, count = known
+    binary = machine_code().get(source.format(op=op))
+    if binary is None:
+        return None
+    turn = loops.turn(_functions(binary)[symbol], anchor)
+    warps = counts[count] / (32 if count == "exponentials" else 1)
+    return round(warps / turn.anchors * turn.instructions)
+
+
+# ------------------------------------------------------------------------------------------ the emulation
+
+
+class Emulation:
+    """The counting library, which must be the process's cuda backend."""
+
+    def __init__(self, built: Path) -> None:
+        self.library = ctypes.CDLL(str(built))
+        self.library.rk_emulation_take_counts.restype = ctypes.c_int64
+        listed = subprocess.run(["nm", str(built)], capture_output=True, text=True, check=True).stdout
+        found = re.findall(r"^([0-9a-f]+) \w (\S+)$", listed, re.MULTILINE)
+        self.symbols = {int(address, 16): symbol for address, symbol in found}
+
+    def count(self, case: Case) -> Iterator[tuple[str, dict[str, int]]]:
+        """(symbol, counts) of each launch."""
+        self.library.rk_emulation_set_device(90, case.multiprocessors)
+        self.library.rk_emulation_set_counting(1)
+        case.run()
+        width, room = 1 + len(COUNTS), 64
+        numbers = (ctypes.c_int64 * (width * room))()
+        launches = self.library.rk_emulation_take_counts(numbers, ctypes.c_int64(room))
+        assert launches <= room
+        self.library.rk_emulation_set_counting(0)
+        for i in range(launches):
+            code, *values = numbers[i * width : (i + 1) * width]
+            yield self.symbols[code], dict(zip(COUNTS, (value * case.times for value in values), strict=True))
+
+
+def short(symbol: str) -> str:
+    match = re.search(r"\d(\w+?_kernel)I?", symbol)
+    return re.sub(r"^.*\d(?=[a-z])", "", match[1]) if match else symbol
+
+
+def kernels_of(emulation: Emulation, case: Case) -> list[Kernel]:
+    found = []
+    for symbol, counts in emulation.count(case):
+        instructions = instructions_of(symbol, case.op, counts)
+        found.append(Kernel(short(symbol), counts, instructions, units(counts, instructions)))
+    return found
+
+
+# ------------------------------------------------------------------------------------------ cases
+
+
+def cases() -> list[Case]:
+    import torch
+    from torch import Tensor
+
+    ops = torch.ops.roberta_kernels_cuda
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).bfloat16()
+
+    def attention(name: str, variant: str, batch: int, heads: int, length: int) -> Iterator[Case]:
+        ends = torch.tensor([0, length], dtype=torch.int32)
+        q, k, v = draw(length, 3, 2, 64).unbind(1)
+        common = (ends, ends, length, length, 0.125, False, None, 0.0, None)
+        kept: list[Tensor] = []
+
+        def forward() -> None:
+            ops.set_variant("attention", variant)
+            kept[:] = ops.attention_forward(q, k, v, *common)
+
+        def backward() -> None:
+            if not kept:
+                forward()
+                emulated.library.rk_emulation_set_counting(1)
+            ops.attention_backward(draw(length, 2, 64), q, k, v, *kept, *common)
+
+        for direction, run in (("forward", forward), ("backward", backward)):
+            yield Case(f"attention {variant} {name} {direction}", "attention", batch * heads // 2, run, 1)
+
+    def add_layer_norm(name: str, rows: int, width: int) -> Iterator[Case]:
+        x, residual, grad = (draw(rows, width) for _ in range(3))
+        weight, bias, x_bias = (draw(width) for _ in range(3))
+        mean, rstd = torch.zeros(rows), torch.ones(rows)
+        forward = (x, residual, weight, bias, 1e-5, x_bias, 0.0, None)
+        backward = (grad, x, residual, weight, x_bias, mean, rstd, 0.0, None)
+        yield Case(f"add_layer_norm {name} forward", "add_layer_norm", 1, lambda: ops.add_layer_norm_forward(*forward))
+        yield Case(
+            f"add_layer_norm {name} backward", "add_layer_norm", 1, lambda: ops.add_layer_norm_backward(*backward)
+        )
+
+    def embedding_layer_norm(name: str, rows: int, width: int, types: int) -> Iterator[Case]:
+        words, positions = 50265, 514
+        ids = torch.randint(5, words, (rows,), generator=generator), torch.arange(rows) % 128 + 2
+        ids += (torch.zeros(rows, dtype=torch.int64),)
+        tables = draw(words, width), draw(positions, width), draw(types, width)
+        weight, bias, grad = draw(width), draw(width), draw(rows, width)
+        forward = (*ids, *tables, weight, bias, 1e-5, 1, 1, 0.0, None)
+        backward = (grad, *ids, *tables, weight, torch.zeros(rows), torch.ones(rows), 1, 1, 0.0, None)
+        op = "embedding_layer_norm"
+        yield Case(f"{op} {name} forward", op, 1, lambda: ops.embedding_layer_norm_forward(*forward))
+        yield Case(f"{op} {name} backward", op, 1, lambda: ops.embedding_layer_norm_backward(*backward))
+
+    def gelu_ffn(name: str, tokens: int, width: int) -> Iterator[Case]:
+        x, grad, pre = draw(128, width), draw(128, width), draw(128, 4 * width)
+        w_in, w_out = draw(4 * width, width), draw(width, 4 * width)
+        b_in, b_out = draw(4 * width), draw(width)
+        for tanh in (False, True):
+            form = "tanh" if tanh else "erf"
+            forward = (x, w_in, b_in, w_out, b_out, tanh, False)
+            backward = (grad, x, w_in, w_out, pre, tanh)
+            where = f"gelu_ffn portable {form} {name}"
+            yield Case(f"{where} forward", "gelu_ffn", tokens // 128, lambda f=forward: ops.gelu_ffn_forward(*f))
+            yield Case(f"{where} backward", "gelu_ffn", tokens // 128, lambda b=backward: ops.gelu_ffn_backward(*b))
+
+    emulated = Emulation(Path(os.environ["ROBERTA_KERNELS_CUDA_EMULATION"]))
+    found: list[Case] = []
+    for model, heads, width in (("base", 12, 768), ("large", 16, 1024)):
+        for length in (128, 512):
+            for variant in ("portable", "sm90"):
+                found += attention(f"32x{length} {model}", variant, 32, heads, length)
+        found += add_layer_norm(f"32x128 {model}", 4096, width)
+        found += embedding_layer_norm(f"32x128 {model}", 4096, width, 1)
+        found += embedding_layer_norm(f"32x128 {model}, two types", 4096, width, 2)
+        found += gelu_ffn(f"32x128 {model}", 4096, width)
+    return found
+
+
+def table(results: dict[str, list[Kernel]]) -> str:
+    lines = []
+    for name, kernels in results.items():
+        total = {gpu: sum(kernel.bound(gpu)[1] for kernel in kernels) for gpu in MEMORY}
+        lines.append(f"{name}: at least {total['H100']:.2f} us on an H100, {total['H200']:.2f} on an H200")
+        for k in kernels:
+            asked = (k.counts["load_sectors"] + k.counts["store_sectors"]) * SECTOR / 1e6
+            moved = (k.counts["distinct_load_sectors"] + k.counts["distinct_store_sectors"]) * SECTOR / 1e6
+            wavefronts = k.counts["shared_wavefronts"] + k.counts["bulk_wavefronts"]
+            conflicts = k.counts["shared_conflicts"] / max(1, k.counts["shared_wavefronts"])
+            lines.append(f"  {k.name}: binds {k.bound('H100')[0]} (H200: {k.bound('H200')[0]})")
+            lines.append("    us: " + ", ".join(f"{unit} {us:.2f}" for unit, us in k.us.items()))
+            lines.append(
+                f"    {moved:.2f} MB of memory, {asked:.2f} MB asked of L2; {wavefronts} wavefronts of shared memory, "
+                f"{conflicts:.0%} of them conflicts; {k.counts['barrier_arrivals'] // 32} waits of warps at barriers, "
+                f"{k.counts['mbarrier_waits']} of threads at mbarriers"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="cases whose name has this text")
+    parser.add_argument("--json", type=Path, help="write the counts there, too")
+    options = parser.parse_args()
+    built = build.library(ROOT / "build/cuda_emulation/counted", sanitize=False, count=True)
+    os.environ["ROBERTA_KERNELS_CUDA_EMULATION"] = str(built)
+    import torch
+
+    torch.ops.load_library(str(built))
+    emulation, results = Emulation(built), {}
+    for case in cases():
+        if options.only in case.name:
+            results[case.name] = kernels_of(emulation, case)
+            print(table({case.name: results[case.name]}), flush=True)
+    if not machine_code():
+        print("(no issue slots: they need nvcc, cuobjdump and nvdisasm)")
+    if options.json:
+        found = {name: [asdict(k) for k in kernels] for name, kernels in results.items()}
+        options.json.write_text(json.dumps({"counted": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,2 @@
+// Nothing: what it is about is not used, and needs nvcc.
+#pragma once

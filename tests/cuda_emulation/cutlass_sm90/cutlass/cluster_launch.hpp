@@ -1,0 +1,2 @@
+// Nothing: no kernel of CUTLASS's is launched here.
+#pragma once
