@@ -2,7 +2,7 @@
 costs next to nothing: `import transformers` imports no torch until a program needs it, and neither does this package.
 
 torch learns of the ops when it is imported, so that a saved graph that holds them can be loaded; transformers of the
-attention, when it imports the module that holds its own.
+attention, when it imports the modules that hold its own.
 """
 
 from __future__ import annotations
@@ -27,12 +27,21 @@ def _register_ops() -> None:
         importlib.import_module("roberta_kernels.ops")
 
 
+_OF_ATTENTION = ("transformers.modeling_utils", "transformers.masking_utils")
+
+
 def _register_attention() -> None:
-    importlib.import_module("roberta_kernels.hf.attention_interface").register()
+    # Either may be what imports the other, half way through its own import: then the end of that is soon enough.
+    if not any(_half_way(name) for name in _OF_ATTENTION):
+        importlib.import_module("roberta_kernels.hf.attention_interface")  # which registers itself
 
 
-# What is done when a module is there. AttentionInterface is in the second one.
-WHEN = {"torch": _register_ops, "transformers.modeling_utils": _register_attention}
+def _half_way(name: str) -> bool:
+    return bool(getattr(getattr(sys.modules.get(name), "__spec__", None), "_initializing", False))
+
+
+# What is done when a module is there.
+WHEN = {"torch": _register_ops} | dict.fromkeys(_OF_ATTENTION, _register_attention)
 
 
 def register() -> None:
@@ -46,22 +55,26 @@ def register() -> None:
 
 
 class _Watch(MetaPathFinder):
-    """Stands in sys.meta_path until a module is imported, which the finders after it find."""
+    """Stands in sys.meta_path until a module is imported, which the other finders find. Who only looks whether it could be
+    imported (importlib.util.find_spec) changes nothing."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        if name != self.name or self not in sys.meta_path:
+        if name != self.name:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        others = (finder for finder in list(sys.meta_path) if not isinstance(finder, _Watch))
+        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
 
         def execute_and_register(module: Any) -> None:
             execute(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+            spec._initializing = False  # type: ignore[attr-defined]  # it is all there
             WHEN[name]()
 
         spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]

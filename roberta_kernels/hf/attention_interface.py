@@ -207,3 +207,6 @@ def _original(
     return sdpa_attention_forward(
         module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=False, **kwargs
     )
+
+
+register()

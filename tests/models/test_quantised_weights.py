@@ -157,7 +157,7 @@ WAYS = {
     "training mode": lambda model, inputs: hidden(model.train(), inputs),
     "the original attention runs": lambda model, inputs: hidden(model, inputs | {"output_attentions": True}),
     "autocast": lambda model, inputs: hidden(model, inputs),
-    "another backend": lambda model, inputs: hidden(model, inputs),
+    "a backend other than the compiled kernels": lambda model, inputs: hidden(model, inputs),
 }
 
 
@@ -171,7 +171,7 @@ def test_float32_weights_are_reported(why):
     call = WAYS[why]
     with log() as messages:
         for _ in range(2):
-            backend = rk.backend("reference" if why == "another backend" else "auto")
+            backend = rk.backend("reference" if why == "a backend other than the compiled kernels" else "auto")
             with backend, torch.autocast("cpu", enabled=why == "autocast"):
                 got = call(ours, batches[0])
     assert len([message for message in messages if "float32 weights" in message]) == 1, "said once"
@@ -255,7 +255,7 @@ def test_bad_options(options, error):
 
 def test_without_compiled_kernels(monkeypatch):
     for holder in (encoder_call, encoder_layers):
-        monkeypatch.setattr(holder, "unavailable", lambda: "not compiled")
+        monkeypatch.setattr(holder, "unavailable", lambda *_: "not compiled")
     model = build(case_of())
     with pytest.raises(rk.BackendError, match="needs the compiled CPU kernels: not compiled"):
         rk.patch(model, quantization="int8")

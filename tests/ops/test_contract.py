@@ -231,11 +231,11 @@ REFUSED = [
     Refused("linear_cross_entropy", "reduction", given(reduction="max"), ValueError, "reduction"),
     # linear_log1p_max: 9 rows of 24 in sequences of 3, 0 and 6, 37 words
     *bad_tensors("linear_log1p_max", "x weight bias", "x"),
-    Refused("linear_log1p_max", "integers", as_dtype("x", "weight", "bias", dtype=torch.int32), TypeError, "x is"),
+    Refused("linear_log1p_max", "integers", as_dtype("x", "weight", "bias", dtype=torch.int32), TypeError, "x must be"),
     Refused("linear_log1p_max", "no-words", changed("weight", lambda t: t[:0]), ValueError, "weight"),
     Refused("linear_log1p_max", "cu_seqlens-int64", given(cu_seqlens=ends(0, 9, dtype=torch.int64)), TypeError, "cu_"),
-    Refused("linear_log1p_max", "cu_seqlens-start", given(cu_seqlens=ends(1, 9)), ValueError, "cu_seqlens starts"),
-    Refused("linear_log1p_max", "cu_seqlens-end", given(cu_seqlens=ends(0, 8)), ValueError, "cu_seqlens ends"),
+    Refused("linear_log1p_max", "cu_seqlens-start", given(cu_seqlens=ends(1, 9)), ValueError, "cu_seqlens must start"),
+    Refused("linear_log1p_max", "cu_seqlens-end", given(cu_seqlens=ends(0, 8)), ValueError, "cu_seqlens must end"),
     Refused("linear_log1p_max", "cu_seqlens-falls", given(cu_seqlens=ends(0, 5, 4, 9)), ValueError, "cu_seqlens falls"),
 ]
 

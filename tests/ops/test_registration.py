@@ -257,7 +257,8 @@ class Block(torch.nn.Module):
         loss = ops.linear_cross_entropy(
             normed, self.linear_cross_entropy_weight, input_ids, ignore_index=3, reduction="none"
         )
-        return torch.cat([out, loss[:, None]], -1)
+        largest = ops.linear_log1p_max(normed, self.linear_log1p_max_weight, cu_seqlens)
+        return torch.cat([out, loss[:, None] + largest.sum()], -1)
 
 
 @on_each_namespace
