@@ -47,7 +47,7 @@ REQUIREMENTS := import sys; from importlib.metadata import requires; from packag
 	print(*(f"{one.name}{one.specifier}" for one in wanted))
 
 $(VENV)/.tools: $(VENV)/.built $(VENV)/.cutlass
-	$(PIP_INSTALL) $$($(BIN)/python -c '$(REQUIREMENTS)' dev bench test pretrained)
+	$(PIP_INSTALL) $$($(BIN)/python -I -c '$(REQUIREMENTS)' dev bench test pretrained)
 	touch $@
 
 # Of CUTLASS the headers alone, in a folder of their own: its package depends on much that no header needs, and pip would
@@ -188,7 +188,7 @@ bench: setup  ## kernel benchmarks: JSON, a table and plots in benchmarks/result
 
 # No part of what .venv holds for the tests: 300 MB.
 $(VENV)/.peers: $(VENV)/.tools
-	$(PIP_INSTALL) $$($(BIN)/python -c '$(REQUIREMENTS)' bench-models)
+	$(PIP_INSTALL) $$($(BIN)/python -I -c '$(REQUIREMENTS)' bench-models)
 	touch $@
 
 MODELS_ARGS ?=
