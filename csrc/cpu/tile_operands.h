@@ -337,7 +337,8 @@ struct TokenTiles {
 // Room for them in the calling thread's memory; valid until the next call for the same use.
 template <int kParts>
 inline TokenTiles<kParts> token_tiles(Use use, int64_t tokens, int64_t k_size) {
-    const int row_bytes = tokens <= 4 ? 16 : tokens <= 8 ? 32 : kTileRowBytes;
+    // Rows closer than lines of the cache are loaded in two halves: with one part that costs more than it saves.
+    const int row_bytes = kParts == 1 || tokens > 8 ? kTileRowBytes : tokens > 4 ? 32 : 16;
     const TileLayout<kParts> layout(k_size, tokens > kTileSide ? kPairBytes : kTileSide * row_bytes);
     const int64_t panels = ceil_div(tokens, kGroup32);
     Scratch& memory = thread_scratch(use);
