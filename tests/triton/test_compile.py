@@ -323,7 +323,8 @@ def test_blocks_fit_shared_memory(compiled: dict[int, list[dict[str, Any]]], arc
 def test_tiles_are_copied_16_bytes_at_a_time(compiled: dict[int, list[dict[str, Any]]], architecture: int) -> None:
     """Also where q, k and v are views of one projection, with strides that no compilation is keyed on."""
     for k in compiled[architecture]:
-        if "fp32" in k["case"] or re.search("delta|partials|pieces", k["kernel"]):
+        # linear_log1p_max's backward writes one number somewhere for each that it reads.
+        if "fp32" in k["case"] or re.search("delta|partials|pieces|log1p_max_backward", k["kernel"]):
             continue
         if re.match("attention|gelu_ffn", k["kernel"]) and "grad_bias" not in k["kernel"]:  # which is not pipelined
             assert k["asynchronous_16_byte_copies"] > 0, k
