@@ -55,8 +55,8 @@ def register() -> None:
 
 
 class _Watch(MetaPathFinder):
-    """Stands in sys.meta_path until a module is imported, which the other finders find. Who only looks whether it could be
-    imported (importlib.util.find_spec) changes nothing."""
+    """Stands in sys.meta_path until a module is imported, which the other finders find. Who only looks whether it could
+    be imported (importlib.util.find_spec) changes nothing."""
 
     def __init__(self, name: str) -> None:
         self.name = name

@@ -58,3 +58,19 @@ def test_a_saved_graph_finds_the_ops():
 @pytest.mark.parametrize("name", ["backends", "hf.fast_class"])
 def test_any_part_can_be_imported_first(name):
     in_a_new_process(f"import roberta_kernels.{name}\nimport roberta_kernels as rk\nrk.patch, rk.ops.attention")
+
+
+@pytest.mark.parametrize("looks", [False, True])
+@pytest.mark.parametrize("first", ["transformers.masking_utils", "transformers.integrations.sdpa_attention"])
+def test_the_attention_is_there_after_any_import_and_after_a_look(first, looks):
+    look = (
+        "import importlib.util, transformers\nimportlib.util.find_spec('transformers.modeling_utils')\n"
+        if looks
+        else ""
+    )
+    in_a_new_process(f"import roberta_kernels\n{look}import {first}\n{ATTENTION}")
+
+
+def test_the_ops_are_there_after_a_look():
+    look = "import roberta_kernels, importlib.util\nimportlib.util.find_spec('torch')\n"
+    in_a_new_process(f"{look}import torch\ntorch.ops.roberta_kernels_reference.gelu_ffn_forward.default")
