@@ -385,7 +385,7 @@ def test_layer_by_layer(recorder, monkeypatch):
     """As Triton's kernels run, which are launched from Python: what is replayed holds none of it."""
     monkeypatch.setattr(encoder_layers, "op_backend", lambda *given: (None, "not here"))
     # Of a GPU's tensors nothing is read; these lie on the host, where rows beyond the sequences are refused.
-    monkeypatch.setattr(sys.modules["roberta_kernels.ops.attention"], "_check_cu_seqlens", lambda *given: None)
+    monkeypatch.setattr(sys.modules["roberta_kernels.ops.attention"], "check_cu_seqlens", lambda *given: None)
     original, ours, batches = model_and_batches()
     run_twice(ours, batches)
     before = recorder.replayed
