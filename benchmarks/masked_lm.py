@@ -10,13 +10,13 @@ steps after the first. Contenders do not run in turns: on a busy machine only me
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from benchmarks import alone
 
 CONTENDERS = ("transformers", "patched", "patched, return_logits=False")
 # Of the checkpoints of these names; "tiny" is for the tests.
@@ -99,26 +99,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--adamw", action="store_true", help="an optimizer's step too")
     parser.add_argument("--bf16", action="store_true", help="under bfloat16 autocast")
-    parser.add_argument("--out", type=Path, help="results as JSON")
-    parser.add_argument("--contender", choices=CONTENDERS, help="this one alone, in this process; prints JSON")
-    given = vars(parser.parse_args(arguments))
-    out, contender = given.pop("out"), given["contender"]
-    if contender is not None:
-        print(json.dumps(measure(given)))
-        return 0
-    results = {}
-    for name in CONTENDERS:
-        command = [sys.executable, "-m", "benchmarks.masked_lm", *arguments, "--contender", name]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
-            print(f"{name} failed ({done.returncode}): {done.stderr[-2000:]}", file=sys.stderr)
-            return 1
-        results[name] = json.loads(done.stdout.splitlines()[-1])
-        print(f"{name}: {results[name]['peak_bytes'] / 1e9:.2f} GB", file=sys.stderr, flush=True)
-    if out is not None:
-        out.write_text(json.dumps({"order": given, "results": results}, indent=1) + "\n")
-    print(table(given, results))
-    return 0
+    return alone.run("benchmarks.masked_lm", parser, CONTENDERS, arguments, measure=measure, table=table)
 
 
 if __name__ == "__main__":

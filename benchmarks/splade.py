@@ -10,15 +10,14 @@ time the median of the calls after a first one. Contenders do not run in turns.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks import alone
 from benchmarks.masked_lm import SIZES, _status
 
 CHUNK = 16
@@ -97,25 +96,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--calls", type=int, default=3, help="after a first one, which is not timed")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--backward", action="store_true", help="the gradients of all parameters too")
-    parser.add_argument("--out", type=Path, help="results as JSON")
-    parser.add_argument("--contender", choices=CONTENDERS, help="this one alone, in this process; prints JSON")
-    given = vars(parser.parse_args(arguments))
-    out, contender = given.pop("out"), given["contender"]
-    if contender is not None:
-        print(json.dumps(measure(given)))
-        return 0
-    results = {}
-    for name in CONTENDERS:
-        command = [sys.executable, "-m", "benchmarks.splade", *arguments, "--contender", name]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
-            print(f"{name} failed ({done.returncode}): {done.stderr[-2000:]}", file=sys.stderr)
-            return 1
-        results[name] = json.loads(done.stdout.splitlines()[-1])
-    if out is not None:
-        out.write_text(json.dumps({"order": given, "results": results}, indent=1) + "\n")
-    print(table(given, results))
-    return 0
+    return alone.run("benchmarks.splade", parser, CONTENDERS, arguments, measure=measure, table=table)
 
 
 if __name__ == "__main__":

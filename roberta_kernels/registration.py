@@ -8,7 +8,6 @@ attention, when it imports the modules that hold its own.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
