@@ -28,7 +28,7 @@ from roberta_kernels.unpadding import equal_lengths
 # Measured on two cores with AMX, 8 sequences of 12 heads: 7 times as long with 32 keys, 3.6 times with 512.
 ONE_QUERY = "one query on a CPU, which torch's attention answers sooner"
 _state = PatchState()
-unavailable: str | None = "it was not registered"  # why no model can use it, or None
+unavailable: str | None = None  # why no model can use it, or None
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -38,17 +38,15 @@ except ImportError as error:  # a release that has them elsewhere; everything bu
     unavailable = f"this release of transformers is not as known: {error}"
 
 
-def register() -> None:
-    """Makes `attn_implementation="roberta_kernels"` known to transformers. Importing the package has done it. Where a
-    release does not allow it, `unavailable` says why.
+def _register() -> None:
+    """Makes `attn_implementation="roberta_kernels"` known to transformers. Where a release does not allow it,
+    `unavailable` says why.
     """
-    global unavailable
-    if unavailable is not None and unavailable.startswith("this release"):
+    if unavailable is not None:
         logger.info("roberta_kernels: no attn_implementation=%r: %s", ATTENTION, unavailable)
         return
     AttentionInterface.register(ATTENTION, attention_forward)
     AttentionMaskInterface.register(ATTENTION, attention_mask)
-    unavailable = None
 
 
 def fallbacks() -> dict[str, int]:
@@ -209,4 +207,4 @@ def _original(
     )
 
 
-register()
+_register()
