@@ -66,7 +66,7 @@ test: lint test-fast  ## the checks to wait for: linters, and tests of everythin
 test-full: test-matrices test-releases test-cuda-source test-wheel test-hub-kernel  ## what make test leaves out: matrices, compilers, emulations
 
 lint: setup  ## ruff, mypy, clang-format
-	$(BIN)/ruff check $(PYTHON_FILES)
+	$(BIN)/ruff check --no-cache $(PYTHON_FILES)
 	$(BIN)/ruff format --check $(PYTHON_FILES)
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)

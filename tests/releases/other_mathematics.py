@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from invented_release import BERT, OUTPUT, ROBERTA, Release, both, forward_of
 from overlay import Edit, chain, sub, within
-from release import BERT, OUTPUT, ROBERTA, Release, both, forward_of
 
 
 def _one_product_for_qkv(prefix: str) -> Edit:

@@ -6,8 +6,8 @@ from __future__ import annotations
 import re
 import textwrap
 
+from invented_release import BERT, LAST_PARAMETER, MASKS, OUTPUT, ROBERTA, Release, both, forward_of
 from overlay import Edit, chain, sub, within, word
-from release import BERT, LAST_PARAMETER, MASKS, OUTPUT, ROBERTA, Release, both, forward_of
 
 # --- arguments ------------------------------------------------------------------------------------------------------
 

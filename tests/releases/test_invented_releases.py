@@ -10,8 +10,8 @@ from typing import Any
 import overlay
 import pytest
 from forks import Forks
+from invented_release import Release
 from other_mathematics import OTHER_MATHEMATICS
-from release import Release
 from same_mathematics import SAME_MATHEMATICS
 
 import roberta_kernels
