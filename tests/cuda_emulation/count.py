@@ -33,10 +33,9 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(ROOT / "tests/cuda"), str(ROOT)]
 
+import build  # noqa: E402
 import loops  # noqa: E402
 import ptxas  # noqa: E402
-
-import build  # noqa: E402
 
 # NVIDIA H100 Tensor Core GPU Architecture (whitepaper), H100 SXM5: 132 multiprocessors; 989.4 TFLOP/s of bfloat16
 # without sparsity; 66.9 TFLOP/s of float32, which are 128 multiply-adds a clock and multiprocessor at 1.98 GHz: the
