@@ -120,12 +120,14 @@ RK_INLINE vf32 load(const bf16* p) {
     __builtin_memcpy(&half, p, sizeof half);
     return (vf32)(__builtin_convertvector(half, vu32) << 16);
 }
-// Round to nearest even; a NaN stays a NaN (made quiet, sign and payload's upper part kept).
-RK_INLINE vu16 to_bf16(vf32 x) {
+// Rounded to nearest even in the upper half of each word, what is left of it in the lower; a NaN stays a NaN (made quiet,
+// sign and payload's upper part kept).
+RK_INLINE vu32 rounded_bits(vf32 x) {
     const vu32 u = bits(x);
-    const vu32 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-    const vu32 nan = (u >> 16) | 0x40u;
-    return __builtin_convertvector((x != x) ? nan : rounded, vu16);
+    return (x != x) ? u | 0x400000u : u + 0x7fffu + ((u >> 16) & 1u);
+}
+RK_INLINE vu16 to_bf16(vf32 x) {
+    return __builtin_convertvector(rounded_bits(x) >> 16, vu16);
 }
 RK_INLINE void store(bf16* p, vf32 x) {
     const vu16 half = to_bf16(x);
@@ -133,7 +135,11 @@ RK_INLINE void store(bf16* p, vf32 x) {
 }
 // What store(p, x) followed by load(p) gives.
 RK_INLINE vf32 round_to_bf16(vf32 x) {
-    return (vf32)(__builtin_convertvector(to_bf16(x), vu32) << 16);
+    return (vf32)(rounded_bits(x) & 0xffff0000u);
+}
+// Two of them to a word, `even` in the lower half.
+RK_INLINE vu32 pair_of_bf16(vf32 even, vf32 odd) {
+    return (rounded_bits(even) >> 16) | (rounded_bits(odd) & 0xffff0000u);
 }
 
 RK_INLINE float load1(const float* p) {

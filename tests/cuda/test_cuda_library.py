@@ -243,7 +243,7 @@ def fake_model(mode: FakeTensorMode, monkeypatch: pytest.MonkeyPatch, dtype: tor
     """A patched model whose weights are fake tensors on a GPU."""
     with unset_fake_temporarily():
         model = transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**CONFIG)).to(dtype)
-    rk.patch(model, backend="cuda")
+        rk.patch(model, backend="cuda")  # which looks at what the modules compute, and needs numbers for it
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
