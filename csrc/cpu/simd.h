@@ -133,11 +133,7 @@ RK_INLINE void store(bf16* p, vf32 x) {
     const vu16 half = to_bf16(x);
     __builtin_memcpy(p, &half, sizeof half);
 }
-// What store(p, x) followed by load(p) gives.
-RK_INLINE vf32 round_to_bf16(vf32 x) {
-    return (vf32)(rounded_bits(x) & 0xffff0000u);
-}
-// Two of them to a word, `even` in the lower half.
+// Two numbers, each rounded to bfloat16, as a word, `even` in its lower half.
 RK_INLINE vu32 pair_of_bf16(vf32 even, vf32 odd) {
     return (rounded_bits(even) >> 16) | (rounded_bits(odd) & 0xffff0000u);
 }
