@@ -2,7 +2,7 @@
 
 The texts are docstrings of Python's standard library in a JSONL file; the model has the size of all-MiniLM-L6-v2 and
 random weights. Rates are of reading, tokenizing and encoding, with everything started; that of the whole run, from the
-call to the last part, is told beside them. In turns, as everywhere: what disturbs the machine disturbs both.
+call to the last part, is given beside them. In turns, as everywhere: what disturbs the machine disturbs both.
 
 * `start`: ray.init(), of a cluster on this machine.
 * `first`: of a run of one row, from the call to the end: index, workers that start, import torch and load the model.
