@@ -325,7 +325,7 @@ RK_INLINE vf32 tanh(vf32 x) {
 
 // Phi(x), the normal distribution function, and e^(-x^2/2). The upper tail is Q(t) = e^(-t^2/2) R(t), t =
 // |x|, with R a polynomial in 1 / (1 + 0.3 t): relative error 6e-8 for 0 <= t <= 14, so that the negative
-// side of GELU keeps its relative accuracy (an erf-based form loses it) and the one exp serves the derivative
+// side of GELU keeps its relative accuracy (an erf-based form loses it) and the one exp is used for the derivative
 // too.
 RK_INLINE vf32 normal_cdf(vf32 x, vf32* gauss) {
     const vf32 t = vabs(x);
@@ -478,7 +478,7 @@ RK_INLINE void philox(vu32 c0, vu32 c1, vu32 c2, uint32_t key0, uint32_t key1, v
     words[0] = c0, words[1] = c1, words[2] = c2, words[3] = c3;
 }
 
-// Is element `column + j * kLanes + lane` of (row, plane) kept? All ones in keep[j] where so. Serves 4 *
+// Is element `column + j * kLanes + lane` of (row, plane) kept? All ones in keep[j] where so. Covers 4 *
 // kLanes adjacent columns; `column` is a multiple of 4. Dropout holds key0, key1 (low and high half of the
 // seed), threshold (an element is kept when its word reaches it) and scale (1 / (1 - p)).
 template <class Dropout>

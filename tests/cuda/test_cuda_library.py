@@ -273,7 +273,7 @@ def test_models_on_fake_gpu_tensors(
     dtype: torch.dtype,
     train: bool,
 ) -> None:
-    """Forward and backward go through the CUDA library's ops, each as often as the model has the part it serves."""
+    """Forward and backward go through the CUDA library's ops, each as often as the model has such a part."""
     model = fake_model(fake, monkeypatch, dtype).train(train)
     with Called() as called:
         loss = model(**batch_of([17, 1, 9, 4])).loss
