@@ -54,7 +54,7 @@ COUNTS = (  # as in emulation.h
 )
 
 # Kernel -> (source, opcode of its anchor, what of the counts is that anchor, in warps).
-EXPONENTIAL, VECTOR = (r"MUFU\.EX2", "exponentials"), (r"LDG\.E\..*128.*", "vector_load_requests")
+EXPONENTIAL, VECTOR = (r"MUFU\.EX2", "exponentials"), (r"LDG(STS)?\.E\..*128.*", "vector_load_requests")
 ANCHORS = {
     "attention_forward_kernel": ("attention_forward.cu", *EXPONENTIAL),
     "attention_backward_kernel": ("attention_backward.cu", *EXPONENTIAL),
