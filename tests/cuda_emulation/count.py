@@ -138,8 +138,8 @@ class Product:
 
 @dataclass
 class Case:
-    """An op at a shape. times: how often the work that `run` has done fits in it. product: of its kernel `fused_kernel`,
-    of which alone it is then; without `run`, all that is known of it."""
+    """An op at a shape. times: how often the work that `run` has done fits in it. product: what its kernel
+    `fused_kernel` does, of which alone the case is then; without `run`, all that is known of it."""
 
     name: str
     op: str
@@ -254,7 +254,10 @@ def kernels_of(emulation: Emulation, case: Case) -> list[Kernel]:
     for symbol, counted in emulation.count(case):
         if product is not None and "fused_kernel" not in symbol:
             continue
-        counts, waves = (counted, None) if product is None else (counted | product.memory(), product.waves)
+        counts, waves = counted, None
+        if product is not None:
+            assert counted["tensor_flops"] == product.by_arithmetic()["tensor_flops"], "another tile than the plan's"
+            counts, waves = counted | product.memory(), product.waves
         instructions = instructions_of(symbol, case.op, counts)
         found.append(Kernel(short(symbol), counts, instructions, units(counts, instructions, waves), waves))
     return found
