@@ -22,7 +22,7 @@ from . import build
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=f"the CUDA emulation: {build.missing()}")
 SOURCES = [
     build.HERE / "attention_sm90_entry.cpp",
-    *(build.ROOT / "csrc/cuda" / name for name in ("attention_sm90.cu", "attention_backward_sm90.cu")),
+    *(build.ROOT / "csrc/cuda" / name for name in ("attention_sm90.cu", "attention_backward_sm90.cu", "attention_backward_whole_sm90.cu")),
 ]
 BF16, FP16 = torch.bfloat16, torch.float16
 
@@ -75,7 +75,20 @@ CASES = [
     Case("head128-512", (512,), heads=1, head_dim=128, dropout_p=0.1, causal=True),
     Case("head32", (130, 7, 200), head_dim=32),
     Case("head32-fp16", (513, 64), head_dim=32, dtype=FP16, dropout_p=0.2, mask=0.7),
+    # Up to 128 keys backward is one kernel: heads of one tile of keys and of two, after each other.
+    Case("whole", (128, 3, 127, 64, 65, 1, 0, 100), heads=3),
+    Case("whole-one-block", (1, 128, 64, 65, 33), heads=3, dtype=FP16, blocks=1),
+    Case("whole-mask", (97, 128, 64, 1), mask=0.6),
+    Case("whole-mask-rare", (40, 128, 90), mask=0.02),
+    Case("whole-dropout", (128, 7, 100), dropout_p=0.1, mask=0.8),
+    Case("whole-dropout-fp16", (70, 128), dtype=FP16, dropout_p=0.5, scale=-0.2),
+    Case("whole-sharp", (128, 97), spread=6.0),
+    Case("whole-head32", (128, 7, 65), head_dim=32, dropout_p=0.2, mask=0.7),
+    Case("whole-few-queries", (16, 3, 0, 64, 1), keys=(128, 65, 100, 70, 64)),
+    Case("whole-streamed", (400, 70, 350), keys=(100, 30, 64), heads=1, dropout_p=0.1, blocks=2),
+    Case("whole-no-keys", (70, 9, 200), keys=(0, 128, 0)),
 ]
+WHOLE = [case for case in CASES if case.id.startswith("whole")]
 
 
 @pytest.fixture(scope="module")
@@ -220,8 +233,15 @@ def test_backward(library: ctypes.CDLL, case: Case) -> None:
         assert error.abs().max() <= 2 * roundings * eps * expected.abs().max() + 8 * floor, name
 
 
-def test_the_order_of_threads_does_not_matter(library: ctypes.CDLL) -> None:
-    inputs = draw(Case("", (97, 0, 700, 1, 64, 200), heads=2, causal=True, mask=0.9, dropout_p=0.1))
+ORDERED = [
+    Case("two-kernels", (97, 0, 700, 1, 64, 200), heads=2, causal=True, mask=0.9, dropout_p=0.1),
+    Case("whole", (128, 0, 64, 97, 1, 65), heads=3, mask=0.9, dropout_p=0.1),
+]
+
+
+@pytest.mark.parametrize("case", ORDERED, ids=lambda case: case.id)
+def test_the_order_of_threads_does_not_matter(library: ctypes.CDLL, case: Case) -> None:
+    inputs = draw(case)
     first, lse = forward(library, inputs, blocks=3)
     gradients = backward(library, inputs, first, lse, blocks=3)
     for order in range(2, 5):
