@@ -105,10 +105,8 @@ struct QueryConsumer : Consumer<T, P> {
             this->multiply(grad_queries, grad_scores, 0, use);
         }
         ptx::wgmma_wait<0>(grad_queries);
-        if (unit.held > 0) {
-            if (unit.chunks > 0) this->release(unit.use + unit.chunks - 1);
-            this->release_unseen(unit.use + unit.chunks, unit.use + unit.held);
-        }
+        if (unit.held > 0 && unit.chunks > 0) this->release(unit.use + unit.chunks - 1);
+        this->release_unseen(unit, unit.chunks, unit.held);
         const float factor[2] = {problem.scale, problem.scale};
         this->store(problem.out[0], grad_queries, factor, unit);
     }
@@ -164,14 +162,17 @@ struct KeyConsumer : KeyRows<T, P> {
         this->give_sign(keys);
         bool seen[2];
         this->seen_keys(seen, unit);
-        if (unit.held > 0) this->release_unseen(unit.use, unit.use + min(unit.skip, unit.held));
+        // A tile of which no key is seen passes over all chunks: its gradients are zero.
+        const bool any = problem.key_mask == nullptr || this->unmasked(unit.first_row, unit.rows) != 0;
+        const int chunks = any ? unit.chunks : 0;
+        this->release_unseen(unit, 0, chunks > 0 ? unit.skip : unit.skip + unit.chunks);
 
         Rows grad_keys, grad_values;
         this->zero(grad_keys);
         this->zero(grad_values);
         Weights dropped, grad_scores;
         float2 fetched = statistics_of(unit, unit.first_chunk);
-        for (int c = 0; c < unit.chunks; ++c) {
+        for (int c = 0; c < chunks; ++c) {
             const int use = unit.use + unit.skip + c, first = (unit.first_chunk + c) * kTile;
             float2(&statistics)[kTile] = key_shared.statistics[this->consumer][count++ % 2];
             if (this->thread < kTile) statistics[this->thread] = fetched;
@@ -225,7 +226,7 @@ struct KeyConsumer : KeyRows<T, P> {
             this->multiply(grad_keys, grad_scores, 0, use);
         }
         ptx::wgmma_wait<0>(grad_keys, grad_values);
-        if (unit.held > 0 && unit.chunks > 0) this->release(unit.use + unit.skip + unit.chunks - 1);
+        if (unit.held > 0 && chunks > 0) this->release(unit.use + unit.skip + chunks - 1);
         const float scale[2] = {problem.scale, problem.scale};
         this->store(problem.out[0], grad_keys, scale, unit);
         const float kept_scale = Drops ? problem.dropout.scale : 1.0f;

@@ -490,10 +490,10 @@ struct Consumer {
     __device__ __forceinline__ void release(int use) const {
         arrive(shared.slot_free[turn(use, P::kSlots).place]);
     }
-    // For chunks that were loaded and are of no use to this tile: they must have come before they can be
-    // released.
-    __device__ __forceinline__ void release_unseen(int from, int to) const {
-        for (int use = from; use < to; ++use) {
+    // For chunks that were loaded and are of no use to this tile, numbered from the first that was: if they are
+    // to be released, they must have come before.
+    __device__ __forceinline__ void release_unseen(const Unit& unit, int from, int to) const {
+        for (int use = unit.use + from; use < unit.use + min(to, unit.held); ++use) {
             for (int tensor = 0; tensor < P::kChunkTensors; ++tensor) wait_for(tensor, use);
             release(use);
         }
@@ -563,6 +563,16 @@ struct Consumer {
         for (int i = 0; i < kTile / 4; ++i) to[i / 4][i % 4] = pack<T>(from[2 * i], from[2 * i + 1]);
     }
 
+    // Which of 64 rows on the keys' side from `first` on, of which `count` are there, key_mask lets be seen. All
+    // lanes get the same.
+    __device__ __forceinline__ uint64_t unmasked(int first, int count) const {
+        const bool* at = problem.key_mask + first;
+        const unsigned low = __ballot_sync(kAllLanes, lane < count && at[min(lane, count - 1)]);
+        const unsigned high =
+            __ballot_sync(kAllLanes, lane + kWarp < count && at[min(lane + kWarp, count - 1)]);
+        return static_cast<uint64_t>(high) << 32 | low;
+    }
+
     // Tiles of queries: whether some row of the tile does not see some key of a chunk.
     __device__ __forceinline__ bool needs_mask(const Unit& unit, int first) const {
         return first + kTile > unit.others || first + kTile - 1 > unit.diagonal ||
@@ -570,19 +580,13 @@ struct Consumer {
     }
     // Tiles of queries: -inf where a query does not see a key of the chunk that begins at key `first`.
     __device__ __forceinline__ void mask(Scores& scores, const Unit& unit, int first) const {
-        const int keys = unit.others - first;  // of the chunk, if less than 64
-        uint64_t seen = keys >= kTile ? ~0ull : (1ull << keys) - 1;
-        if (problem.key_mask != nullptr) {
-            const bool* at = problem.key_mask + unit.first_other + first;
-            const unsigned low = __ballot_sync(kAllLanes, lane < keys && at[min(lane, keys - 1)]);
-            const unsigned high =
-                __ballot_sync(kAllLanes, lane + kWarp < keys && at[min(lane + kWarp, keys - 1)]);
-            seen &= static_cast<uint64_t>(high) << 32 | low;
-        }
+        const int count = unit.others - first;  // of the chunk, if less than 64
+        uint64_t keys = count >= kTile ? ~0ull : (1ull << count) - 1;
+        if (problem.key_mask != nullptr) keys &= unmasked(unit.first_other + first, count);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const int last = row + 8 * r + unit.diagonal - first;  // that the query may see
-            uint64_t mine = last >= kTile - 1 ? seen : last < 0 ? 0 : seen & ((2ull << last) - 1);
+            uint64_t mine = last >= kTile - 1 ? keys : last < 0 ? 0 : keys & ((2ull << last) - 1);
             mine >>= column;
 #pragma unroll
             for (int i = 0; i < 8; ++i)
