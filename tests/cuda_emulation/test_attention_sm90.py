@@ -22,7 +22,10 @@ from . import build
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=f"the CUDA emulation: {build.missing()}")
 SOURCES = [
     build.HERE / "attention_sm90_entry.cpp",
-    *(build.ROOT / "csrc/cuda" / name for name in ("attention_sm90.cu", "attention_backward_sm90.cu", "attention_backward_whole_sm90.cu")),
+    *(
+        build.ROOT / "csrc/cuda" / name
+        for name in ("attention_sm90.cu", "attention_backward_sm90.cu", "attention_backward_whole_sm90.cu")
+    ),
 ]
 BF16, FP16 = torch.bfloat16, torch.float16
 
