@@ -130,7 +130,7 @@ struct WholeConsumer : KeyRows<T, P> {
         const Problem& problem = this->problem;
         const int me = this->consumer, other = 1 - me;
         const bool paired = unit.partner >= 0;
-        const Turn partner = turn(unit.partner, P::kBuffers);
+        const Turn partner = turn(max(unit.partner, 0), P::kBuffers);  // of none: not used
         unsigned char (&tiles)[2][P::kTileBytes] = this->shared.tiles[me][buffer];
         // Score gradients of rows past the end, and these keys, are multiplied with each other.
         if (unit.rows < kTile) {
@@ -202,18 +202,24 @@ struct WholeConsumer : KeyRows<T, P> {
                 scores[i] *= grad - of_query;
             }
             this->round(grad_scores, scores);
-            this->multiply(grad_keys, grad_scores, 0, use);
 
-            if (paired && c % 2 != me) {
+            // They are stored before they are multiplied: from a wgmma to the wait for it nothing else may
+            // read the registers of its first operand either.
+            const bool gives = paired && c % 2 != me;
+            if (gives) {
                 ptx::mbarrier_wait(ptx::shared_address(&whole.grad_free[other]), counts.given - 1);
                 put(whole.grad_scores[other][me], grad_scores);
                 this->arrive(whole.grad_full[other]);
                 counts.given += 1;
+            } else {
+                put(whole.grad_scores[me][me], grad_scores);
+            }
+            this->multiply(grad_keys, grad_scores, 0, use);
+            if (gives) {
                 ptx::wgmma_wait<0>(grad_keys, grad_values);
                 this->release(use);
                 continue;
             }
-            put(whole.grad_scores[me][me], grad_scores);
             this->meet();
             Weights low, high;  // keys of the head's first tile, and of its second
             Rows grad_queries;

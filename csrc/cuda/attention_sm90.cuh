@@ -340,8 +340,8 @@ struct Producer {
                 u.partner = tiles == 2 ? (handed + (i == 0 ? 1 : -1)) / P::kConsumers : -1;
             hand_out(u);
         };
-        // A consumer that has its tile of a head waits for its partner's too. By the invariant below that
-        // buffer must then not be before the load before: so both are free before either is handed out.
+        // A consumer that has its tile of a head waits for the load of its partner's too. By the invariant
+        // above the load before that must be over: so both buffers are free before either is handed out.
         if constexpr (P::kWhole)
             for (int i = 0; i < tiles; ++i) await_buffer(handed + i);
         // A tile after the first of its consumer waits for that to be done with, and so for the chunks.
@@ -442,7 +442,7 @@ struct Consumer {
     }
 
     // Calls tile(unit, buffer) for every tile of this consumer, until the producer says that there are no
-    // more. `tile` calls tile_read() when it has read the buffer.
+    // more. `tile` frees the buffer when it has read it: tile_read(), where nobody else reads it.
     template <typename Tile>
     __device__ __forceinline__ void each_tile(const Tile& tile) const {
         for (int n = 0;; ++n) {
