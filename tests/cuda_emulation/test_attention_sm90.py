@@ -267,6 +267,23 @@ def test_the_order_of_threads_does_not_matter(library: ctypes.CDLL, case: Case) 
             assert torch.equal(t, expected)
 
 
+def test_up_to_128_keys_all_gradients_are_of_one_kernel(library: ctypes.CDLL) -> None:
+    def launched(keys: int, **more: Any) -> int:
+        inputs = draw(Case("", (9, keys), keys=(keys, 5), **more))
+        out = torch.zeros_like(inputs["q"])
+        lse = torch.zeros(out.shape[1], out.shape[0])
+        library.rk_emulation_take_launches(None, ctypes.c_int64(0))
+        backward(library, inputs, out, lse)
+        return int(library.rk_emulation_take_launches(None, ctypes.c_int64(0)))
+
+    library.rk_emulation_set_dry_run(1)
+    try:
+        assert [launched(keys) for keys in (1, 128, 129)] == [1, 1, 3]
+        assert launched(128, causal=True) == 3
+    finally:
+        library.rk_emulation_set_dry_run(0)
+
+
 FEW_QUERIES = [
     Case("head64", (16,) * 6, keys=(640,) * 6),
     Case("head128", (16,) * 6, keys=(384,) * 6, head_dim=128),
