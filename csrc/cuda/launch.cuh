@@ -4,6 +4,7 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <climits>
 #include <stdexcept>
 #include <string>
@@ -57,6 +58,11 @@ struct Launch {
     cudaStream_t stream;
 };
 
+// Dynamic shared memory that a launch need not ask for. Without asking, a kernel has 48 KiB for that and its
+// __shared__ variables together; no kernel that has both has more than 4 KiB of these, the gap up to the
+// alignment of shared_memory() included.
+constexpr size_t kSharedUnasked = 44 * 1024;
+
 // kernel<<<grid, block, shared_bytes, stream>>>(arguments...), checked. A grid without blocks starts nothing.
 template <typename... Parameters>
 void launch(void (*kernel)(Parameters...), const Launch& how,
@@ -66,10 +72,10 @@ void launch(void (*kernel)(Parameters...), const Launch& how,
         throw std::runtime_error("roberta_kernels: grid of " + std::to_string(how.grid.x) + " x " +
                                  std::to_string(how.grid.y) + " x " + std::to_string(how.grid.z) +
                                  " blocks is larger than CUDA allows");
-    if (how.shared_bytes > 48 * 1024)
+    if (how.shared_bytes > kSharedUnasked)
         check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                    cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   static_cast<int>(how.shared_bytes)),
+                                   static_cast<int>(std::max(how.shared_bytes, size_t{48} * 1024))),
               "shared memory of a kernel");
     cudaLaunchConfig_t config = {};
     config.gridDim = how.grid;
