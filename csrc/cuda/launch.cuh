@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <climits>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -72,11 +73,16 @@ void launch(void (*kernel)(Parameters...), const Launch& how,
         throw std::runtime_error("roberta_kernels: grid of " + std::to_string(how.grid.x) + " x " +
                                  std::to_string(how.grid.y) + " x " + std::to_string(how.grid.z) +
                                  " blocks is larger than CUDA allows");
-    if (how.shared_bytes > kSharedUnasked)
+    // A kernel has one attribute for all threads: nobody may lower it between another's asking and launching.
+    static std::mutex one_at_a_time;
+    std::unique_lock<std::mutex> asking(one_at_a_time, std::defer_lock);
+    if (how.shared_bytes > kSharedUnasked) {
+        asking.lock();
         check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                    cudaFuncAttributeMaxDynamicSharedMemorySize,
                                    static_cast<int>(std::max(how.shared_bytes, size_t{48} * 1024))),
               "shared memory of a kernel");
+    }
     cudaLaunchConfig_t config = {};
     config.gridDim = how.grid;
     config.blockDim = how.block;
