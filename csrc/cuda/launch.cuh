@@ -4,7 +4,9 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <climits>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -57,6 +59,11 @@ struct Launch {
     cudaStream_t stream;
 };
 
+// Dynamic shared memory that a launch need not ask for. Without asking, a kernel has 48 KiB for that and its
+// __shared__ variables together; no kernel that has both has more than 4 KiB of these, the gap up to the
+// alignment of shared_memory() included.
+constexpr size_t kSharedUnasked = 44 * 1024;
+
 // kernel<<<grid, block, shared_bytes, stream>>>(arguments...), checked. A grid without blocks starts nothing.
 template <typename... Parameters>
 void launch(void (*kernel)(Parameters...), const Launch& how,
@@ -66,11 +73,16 @@ void launch(void (*kernel)(Parameters...), const Launch& how,
         throw std::runtime_error("roberta_kernels: grid of " + std::to_string(how.grid.x) + " x " +
                                  std::to_string(how.grid.y) + " x " + std::to_string(how.grid.z) +
                                  " blocks is larger than CUDA allows");
-    if (how.shared_bytes > 48 * 1024)
+    // A kernel has one attribute for all threads: nobody may lower it between another's asking and launching.
+    static std::mutex one_at_a_time;
+    std::unique_lock<std::mutex> asking(one_at_a_time, std::defer_lock);
+    if (how.shared_bytes > kSharedUnasked) {
+        asking.lock();
         check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                    cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   static_cast<int>(how.shared_bytes)),
+                                   static_cast<int>(std::max(how.shared_bytes, size_t{48} * 1024))),
               "shared memory of a kernel");
+    }
     cudaLaunchConfig_t config = {};
     config.gridDim = how.grid;
     config.blockDim = how.block;

@@ -11,7 +11,7 @@ kernels read them in place, and quantised copies have a look of their own (quant
 from __future__ import annotations
 
 from collections.abc import Callable
-from operator import attrgetter, itemgetter
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 from torch import Tensor, is_grad_enabled, nn
@@ -22,6 +22,14 @@ from roberta_kernels.hf.structure import ATTRIBUTES, METHODS
 _own = itemgetter("training", "_modules", "_parameters", "_forward_hooks", "_forward_pre_hooks")
 _own_backward = itemgetter("_backward_hooks", "_backward_pre_hooks")
 _dtype, _wants_grad, _place = map(attrgetter, ("dtype", "requires_grad", "device"))
+
+
+def _may_be_equal(value: Any) -> bool:
+    """Whether == may be true of this and another object: a tensor of one element while both hold the same number; a
+    tensor of more has no truth value, which is an error, and noticed."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1
+    return type(value).__eq__ is not object.__eq__
 
 
 class Watch:
@@ -42,9 +50,11 @@ class Watch:
         self._no_backward_hooks = [hook for hook in backward_hooks if not hook]
         contents = [entry for seen in self._seen for entry in seen[1:3] if entry]
         self._contents = [*contents, *(hook for hook in (*hooks, *backward_hooks) if hook)]
-        # Of dicts, compared by entry: one and the same object is equal at once. Two parameters of one element are
-        # equal, too, while they hold the same number; which of them is read is then all the same.
+        # Of dicts, compared by entry: one and the same object is equal at once. What may be equal to another one, too,
+        # is compared by identity besides: a call with gradients is to reach the parameter that is in its place.
         self._copies = [dict(content) for content in self._contents]
+        self._alike = [(own, key) for own in self._contents for key, value in own.items() if _may_be_equal(value)]
+        self._found_alike = [own[key] for own, key in self._alike]
         self._attributes = [(own, name) for own in self._dicts for name in ATTRIBUTES if name in own]
         self._found = [own[name] for own, name in self._attributes]
         self._parameters = [p for seen in self._seen for p in seen[2].values() if p is not None]
@@ -67,6 +77,7 @@ class Watch:
                 list(map(_own, self._dicts)) == self._seen
                 and not any(self._no_hooks)
                 and self._contents == self._copies
+                and all(map(is_, [own[key] for own, key in self._alike], self._found_alike))
                 and [own[name] for own, name in self._attributes] == self._found
                 and list(map(type, self._modules)) == self._types
                 and ["forward" in own for own in self._dicts] == self._bound
@@ -78,7 +89,7 @@ class Watch:
                 and [getattr(cls, name) for cls, name in self._methods] == self._code
                 and bool(_has_any_global_hook()) == self._global_hook
             )
-        except (KeyError, AttributeError, RuntimeError, TypeError):  # something is of another kind altogether
+        except (KeyError, AttributeError, RuntimeError, TypeError, ValueError):  # something is of another kind
             return False
 
     def _gradients_hold(self) -> bool:

@@ -678,6 +678,20 @@ def test_a_cache_gives_what_no_cache_gives():
         close(second.logits[:, 0], original(ids, use_cache=False).logits[:, -1])
 
 
+def test_a_parameter_of_one_element_that_another_replaces_gets_the_gradient():
+    """The two are equal, and not the same."""
+    ours, original, batches = ours_original_batches(config={"intermediate_size": 1})
+    grads = []
+    for model in (ours, original):
+        model.requires_grad_(False)
+        model(**batches[0])
+        dense = model.get_submodule("encoder.layer.0.intermediate.dense")
+        dense.bias = nn.Parameter(dense.bias.detach().clone())
+        model(**batches[0]).pooler_output.sum().backward()
+        grads.append(dense.bias.grad)
+    close(*grads)
+
+
 @pytest.mark.parametrize("add", ["register_full_backward_hook", "register_full_backward_pre_hook"])
 def test_a_backward_hook_that_came_between_inferences_is_seen_by_the_next_call_with_gradients(add):
     """Calls without gradients do not look for such hooks, which nothing calls then."""
