@@ -22,6 +22,7 @@ from roberta_kernels.hf.fusable import (
     transform,
 )
 from roberta_kernels.hf.state import state_of
+from roberta_kernels.hf.tied_table import looked_up
 
 if TYPE_CHECKING:
     HuggingFaceModule = Any
@@ -140,11 +141,12 @@ class FastEmbeddings(HuggingFaceModule):
         word, position = self.word_embeddings, self.position_embeddings
         layer_norm, dropout_p = self.LayerNorm, dropout_of(self.dropout)
         types = self._modules.get("token_type_embeddings")
+        table, ids, padding_idx = looked_up(word, input_ids)
         hidden_states = ops.embedding_layer_norm(
-            input_ids,
+            ids,
             position_ids,
             None if types is None else token_type_ids,
-            word.weight,
+            table,
             position.weight,
             # A family without token types adds nothing.
             word.weight.new_zeros(1, word.weight.shape[1]) if types is None else types.weight,
@@ -153,7 +155,7 @@ class FastEmbeddings(HuggingFaceModule):
             eps=layer_norm.eps,
             dropout_p=dropout_p,
             seed=ops.draw_seeds(1, input_ids.device)[0] if dropout_p > 0 else None,
-            word_padding_idx=word.padding_idx,
+            word_padding_idx=padding_idx,
             position_padding_idx=position.padding_idx,
         )
         if (

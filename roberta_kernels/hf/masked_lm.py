@@ -23,6 +23,7 @@ from roberta_kernels.hf.masks import RealRows
 from roberta_kernels.hf.sparse import LargestLogits, real_rows
 from roberta_kernels.hf.state import in_force, state_of
 from roberta_kernels.hf.structure import vocabulary_parts
+from roberta_kernels.hf.tied_table import shared
 from roberta_kernels.ops.linear_cross_entropy import labelled_rows
 
 _OUTPUTS = {"output_attentions", "output_hidden_states", "return_dict"}  # asked of the base model
@@ -110,7 +111,8 @@ class FastMaskedLMHead(FastTokenHead):
     def _rk_loss(self, kwargs: dict[str, Any]) -> Any:
         parts: Any = vocabulary_parts(self)
         decoder, labels = parts.decoder, kwargs["labels"]
-        outputs = self._rk_base(self._rk_marked(kwargs))
+        with shared(decoder.weight, labels) as table:
+            outputs = self._rk_base(self._rk_marked(kwargs))
         rows = outputs[0].flatten(0, 1)
         labels = labels.to(rows.device).view(-1)
         if not data_hidden(labels):
@@ -123,7 +125,7 @@ class FastMaskedLMHead(FastTokenHead):
         dtype = rows.dtype if cast is None else cast
         bias = None if decoder.bias is None else decoder.bias.to(dtype)
         loss = ops.linear_cross_entropy(
-            rows.to(dtype), decoder.weight.to(dtype), labels, bias, ignore_index=_IGNORED, reduction="mean"
+            rows.to(dtype), table.decoder.to(dtype), labels, bias, ignore_index=_IGNORED, reduction="mean"
         )
         return self._rk_answer(kwargs, outputs, loss=loss.to(_loss_dtype(dtype, rows.device)), logits=None)
 
