@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import covering
 import pytest
@@ -15,6 +16,9 @@ if not torch.cuda.is_available():
 # Threads of the test workers multiply: two each is plenty for small shapes, and torch's results do not depend on it.
 # Under pytest-xdist the workers are the threads.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
+# In the background of a shell without job control Ctrl-C is ignored, and what the tests start would ignore it too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects

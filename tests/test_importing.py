@@ -83,3 +83,40 @@ def test_a_part_is_an_attribute_whatever_was_imported_before(name):
 
 def test_what_is_nowhere_is_no_attribute():
     in_a_new_process("import roberta_kernels as rk\nassert not hasattr(rk, 'nowhere')")
+
+
+NO_TENSOR_IS_MADE = """
+import pkgutil, importlib, roberta_kernels
+from torch.utils._python_dispatch import TorchDispatchMode
+
+class Refuse(TorchDispatchMode):
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        raise AssertionError(f"{op} at import")
+
+import torch, transformers.models.roberta.modeling_roberta
+names = [part.name for part in pkgutil.walk_packages(roberta_kernels.__path__, "roberta_kernels.")]
+assert len(names) > 50
+with Refuse():
+    for name in names:
+        if not name.endswith(("__main__", "_cuda", "_cpu")) and name.split(".")[1] not in ("ray", "triton"):
+            importlib.import_module(name)
+"""
+
+
+def test_no_module_makes_a_tensor_at_its_import():
+    """It would be of whatever tensors are there: fake, on "meta" or a GPU, in inference mode."""
+    in_a_new_process(NO_TENSOR_IS_MADE)
+
+
+@pytest.mark.parametrize("mode", ["FakeTensorMode()", "torch.device('meta')", "torch.inference_mode()"])
+def test_the_first_patch_in_a_process_is_where_tensors_are_not_plain(mode):
+    """Then all of the package's modules are imported there."""
+    in_a_new_process(f"""
+import torch, roberta_kernels as rk
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import RobertaConfig, RobertaModel
+config = RobertaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+with {mode}:
+    report = rk.patch(RobertaModel(config).eval())
+assert not report.left, report
+""")

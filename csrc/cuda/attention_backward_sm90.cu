@@ -1,5 +1,5 @@
 // Attention backward on Hopper, for the sequence lengths of RoBERTa. Roles and scheduling:
-// attention_sm90.cuh.
+// attention_sm90.cuh. (Up to 128 keys: attention_backward_whole_sm90.cu, where attention_plan.h says so.)
 //
 // Idea. Two kernels, so that every gradient has one owner: no atomics, no workspace, bitwise the same result
 // every time.
@@ -20,7 +20,8 @@
 //
 // Shared memory at head dim 64, in KiB: chunks 10 x 16, tiles 2 x 24 (queries) or 2 x 16 (keys).
 // Registers: 384 threads start with 168 each; the producer's warpgroup keeps 40, consumers get 232.
-#include "csrc/cuda/attention_sm90.cuh"
+#include "csrc/cuda/attention_backward_sm90.cuh"
+#include "csrc/cuda/attention_plan.h"
 
 namespace rk::cuda {
 namespace {
@@ -32,11 +33,6 @@ using QueryPlan = Plan<HeadDim, 3, 2, HeadDim == 64 ? 10 : 16, 1>;
 template <int HeadDim>
 using KeyPlan = Plan<HeadDim, 2, 2, HeadDim == 64 ? 10 : 16, 1>;
 
-// In units of log2; +inf, which makes every probability zero, for a row that sees nothing.
-__device__ __forceinline__ float lse_of(float lse) {
-    return lse == -INFINITY ? INFINITY : lse * kLog2e;
-}
-
 // ------------------------------------------------------------------------------------------------ queries
 
 template <typename T, class P, bool Drops>
@@ -47,14 +43,6 @@ struct QueryConsumer : Consumer<T, P> {
     using typename Base::Rows;
     using typename Base::Scores;
     using typename Base::Weights;
-
-    __device__ __forceinline__ float product(uint32_t a, uint32_t b) const {
-        Vector<T, 2> x, y;
-        memcpy(&x, &a, sizeof(x));
-        memcpy(&y, &b, sizeof(y));
-        return fmaf(to_float(x.values[0]), to_float(y.values[0]),
-                    to_float(x.values[1]) * to_float(y.values[1]));
-    }
 
     __device__ __forceinline__ void tile(const Unit& unit, int buffer, const PhiloxKey& key) const {
         const Problem& problem = this->problem;
@@ -68,8 +56,9 @@ struct QueryConsumer : Consumer<T, P> {
             for (int step = 0; step < P::kSteps; ++step)
 #pragma unroll
                 for (int i = 0; i < 4; ++i)
-                    delta[i % 2] += product(grads[step][i], *reinterpret_cast<const uint32_t*>(
-                                                                tiles[2] + this->fragment_offset(step, i)));
+                    delta[i % 2] += product<T>(
+                        grads[step][i],
+                        *reinterpret_cast<const uint32_t*>(tiles[2] + this->fragment_offset(step, i)));
             this->tile_read(buffer);
             this->give_sign(queries);
         }
@@ -116,10 +105,8 @@ struct QueryConsumer : Consumer<T, P> {
             this->multiply(grad_queries, grad_scores, 0, use);
         }
         ptx::wgmma_wait<0>(grad_queries);
-        if (unit.held > 0) {
-            if (unit.chunks > 0) this->release(unit.use + unit.chunks - 1);
-            this->release_unseen(unit.use + unit.chunks, unit.use + unit.held);
-        }
+        if (unit.held > 0 && unit.chunks > 0) this->release(unit.use + unit.chunks - 1);
+        this->release_unseen(unit, unit.chunks, unit.held);
         const float factor[2] = {problem.scale, problem.scale};
         this->store(problem.out[0], grad_queries, factor, unit);
     }
@@ -145,10 +132,9 @@ struct KeyShared : Shared<P> {
     float2 statistics[P::kConsumers][2][kTile];  // as AttentionArgs::statistics, of the queries of a chunk
 };
 
-// Rows of a tile are keys, columns of scores are queries.
 template <typename T, class P, bool Drops>
-struct KeyConsumer : Consumer<T, P> {
-    using Base = Consumer<T, P>;
+struct KeyConsumer : KeyRows<T, P> {
+    using Base = KeyRows<T, P>;
     using typename Base::Fragment;
     using typename Base::Rows;
     using typename Base::Scores;
@@ -165,46 +151,6 @@ struct KeyConsumer : Consumer<T, P> {
         return this->problem.statistics[unit.head * this->problem.total_q + unit.first_other + query];
     }
 
-    // Whether some key of the tile is not seen by some query of the chunk that begins at query `first`, apart
-    // from queries past the end, whose log-sum-exp is +inf.
-    __device__ __forceinline__ bool some_unseen(const Unit& unit, int first) const {
-        return unit.rows < kTile || first < unit.diagonal + kTile - 1 || this->problem.key_mask != nullptr;
-    }
-    // -inf where a key of the tile is not seen.
-    __device__ __forceinline__ void mask_keys(Scores& scores, const Unit& unit, int first,
-                                              const bool (&seen)[2]) const {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            const int from =
-                unit.diagonal + this->row + 8 * r - first - this->column;  // the first that sees it
-#pragma unroll
-            for (int i = 0; i < 8; ++i)
-#pragma unroll
-                for (int e = 0; e < 2; ++e)
-                    if (!seen[r] || 8 * i + e < from) scores[4 * i + 2 * r + e] = -INFINITY;
-        }
-    }
-
-    // Bit 4 (4 (i / 4) + 2 e + r) + lane / 4 % 4 of kept[i % 4] tells whether element [4 i + 2 r + e] is
-    // kept. A group of 4 keys belongs to four lanes; each draws a quarter of their groups, and all get what
-    // the others found.
-    __device__ __forceinline__ void kept_queries(uint32_t (&kept)[4], const Unit& unit, int first_key,
-                                                 int first_query, const PhiloxKey& key) const {
-        const int member = this->lane / 4 % 4;
-        uint32_t mine = 0;
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            const int i = 4 * (j / 4) + member, e = j / 2 % 2, r = j % 2;
-            const int group = (first_key + this->row - member + 8 * r) / 4;
-            mine |= this->kept_words(key, group, unit.first_other + first_query + 8 * i + this->column + e,
-                                     unit.head)
-                    << (4 * j);
-        }
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-            kept[i] = __shfl_sync(kAllLanes, mine, (this->lane & ~12) | i << 2) >> member;
-    }
-
     // first_key: of the tile, in its sequence. count: of the chunks that this consumer has had.
     __device__ __forceinline__ void tile(const Unit& unit, int buffer, int first_key, int& count,
                                          const PhiloxKey& key) const {
@@ -215,20 +161,18 @@ struct KeyConsumer : Consumer<T, P> {
         this->tile_read(buffer);
         this->give_sign(keys);
         bool seen[2];
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            const int at = this->row + 8 * r;
-            seen[r] =
-                at < unit.rows && (problem.key_mask == nullptr || problem.key_mask[unit.first_row + at]);
-        }
-        if (unit.held > 0) this->release_unseen(unit.use, unit.use + min(unit.skip, unit.held));
+        this->seen_keys(seen, unit);
+        // A tile of which no key is seen passes over all chunks: its gradients are zero.
+        const bool any = problem.key_mask == nullptr || this->unmasked(unit.first_row, unit.rows) != 0;
+        const int chunks = any ? unit.chunks : 0;
+        this->release_unseen(unit, 0, chunks > 0 ? unit.skip : unit.skip + unit.chunks);
 
         Rows grad_keys, grad_values;
         this->zero(grad_keys);
         this->zero(grad_values);
         Weights dropped, grad_scores;
         float2 fetched = statistics_of(unit, unit.first_chunk);
-        for (int c = 0; c < unit.chunks; ++c) {
+        for (int c = 0; c < chunks; ++c) {
             const int use = unit.use + unit.skip + c, first = (unit.first_chunk + c) * kTile;
             float2(&statistics)[kTile] = key_shared.statistics[this->consumer][count++ % 2];
             if (this->thread < kTile) statistics[this->thread] = fetched;
@@ -246,9 +190,9 @@ struct KeyConsumer : Consumer<T, P> {
             this->multiply_transposed(grad_weights, values, 1, use);
             ptx::wgmma_wait<1>(scores, grad_keys, grad_values);  // the latter with the previous chunk
             if (c > 0 && unit.held > 0) this->release(use - 1);
-            if (some_unseen(unit, first)) mask_keys(scores, unit, first, seen);
+            if (this->some_unseen(unit, first)) this->mask_keys(scores, unit, first, seen);
             uint32_t kept[4];
-            if (Drops) kept_queries(kept, unit, first_key, first, key);
+            if (Drops) this->kept_queries(kept, unit, first_key, first, key);
 #pragma unroll
             for (int i = 0; i < 8; ++i)
 #pragma unroll
@@ -260,9 +204,7 @@ struct KeyConsumer : Consumer<T, P> {
                         score = ptx::exp2(fmaf(score, problem.score_scale, -lse));
                     }
                 }
-            const auto is_kept = [&](int i) {
-                return kept[i / 4 % 4] >> (4 * (i / 16 * 4 + i % 2 * 2 + i / 2 % 2)) & 1;
-            };
+            const auto is_kept = [&](int i) { return Base::is_kept(kept, i); };
             if (Drops) {
                 Scores of_kept;
 #pragma unroll
@@ -284,7 +226,7 @@ struct KeyConsumer : Consumer<T, P> {
             this->multiply(grad_keys, grad_scores, 0, use);
         }
         ptx::wgmma_wait<0>(grad_keys, grad_values);
-        if (unit.held > 0 && unit.chunks > 0) this->release(unit.use + unit.skip + unit.chunks - 1);
+        if (unit.held > 0 && chunks > 0) this->release(unit.use + unit.skip + chunks - 1);
         const float scale[2] = {problem.scale, problem.scale};
         this->store(problem.out[0], grad_keys, scale, unit);
         const float kept_scale = Drops ? problem.dropout.scale : 1.0f;
@@ -374,6 +316,8 @@ bool attention_sm90_supports_backward(const AttentionArgs& a) {
 
 void attention_sm90_backward(const AttentionArgs& a) {
     if (a.heads == 0) return;
+    if (attention::in_one_pass_sm90(a.causal, a.total_k, a.max_seqlen_k))
+        return attention_sm90_backward_whole(a);
     if (a.dtype == Dtype::bfloat16)
         backward_of<__nv_bfloat16>(a);
     else

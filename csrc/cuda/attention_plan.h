@@ -166,6 +166,13 @@ inline std::optional<BackwardPlan> plan_backward_of_sequences(const Sizes& s, co
     return plan;
 }
 
+// Whether backward on Hopper is the kernel whose blocks own whole sequences: two warpgroups, of 64 keys each.
+// (Without keys there is no block to write the gradient of the queries.)
+constexpr int kMostWholeKeys = 128;
+constexpr bool in_one_pass_sm90(bool causal, int64_t total_k, int64_t max_seqlen_k) {
+    return !causal && total_k > 0 && max_seqlen_k <= kMostWholeKeys;
+}
+
 // The kernel that writes row statistics: 8 lanes a row of [Tq * heads].
 constexpr int kStatisticsThreads = 256;
 inline int64_t statistics_blocks(int64_t total_q, int64_t heads) {

@@ -110,9 +110,13 @@ struct ForwardConsumer : Consumer<T, P> {
                 this->multiply(out, probabilities, 1, use - 1);
                 ptx::wgmma_wait<1>(scores);  // the product with the values goes on
                 softmax(scores, maximum, sum, factor, unit, c, key);
+                // A sum is never negative. Since the vote asks, the exponentials come before it and the wait,
+                // under the product: the compiler would take half of them after.
+                const bool moved = __any_sync(
+                    kAllLanes, factor[0] != 1.0f || factor[1] != 1.0f || sum[0] < 0.0f || sum[1] < 0.0f);
                 ptx::wgmma_wait<0>(out);
                 if (unit.held > 0) this->release(use - 1);
-                if (__any_sync(kAllLanes, factor[0] != 1.0f || factor[1] != 1.0f)) {
+                if (moved) {
 #pragma unroll
                     for (int panel = 0; panel < P::kPanels; ++panel)
 #pragma unroll
@@ -127,7 +131,7 @@ struct ForwardConsumer : Consumer<T, P> {
             ptx::wgmma_wait<0>(out);
             if (unit.held > 0) this->release(last);
         }
-        this->release_unseen(unit.use + unit.chunks, unit.use + unit.held);
+        this->release_unseen(unit, unit.chunks, unit.held);
 
         float inverse[2];
 #pragma unroll

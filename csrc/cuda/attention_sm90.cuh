@@ -47,13 +47,16 @@ constexpr int kRegisters = 65536, kMostShared = 227 * 1024, kPattern = 1024;
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kGrowth = 8.0f;  // of forward's maximum before it is moved, in units of log2
 
-// TileTensors: how many tensors a tile is rows of (a chunk is rows of two). Consumers: warpgroups. Buffers:
-// for tiles, of each consumer. Registers of 65536: the producer's warpgroup has 40 a thread.
-template <int HeadDim, int TileTensors, int Consumers, int Slots, int Buffers>
+// TileTensors, ChunkTensors: how many tensors a tile and a chunk are rows of. Consumers: warpgroups. Buffers:
+// for tiles, of each consumer. Whole: a (sequence, head) has no more tiles than there are consumers, which
+// work on them at the same time, together. Registers of 65536: the producer's warpgroup has 40 a thread.
+template <int HeadDim, int TileTensors, int Consumers, int Slots, int Buffers, int ChunkTensors = 2,
+          bool Whole = false>
 struct Plan {
     static constexpr int kHeadDim = HeadDim, kTileTensors = TileTensors, kConsumers = Consumers,
                          kSlots = Slots;
-    static constexpr int kBuffers = Buffers;
+    static constexpr int kBuffers = Buffers, kChunkTensors = ChunkTensors;
+    static constexpr bool kWhole = Whole;
     static constexpr int kPanel = HeadDim < 64 ? HeadDim : 64;  // columns of a box: one swizzled row
     static constexpr int kPanels = HeadDim / kPanel;
     static constexpr int kRowBytes = 2 * kPanel;
@@ -72,6 +75,7 @@ struct Plan {
     static_assert(kProducerRegisters + Consumers * kConsumerRegisters <= (1 + Consumers) * kEntryRegisters,
                   "the block has no more registers than it was launched with");
     static_assert(TileTensors * kTileBytes < 1 << 20, "bytes that a phase of an mbarrier can expect");
+    static_assert(!Whole || Consumers == 2, "a consumer has one partner, or none");
 };
 
 // What a consumer does with a tile.
@@ -90,23 +94,24 @@ struct alignas(16) Unit {
     int32_t skip;  // chunks between that one and first_chunk
     int32_t held;  // chunks to release, seen or not; 0: another tile of this consumer needs them
     int32_t first_in_sequence;  // row of the tile
+    int32_t partner;  // Whole: which of the other consumer's tiles belongs to the same head; -1: none
 };
 
 template <class P>
 struct alignas(kPattern) Shared {
-    unsigned char chunks[2][P::kSlots][P::kTileBytes];
+    unsigned char chunks[P::kChunkTensors][P::kSlots][P::kTileBytes];
     unsigned char tiles[P::kConsumers][P::kBuffers][P::kTileTensors][P::kTileBytes];
     Unit units[P::kConsumers][P::kBuffers];
     uint64_t tile_full[P::kConsumers][P::kBuffers], tile_free[P::kConsumers][P::kBuffers];
-    uint64_t chunk_full[2][P::kSlots], slot_free[P::kSlots];
+    uint64_t chunk_full[P::kChunkTensors][P::kSlots], slot_free[P::kSlots];
 };
 
 struct Problem {  // an argument of the kernels: maps must lie in parameter space
-    CUtensorMap tiles[3], chunks[2];
+    CUtensorMap tiles[3], chunks[3];
     const int32_t *tile_seqlens, *chunk_seqlens;  // cu_seqlens of either side
     const bool* key_mask;
     int32_t batch, heads;
-    int32_t tile_rows;                // of the tensors on the tiles' side
+    int32_t tile_rows, chunk_rows;    // of the tensors on either side
     int32_t most_tiles, most_chunks;  // rows of a sequence: more belong to none
     float score_scale;                // |scale| * log2(e), or 1 where the scale is 0
     float growth;                     // of the largest score before the running maximum is moved
@@ -119,7 +124,8 @@ struct Problem {  // an argument of the kernels: maps must lie in parameter spac
     bool clears_lse;  // forward, which writes it
     float2* statistics;
     int64_t total_q;
-    void* out[2];  // [T, heads, head_dim]
+    void* out[2];     // [T, heads, head_dim], of the tiles' rows
+    void* chunk_out;  // likewise of the chunks' rows, or null
 };
 
 // The n-th use of one of `count` places in a row, and the phase of the place's barriers that belongs to it.
@@ -139,8 +145,8 @@ __device__ __forceinline__ int tiles_of(int length) {
 struct Sequence {
     int first_tile_row, tile_rows, first_chunk_row, chunk_rows;
 
-    __device__ int unit_weight() const { return tiles_of(chunk_rows) + kTileWeight; }
-    __device__ int weight(int heads) const { return heads * tiles_of(tile_rows) * unit_weight(); }
+    __device__ int tile_weight() const { return tiles_of(chunk_rows) + kTileWeight; }
+    __device__ int weight(int heads) const { return heads * tiles_of(tile_rows) * tile_weight(); }
 };
 
 __device__ __forceinline__ Sequence sequence(const Problem& p, int b) {
@@ -149,31 +155,45 @@ __device__ __forceinline__ Sequence sequence(const Problem& p, int b) {
             min(__ldg(p.chunk_seqlens + b + 1) - c, p.most_chunks)};
 }
 
-// By the producer's warpgroup but for its first warp: rows of the output that belong to no sequence (past the
-// most rows of one, or past the last one) become zeros, and their log-sum-exp -inf. Blocks take rows in turn.
-template <int HeadDim>
-__device__ __forceinline__ void clear_rest(const Problem& p) {
+// By the producer's warpgroup but for its first warp: rows of one side's outputs that no tile writes, from
+// from_of(sequence) up to the next one or the last row, become zeros, and their log-sum-exp -inf. Blocks take
+// rows in turn.
+template <int HeadDim, typename FromOf>
+__device__ __forceinline__ void clear_side(const Problem& p, const int32_t* seqlens, int rows,
+                                           void* first_out, void* second_out, bool clears_lse,
+                                           const FromOf& from_of) {
     const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp - 1;
     for (int first = warp * kWarp; first < p.batch; first += (kWarpsOfGroup - 1) * kWarp) {
         int from = 0, end = 0;
         if (const int b = first + lane; b < p.batch) {
-            const Sequence s = sequence(p, b);
-            from = s.first_tile_row + s.tile_rows;
-            end = b + 1 == p.batch ? p.tile_rows : __ldg(p.tile_seqlens + b + 1);
+            from = from_of(sequence(p, b));
+            end = b + 1 == p.batch ? rows : __ldg(seqlens + b + 1);
         }
         for (unsigned left = __ballot_sync(kAllLanes, from < end); left != 0; left &= left - 1) {
             const int at = __ffs(static_cast<int>(left)) - 1;
             const int last = __shfl_sync(kAllLanes, end, at), pieces = p.heads * HeadDim / 8;
             int row = __shfl_sync(kAllLanes, from, at) + static_cast<int>(blockIdx.x);
             for (; row < last; row += static_cast<int>(gridDim.x)) {
-                for (void* out : p.out)
+                for (void* out : {first_out, second_out})
                     for (int i = lane; out != nullptr && i < pieces; i += kWarp)
                         static_cast<uint4*>(out)[int64_t{row} * pieces + i] = make_uint4(0, 0, 0, 0);
-                for (int head = lane; p.clears_lse && head < p.heads; head += kWarp)
+                for (int head = lane; clears_lse && head < p.heads; head += kWarp)
                     p.lse[head * p.total_q + row] = -INFINITY;
             }
         }
     }
+}
+
+// Rows that belong to no sequence: past the most rows of one, or past the last one. Of the chunks' side also
+// those of a sequence without tiles, whose chunks nobody walks over.
+template <int HeadDim>
+__device__ __forceinline__ void clear_rest(const Problem& p) {
+    clear_side<HeadDim>(p, p.tile_seqlens, p.tile_rows, p.out[0], p.out[1], p.clears_lse,
+                        [](const Sequence& s) { return s.first_tile_row + s.tile_rows; });
+    if (p.chunk_out != nullptr)
+        clear_side<HeadDim>(
+            p, p.chunk_seqlens, p.chunk_rows, p.chunk_out, nullptr, false,
+            [](const Sequence& s) { return s.first_chunk_row + (s.tile_rows > 0 ? s.chunk_rows : 0); });
 }
 
 // A block's share of all units: those whose weights begin in [from, to) of the running total; the first of
@@ -232,12 +252,19 @@ struct Producer {
                           row, barrier);
     }
 
+    // Waits for the buffer of tile n.
+    __device__ void await_buffer(int n) {
+        const Turn its = turn(n / P::kConsumers, P::kBuffers);
+        ptx::mbarrier_wait(ptx::shared_address(&shared.tile_free[n % P::kConsumers][its.place]),
+                           its.phase - 1);
+    }
+
     // Waits for the next buffer, gives it the unit, and the tile if there is one.
     __device__ void hand_out(const Unit& unit) {
         const int consumer = handed % P::kConsumers;
         const Turn mine = turn(handed / P::kConsumers, P::kBuffers);
+        await_buffer(handed);
         handed += 1;
-        ptx::mbarrier_wait(ptx::shared_address(&shared.tile_free[consumer][mine.place]), mine.phase - 1);
         shared.units[consumer][mine.place] = unit;
         const uint32_t full = ptx::shared_address(&shared.tile_full[consumer][mine.place]);
         if (unit.rows == 0) {
@@ -257,7 +284,7 @@ struct Producer {
         ptx::mbarrier_wait(free, mine.phase - 1);
         if (idle_consumers > 0) ptx::mbarrier_arrive(free, idle_consumers * kWarpsOfGroup);
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
+        for (int i = 0; i < P::kChunkTensors; ++i) {
             const uint32_t full = ptx::shared_address(&shared.chunk_full[i][mine.place]);
             ptx::mbarrier_arrive_expect_bytes(full, P::kTileBytes);
             load(shared.chunks[i][mine.place], problem.chunks[i], head, row, full);
@@ -272,7 +299,7 @@ struct Producer {
     __device__ void await_unwaited(int chunks) {
         for (int use = max(loaded - P::kSlots, 0); use < min(unwaited, loaded + chunks - P::kSlots); ++use) {
             const Turn before = turn(use, P::kSlots);
-            for (int i = 0; i < 2; ++i)
+            for (int i = 0; i < P::kChunkTensors; ++i)
                 ptx::mbarrier_wait(ptx::shared_address(&shared.chunk_full[i][before.place]), before.phase);
         }
     }
@@ -286,7 +313,7 @@ struct Producer {
         u.first_other = s.first_chunk_row;
         u.others = s.chunk_rows;
         const int all = tiles_of(s.chunk_rows);
-        if (!problem.causal) {
+        if (P::kWhole || !problem.causal) {
             u.diagonal = OfKeys ? -(1 << 30) : 1 << 30;
             u.chunks = all;
         } else {
@@ -308,9 +335,15 @@ struct Producer {
             Unit u = unit(s, head, first_tile + i);
             u.use = use;
             u.skip = u.first_chunk - most.first_chunk;
-            u.held = i + P::kConsumers >= tiles ? most.chunks : 0;
+            u.held = P::kWhole || i + P::kConsumers >= tiles ? most.chunks : 0;
+            if constexpr (P::kWhole)
+                u.partner = tiles == 2 ? (handed + (i == 0 ? 1 : -1)) / P::kConsumers : -1;
             hand_out(u);
         };
+        // A consumer that has its tile of a head waits for the load of its partner's too. By the invariant
+        // above the load before that must be over: so both buffers are free before either is handed out.
+        if constexpr (P::kWhole)
+            for (int i = 0; i < tiles; ++i) await_buffer(handed + i);
         // A tile after the first of its consumer waits for that to be done with, and so for the chunks.
         const int at_once = min(tiles, P::kConsumers);
         await_unwaited(most.chunks);
@@ -318,28 +351,35 @@ struct Producer {
         for (int c = 0; c < most.chunks; ++c)
             load_chunk(head, s.first_chunk_row + (most.first_chunk + c) * kTile, P::kConsumers - at_once);
         if (at_once < P::kConsumers) unwaited = loaded;
-        for (int i = at_once; i < tiles; ++i) hand(i);
+        if constexpr (!P::kWhole)
+            for (int i = at_once; i < tiles; ++i) hand(i);
     }
 
     __device__ void run(const Share& share) {
         int begin = share.begin;
         for (int b = share.sequence; b < problem.batch && begin < share.to; ++b) {
             const Sequence s = sequence(problem, b);
-            const int tiles = tiles_of(s.tile_rows), weight = s.unit_weight();
-            const int all = problem.heads * tiles * weight;
+            // A unit is a tile; or, where its tiles stay together, a head.
+            const int tiles = tiles_of(s.tile_rows);
+            const int weight = (P::kWhole ? max(tiles, 1) : 1) * s.tile_weight();
+            const int all = problem.heads * (P::kWhole ? min(tiles, 1) : tiles) * weight;
             // Units of this sequence that begin before a point of the running total.
             const auto units_before = [&](int at) {
                 return (min(max(at - begin, 0), all) + weight - 1) / weight;
             };
             int u = units_before(share.from);
             const int last = units_before(share.to);
-            const int at_most =
-                tiles_of(s.chunk_rows) > P::kSlots ? P::kConsumers : tiles;  // tiles of an item
-            while (u < last) {
-                const int head = u / tiles, tile = u % tiles;
-                const int count = min(min(tiles - tile, at_most), last - u);
-                item(s, head, tile, count);
-                u += count;
+            if constexpr (P::kWhole) {
+                for (; u < last; ++u) item(s, u, 0, tiles);
+            } else {
+                const int at_most =
+                    tiles_of(s.chunk_rows) > P::kSlots ? P::kConsumers : tiles;  // tiles of an item
+                while (u < last) {
+                    const int head = u / tiles, tile = u % tiles;
+                    const int count = min(min(tiles - tile, at_most), last - u);
+                    item(s, head, tile, count);
+                    u += count;
+                }
             }
             begin += all;
         }
@@ -395,13 +435,14 @@ struct Consumer {
           row(thread / kWarp * 16 + lane / 4),
           column(lane % 4 * 2) {}
 
-    __device__ __forceinline__ void arrive(uint64_t& barrier) const {  // one of its 4 warps
+    // One of its 4 warps. As: for how many consumers.
+    __device__ __forceinline__ void arrive(uint64_t& barrier, int as = 1) const {
         __syncwarp();
-        if (lane == 0) ptx::mbarrier_arrive(ptx::shared_address(&barrier));
+        if (lane == 0) ptx::mbarrier_arrive(ptx::shared_address(&barrier), as);
     }
 
     // Calls tile(unit, buffer) for every tile of this consumer, until the producer says that there are no
-    // more. `tile` calls tile_read() when it has read the buffer.
+    // more. `tile` frees the buffer when it has read it: tile_read(), where nobody else reads it.
     template <typename Tile>
     __device__ __forceinline__ void each_tile(const Tile& tile) const {
         for (int n = 0;; ++n) {
@@ -449,12 +490,11 @@ struct Consumer {
     __device__ __forceinline__ void release(int use) const {
         arrive(shared.slot_free[turn(use, P::kSlots).place]);
     }
-    // For chunks that were loaded and are of no use to this tile: they must have come before they can be
-    // released.
-    __device__ __forceinline__ void release_unseen(int from, int to) const {
-        for (int use = from; use < to; ++use) {
-            wait_for(0, use);
-            wait_for(1, use);
+    // For chunks that were loaded and are of no use to this tile, numbered from the first that was: if they are
+    // to be released, they must have come before.
+    __device__ __forceinline__ void release_unseen(const Unit& unit, int from, int to) const {
+        for (int use = unit.use + from; use < unit.use + min(to, unit.held); ++use) {
+            for (int tensor = 0; tensor < P::kChunkTensors; ++tensor) wait_for(tensor, use);
             release(use);
         }
     }
@@ -479,14 +519,20 @@ struct Consumer {
 
     // out += weights @ chunk, under way.
     __device__ __forceinline__ void multiply(Rows& out, Weights& weights, int tensor, int use) const {
-        const uint32_t rows = ptx::shared_address(chunk(tensor, use));
+        multiply(out, weights, chunk(tensor, use), true);
+    }
+    // The same with any 64 rows, which are added or not.
+    __device__ __forceinline__ void multiply(Rows& out, Weights& weights, const unsigned char* box,
+                                             bool adds) const {
+        const uint32_t rows = ptx::shared_address(box);
         ptx::wgmma_fence(out, weights);
 #pragma unroll
         for (int step = 0; step < kTile / 16; ++step)
 #pragma unroll
             for (int panel = 0; panel < P::kPanels; ++panel) {
                 const uint32_t at = rows + panel * P::kPanelBytes + step * 16 * P::kRowBytes;
-                ptx::wgmma<T, true>(out[panel], weights[step], matrix_descriptor<P::kRowBytes>(at), 1);
+                ptx::wgmma<T, true>(out[panel], weights[step], matrix_descriptor<P::kRowBytes>(at),
+                                    adds || step > 0);
             }
         ptx::wgmma_commit();
     }
@@ -494,8 +540,10 @@ struct Consumer {
     // Rows of a chunk from `rows` on, past the end of the sequence, become zeros. Other consumers may be at
     // it too, or read them already: each has done it before it read, so nothing changes for it.
     __device__ __forceinline__ void clear(int tensor, int use, int rows) const {
+        clear(chunk(tensor, use), rows);
+    }
+    __device__ __forceinline__ void clear(unsigned char* to, int rows) const {
         constexpr int kVectors = P::kRowBytes / 16;  // whole rows: the swizzle does not matter
-        unsigned char* to = chunk(tensor, use);
         for (int panel = 0; panel < P::kPanels; ++panel)
             for (int i = rows * kVectors + thread; i < kTile * kVectors; i += kWarpgroup)
                 *reinterpret_cast<uint4*>(to + panel * P::kPanelBytes + i * 16) = make_uint4(0, 0, 0, 0);
@@ -515,6 +563,16 @@ struct Consumer {
         for (int i = 0; i < kTile / 4; ++i) to[i / 4][i % 4] = pack<T>(from[2 * i], from[2 * i + 1]);
     }
 
+    // Which of 64 rows on the keys' side from `first` on, of which `count` are there, key_mask lets be seen. All
+    // lanes get the same.
+    __device__ __forceinline__ uint64_t unmasked(int first, int count) const {
+        const bool* at = problem.key_mask + first;
+        const unsigned low = __ballot_sync(kAllLanes, lane < count && at[min(lane, count - 1)]);
+        const unsigned high =
+            __ballot_sync(kAllLanes, lane + kWarp < count && at[min(lane + kWarp, count - 1)]);
+        return static_cast<uint64_t>(high) << 32 | low;
+    }
+
     // Tiles of queries: whether some row of the tile does not see some key of a chunk.
     __device__ __forceinline__ bool needs_mask(const Unit& unit, int first) const {
         return first + kTile > unit.others || first + kTile - 1 > unit.diagonal ||
@@ -522,19 +580,13 @@ struct Consumer {
     }
     // Tiles of queries: -inf where a query does not see a key of the chunk that begins at key `first`.
     __device__ __forceinline__ void mask(Scores& scores, const Unit& unit, int first) const {
-        const int keys = unit.others - first;  // of the chunk, if less than 64
-        uint64_t seen = keys >= kTile ? ~0ull : (1ull << keys) - 1;
-        if (problem.key_mask != nullptr) {
-            const bool* at = problem.key_mask + unit.first_other + first;
-            const unsigned low = __ballot_sync(kAllLanes, lane < keys && at[min(lane, keys - 1)]);
-            const unsigned high =
-                __ballot_sync(kAllLanes, lane + kWarp < keys && at[min(lane + kWarp, keys - 1)]);
-            seen &= static_cast<uint64_t>(high) << 32 | low;
-        }
+        const int count = unit.others - first;  // of the chunk, if less than 64
+        uint64_t keys = count >= kTile ? ~0ull : (1ull << count) - 1;
+        if (problem.key_mask != nullptr) keys &= unmasked(unit.first_other + first, count);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const int last = row + 8 * r + unit.diagonal - first;  // that the query may see
-            uint64_t mine = last >= kTile - 1 ? seen : last < 0 ? 0 : seen & ((2ull << last) - 1);
+            uint64_t mine = last >= kTile - 1 ? keys : last < 0 ? 0 : keys & ((2ull << last) - 1);
             mine >>= column;
 #pragma unroll
             for (int i = 0; i < 8; ++i)
@@ -577,11 +629,16 @@ struct Consumer {
     // have, so that each stores 16 bytes.
     __device__ __forceinline__ void store(void* out, const Rows& rows, const float (&factor)[2],
                                           const Unit& unit) const {
+        store(out, rows, factor, unit.head, unit.first_row, unit.rows);
+    }
+    // The same for the first `count` of 64 rows, that of token `first` and those after it.
+    __device__ __forceinline__ void store(void* out, const Rows& rows, const float (&factor)[2], int head,
+                                          int first, int count) const {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const bool exists = row + 8 * r < unit.rows;
-            const int64_t token = unit.first_row + row + 8 * r;
-            T* to = static_cast<T*>(out) + (token * problem.heads + unit.head) * P::kHeadDim;
+            const bool exists = row + 8 * r < count;
+            const int64_t token = first + row + 8 * r;
+            T* to = static_cast<T*>(out) + (token * problem.heads + head) * P::kHeadDim;
 #pragma unroll
             for (int panel = 0; panel < P::kPanels; ++panel)
 #pragma unroll
@@ -603,23 +660,31 @@ struct Consumer {
 
 // ------------------------------------------------------------------------------------------------ kernel
 
-// The body of a kernel: what every thread of a block does. consume() is run by the consumers.
-template <class P, bool OfKeys, typename Consume>
-__device__ __forceinline__ void run_block(const Problem& problem, Shared<P>& shared, const Consume& consume) {
+struct NoMore {
+    __device__ void operator()() const {}
+};
+
+// The body of a kernel: what every thread of a block does. consume() is run by the consumers; init_more(), by
+// one thread, initialises barriers that only this kernel has.
+template <class P, bool OfKeys, typename Consume, typename InitMore = NoMore>
+__device__ __forceinline__ void run_block(const Problem& problem, Shared<P>& shared, const Consume& consume,
+                                          const InitMore& init_more = {}) {
     if (threadIdx.x == 0) {
         for (int i = 0; i < P::kConsumers; ++i)
             for (int j = 0; j < P::kBuffers; ++j) {
                 ptx::mbarrier_init(ptx::shared_address(&shared.tile_full[i][j]), 1);
-                ptx::mbarrier_init(ptx::shared_address(&shared.tile_free[i][j]), kWarpsOfGroup);
+                ptx::mbarrier_init(ptx::shared_address(&shared.tile_free[i][j]),
+                                   (P::kWhole ? P::kConsumers : 1) * kWarpsOfGroup);
             }
         for (int i = 0; i < P::kSlots; ++i) {
-            ptx::mbarrier_init(ptx::shared_address(&shared.chunk_full[0][i]), 1);
-            ptx::mbarrier_init(ptx::shared_address(&shared.chunk_full[1][i]), 1);
+            for (int j = 0; j < P::kChunkTensors; ++j)
+                ptx::mbarrier_init(ptx::shared_address(&shared.chunk_full[j][i]), 1);
             ptx::mbarrier_init(ptx::shared_address(&shared.slot_free[i]), P::kConsumers * kWarpsOfGroup);
         }
+        init_more();
         ptx::fence_mbarrier_init();
         for (int i = 0; i < P::kTileTensors; ++i) ptx::prefetch_tensor_map(&problem.tiles[i]);
-        for (int i = 0; i < 2; ++i) ptx::prefetch_tensor_map(&problem.chunks[i]);
+        for (int i = 0; i < P::kChunkTensors; ++i) ptx::prefetch_tensor_map(&problem.chunks[i]);
     }
     __syncthreads();
     if (threadIdx.x < kWarpgroup) {
@@ -685,6 +750,7 @@ inline Problem problem_of(const AttentionArgs& a, bool of_keys) {
     p.tile_seqlens = of_keys ? a.cu_seqlens_k : a.cu_seqlens_q;
     p.chunk_seqlens = of_keys ? a.cu_seqlens_q : a.cu_seqlens_k;
     p.tile_rows = static_cast<int32_t>(of_keys ? a.total_k : a.total_q);
+    p.chunk_rows = static_cast<int32_t>(of_keys ? a.total_q : a.total_k);
     p.most_tiles = static_cast<int32_t>(of_keys ? a.max_seqlen_k : a.max_seqlen_q);
     p.most_chunks = static_cast<int32_t>(of_keys ? a.max_seqlen_q : a.max_seqlen_k);
     p.key_mask = a.key_mask;

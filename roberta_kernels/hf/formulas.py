@@ -10,8 +10,15 @@ from torch.nn import functional as F
 
 from roberta_kernels.hf.structure import CoreParts, OutputParts
 
-MASK = torch.tensor([[0.0] * 5, [0.0] * 3 + [-1e9] * 2], dtype=torch.float64)[:, None, None, :]
 IDS = [[5, 6, 7, 8, 9], [9, 6, 7, 1, 1]]  # 1: padding
+
+
+def key_mask() -> Tensor:
+    """The additive mask of IDS.
+
+    Made when asked for: a module's own tensor would be fake, or on "meta", where tensors are that at the import.
+    """
+    return torch.tensor([[0.0] * 5, [0.0] * 3 + [-1e9] * 2], dtype=torch.float64)[:, None, None, :]
 
 
 def padded_positions(ids: Tensor, padding_idx: int) -> Tensor:

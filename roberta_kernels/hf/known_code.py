@@ -22,9 +22,9 @@ from torch.nn import functional as F
 from roberta_kernels.hf.families import family_of, part_class, role_of
 from roberta_kernels.hf.formulas import (
     IDS,
-    MASK,
     attention,
     dense,
+    key_mask,
     numbers,
     output,
     padded_positions,
@@ -194,21 +194,22 @@ def tiny(cls: Any) -> Any:
 
 def _layer(role: str) -> Callable[[Any], tuple[LayerFacts, bool]]:
     def run(module: Any) -> tuple[LayerFacts, bool]:
-        x = numbers((2, 5, 16), 100)
+        x, mask = numbers((2, 5, 16), 100), key_mask()
         first, second = attention_parts(module, role), feed_forward_parts(module, role)
-        attended = output(first.output, attention(first.core, x, MASK), x)
+        attended = output(first.output, attention(first.core, x, mask), x)
         want = output(second.output, F.gelu(dense(second.inner, attended)), attended)
-        return LayerFacts(_around(module, role)), same(module(x, MASK), want)
+        return LayerFacts(_around(module, role)), same(module(x, mask), want)
 
     return run
 
 
 def _biased_layer(module: Any) -> tuple[LayerFacts, bool]:
     x, bias, role = numbers((2, 5, 16), 100), numbers((2, 2, 5, 5), 101), "mpnet_layer"
+    mask = key_mask()
     first, second = attention_parts(module, role), feed_forward_parts(module, role)
-    attended = output(first.output, attention(first.core, x, MASK + bias), x)
+    attended = output(first.output, attention(first.core, x, mask + bias), x)
     want = output(second.output, F.gelu(dense(second.inner, attended)), attended)
-    got = module(x, MASK, bias)
+    got = module(x, mask, bias)
     return LayerFacts(_around(module, role)), isinstance(got, tuple) and len(got) == 1 and same(got[0], want)
 
 
@@ -217,8 +218,8 @@ def _around(module: Any, role: str) -> tuple[tuple[tuple[str, type], ...], ...]:
 
 
 def _self_attention(module: Any) -> tuple[None, bool]:
-    x = numbers((2, 5, 16), 100)
-    return None, same(module(x, MASK)[0], attention(core_parts(module), x, MASK))
+    x, mask = numbers((2, 5, 16), 100), key_mask()
+    return None, same(module(x, mask)[0], attention(core_parts(module), x, mask))
 
 
 def _self_output(module: Any) -> tuple[None, bool]:
@@ -247,7 +248,7 @@ def _embeddings(positions: Callable[[Tensor], Tensor], typed: bool = True) -> Ca
 
 def _run_layers(module: Any, x: Tensor) -> Tensor:
     for layer in _encoder(module).layer:
-        x = layer(x, MASK)
+        x = layer(x, key_mask())
     return x
 
 
@@ -257,7 +258,7 @@ def _run_biased_layers(module: Any, x: Tensor) -> Tensor:
     if not torch.equal(bias, position_bias(encoder, x, x.shape[1]).expand_as(bias)):
         raise ValueError("the bias on the scores follows more than positions")
     for layer in encoder.layer:
-        states.append(layer(states[-1], MASK, bias)[0])
+        states.append(layer(states[-1], key_mask(), bias)[0])
     given = module(input_ids=torch.tensor(IDS), attention_mask=_real().long(), output_hidden_states=True)
     if not all(same(got, want) for got, want in zip(given.hidden_states, states, strict=True)):
         raise ValueError("other hidden states are given out")
@@ -355,19 +356,20 @@ def _masks_reach(module: Any, ids: Tensor, mask: Tensor, where: str) -> str | No
         return f"{name} has no _create_attention_masks"
     given: list[bool] = []
     received: list[bool] = []
+    replaced_mask = key_mask()
 
     def hand_over(*args: Any, **kwargs: Any) -> Any:
         given.append(any(value is mask for value in (*args, *kwargs.values())))
-        return (MASK, *original(*args, **kwargs)[1:])
+        return (replaced_mask, *original(*args, **kwargs)[1:])
 
     def look(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        received.append(any(value is MASK for value in (*args, *kwargs.values())))
+        received.append(any(value is replaced_mask for value in (*args, *kwargs.values())))
 
     parts = [layer.get_submodule(where) for layer in layers]
     handles = [part.register_forward_pre_hook(look, with_kwargs=True) for part in parts]
     try:
         if beside:
-            module(input_ids=ids, attention_mask=mask, **{BESIDE: MASK})
+            module(input_ids=ids, attention_mask=mask, **{BESIDE: replaced_mask})
         else:
             module.__dict__["_create_attention_masks"] = hand_over
             module(input_ids=ids, attention_mask=mask)

@@ -68,6 +68,7 @@ ANCHORS = {
     "attention_sm90_forward_kernel": ("attention_sm90.cu", *EXPONENTIAL),
     "attention_sm90_grad_query_kernel": ("attention_backward_sm90.cu", *EXPONENTIAL),
     "attention_sm90_grad_key_kernel": ("attention_backward_sm90.cu", *EXPONENTIAL),
+    "attention_sm90_grad_whole_kernel": ("attention_backward_whole_sm90.cu", *EXPONENTIAL),
     "layer_norm_forward_kernel": ("{op}.cu", *VECTOR),
     "layer_norm_backward_kernel": ("{op}.cu", *VECTOR),
     "gelu_forward_kernel": ("gelu_ffn_elementwise.cu", *VECTOR),

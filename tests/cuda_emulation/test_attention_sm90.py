@@ -22,7 +22,10 @@ from . import build
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=f"the CUDA emulation: {build.missing()}")
 SOURCES = [
     build.HERE / "attention_sm90_entry.cpp",
-    *(build.ROOT / "csrc/cuda" / name for name in ("attention_sm90.cu", "attention_backward_sm90.cu")),
+    *(
+        build.ROOT / "csrc/cuda" / name
+        for name in ("attention_sm90.cu", "attention_backward_sm90.cu", "attention_backward_whole_sm90.cu")
+    ),
 ]
 BF16, FP16 = torch.bfloat16, torch.float16
 
@@ -37,6 +40,7 @@ class Case:
     keys: tuple[int, ...] | None = None
     causal: bool = False
     mask: float | None = None  # how many keys may be seen
+    unseen: tuple[int, int] | None = None  # keys that may not
     dropout_p: float = 0.0
     scale: float | None = None
     spread: float = 1.0
@@ -75,6 +79,25 @@ CASES = [
     Case("head128-512", (512,), heads=1, head_dim=128, dropout_p=0.1, causal=True),
     Case("head32", (130, 7, 200), head_dim=32),
     Case("head32-fp16", (513, 64), head_dim=32, dtype=FP16, dropout_p=0.2, mask=0.7),
+    # Whole tiles and chunks of keys that nothing sees: first, between and last ones, and all of a sequence.
+    Case("unseen-first", (300, 130), unseen=(0, 140)),
+    Case("unseen-between", (300,), unseen=(60, 260), causal=True),
+    Case("unseen-last", (300, 130), unseen=(190, 300), dropout_p=0.1),
+    Case("unseen-sequence", (200, 300, 70), unseen=(200, 500), causal=True),
+    Case("unseen-streamed", (750,), heads=1, unseen=(64, 700)),
+    # Up to 128 keys backward is one kernel: heads of one tile of keys and of two, after each other.
+    Case("whole", (128, 3, 127, 64, 65, 1, 0, 100), heads=3),
+    Case("whole-one-block", (1, 128, 64, 65, 33), heads=3, dtype=FP16, blocks=1),
+    Case("whole-mask", (97, 128, 64, 1), mask=0.6),
+    Case("whole-mask-rare", (40, 128, 90), mask=0.02),
+    Case("whole-unseen", (128, 100, 40), unseen=(60, 228)),
+    Case("whole-dropout", (128, 7, 100), dropout_p=0.1, mask=0.8),
+    Case("whole-dropout-fp16", (70, 128), dtype=FP16, dropout_p=0.5, scale=-0.2),
+    Case("whole-sharp", (128, 97), spread=6.0),
+    Case("whole-head32", (128, 7, 65), head_dim=32, dropout_p=0.2, mask=0.7),
+    Case("whole-few-queries", (16, 3, 0, 64, 1), keys=(128, 65, 100, 70, 64)),
+    Case("whole-streamed", (400, 70, 350), keys=(100, 30, 64), heads=1, dropout_p=0.1, blocks=2),
+    Case("whole-no-keys", (70, 9, 200), keys=(0, 128, 0)),
 ]
 
 
@@ -159,6 +182,9 @@ def draw(case: Case) -> dict[str, Any]:
     else:
         q, k, v = (normal(n, case.heads, case.head_dim).to(case.dtype) for n in (total_q, total_k, total_k))
     mask = None if case.mask is None else torch.rand(total_k, generator=generator) < case.mask
+    if case.unseen is not None:
+        mask = torch.ones(total_k, dtype=torch.bool)
+        mask[slice(*case.unseen)] = False
     grad = normal(total_q, case.heads, case.head_dim).to(case.dtype)
     return {
         **{
@@ -220,8 +246,15 @@ def test_backward(library: ctypes.CDLL, case: Case) -> None:
         assert error.abs().max() <= 2 * roundings * eps * expected.abs().max() + 8 * floor, name
 
 
-def test_the_order_of_threads_does_not_matter(library: ctypes.CDLL) -> None:
-    inputs = draw(Case("", (97, 0, 700, 1, 64, 200), heads=2, causal=True, mask=0.9, dropout_p=0.1))
+ORDERED = [
+    Case("two-kernels", (97, 0, 700, 1, 64, 200), heads=2, causal=True, mask=0.9, dropout_p=0.1),
+    Case("whole", (128, 0, 64, 97, 1, 65), heads=3, mask=0.9, dropout_p=0.1),
+]
+
+
+@pytest.mark.parametrize("case", ORDERED, ids=lambda case: case.id)
+def test_the_order_of_threads_does_not_matter(library: ctypes.CDLL, case: Case) -> None:
+    inputs = draw(case)
     first, lse = forward(library, inputs, blocks=3)
     gradients = backward(library, inputs, first, lse, blocks=3)
     for order in range(2, 5):
@@ -232,6 +265,23 @@ def test_the_order_of_threads_does_not_matter(library: ctypes.CDLL) -> None:
             backward(library, inputs, first, lse, blocks=order, order=order), gradients, strict=True
         ):
             assert torch.equal(t, expected)
+
+
+def test_up_to_128_keys_all_gradients_are_of_one_kernel(library: ctypes.CDLL) -> None:
+    def launched(keys: int, **more: Any) -> int:
+        inputs = draw(Case("", (9, keys), keys=(keys, 5), **more))
+        out = torch.zeros_like(inputs["q"])
+        lse = torch.zeros(out.shape[1], out.shape[0])
+        library.rk_emulation_take_launches(None, ctypes.c_int64(0))
+        backward(library, inputs, out, lse)
+        return int(library.rk_emulation_take_launches(None, ctypes.c_int64(0)))
+
+    library.rk_emulation_set_dry_run(1)
+    try:
+        assert [launched(keys) for keys in (1, 128, 129)] == [1, 1, 3]
+        assert launched(128, causal=True) == 3
+    finally:
+        library.rk_emulation_set_dry_run(0)
 
 
 FEW_QUERIES = [
