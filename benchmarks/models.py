@@ -48,7 +48,7 @@ SLOW = 2.0  # seconds of a first call, beyond which nobody has to be asked how o
 _NONSENSE = 0.1  # relative to the largest value; below it, a model that breaks the promise is timed, and said to
 _LOSSLESS = 1e-5  # a float32 model whose weights are kept with less cannot be as exact as this
 # Rounding floors of a whole model, as in tests/models: in bfloat16 four of them are 3% already.
-_FLOOR_ULPS = {torch.bfloat16: 4.0, torch.float32: 16.0}
+FLOOR_ULPS = {torch.bfloat16: 4.0, torch.float32: 16.0}
 _PROBED = ("embeddings.word_embeddings.weight", "encoder.layer.0.attention.self.query.weight", "LayerNorm.bias")
 
 
@@ -495,7 +495,7 @@ def _wrong(answers: dict[str, Tensor], plain: dict[str, Tensor] | None, exact: d
         return ("" if error < _NONSENSE else f"relative error {error:.1e}"), error
     for name in exact:
         ours, original = answers[name], plain[name]
-        ulps = _FLOOR_ULPS[ours.dtype]
+        ulps = FLOOR_ULPS[ours.dtype]
         comparison = tolerance.compare(ours, original, exact[name], name=name, floor_ulps=ulps)
         if not comparison.holds:
             return str(comparison), error

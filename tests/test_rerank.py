@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,22 @@ def test_wrong_scores_are_not_timed(rerank, folder):
         rerank._check(rerank.OURS, scores + 1e-3 * torch.arange(len(scores)), scores, exact)
     with pytest.raises(RuntimeError, match="wrong answers"):
         rerank._check("a peer", scores.flip(0), scores, exact)
+
+
+def test_a_backend_that_does_not_go_with_this_transformers_is_named(rerank, tmp_path, monkeypatch):
+    """optimum's module may import where its classes do not."""
+
+    class Lazy(types.ModuleType):
+        def __getattr__(self, name):
+            raise ImportError(f"cannot import name {name!r}")
+
+    for module in ("optimum.onnxruntime", "optimum.intel"):
+        monkeypatch.setitem(sys.modules, module, Lazy(module))
+    known, missing = rerank.contenders(tmp_path, 1)
+    for backend in ("onnx", "openvino"):
+        name = f"sentence-transformers, backend {backend}"
+        assert name not in known
+        assert "cannot import name" in missing[name]
 
 
 def test_the_example(folder):
