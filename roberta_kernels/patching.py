@@ -30,7 +30,6 @@ from roberta_kernels.hf.state import (
     attach,
     attach_name,
     attached,
-    detach,
     forget,
     logger,
     refresh_quantized,
@@ -124,10 +123,9 @@ def patch(model: nn.Module, *, options: Options) -> PatchReport:
         for name, module in modules:
             _patch_module(name, module, report, before)
     except BaseException:
-        for module, cls, state in before:
-            module.__class__ = cls
+        for module, _, state in before:
             if state is None:
-                detach(module)
+                make_original(module)
             else:
                 attach(module, state)
         raise

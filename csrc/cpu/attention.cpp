@@ -594,11 +594,15 @@ void backward(const AttentionArgs& a) {
 
 }  // namespace
 
-void attention_forward(const AttentionArgs& a) {
+void cached_attention(const AttentionArgs& a) {
     if (a.bf16)
         FewQueries<bf16>(a).run();
     else
         FewQueries<float>(a).run();
+}
+
+void attention_forward(const AttentionArgs& a) {
+    cached_attention(a);  // the sequences that it has
 #if defined(RK_CPU_ISA_AMX)
     static_assert(kQueries == kTileQueries, "the blocks of tile_attention.h");
     if (!a.dropout.on && a.bias == nullptr)  // neither is for tiles

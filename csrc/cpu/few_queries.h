@@ -16,7 +16,7 @@
 
 namespace rk::cpu::RK_CPU_ISA {
 
-constexpr int64_t kFewQueries = 8;
+constexpr int64_t kFewQueries = kMostCachedQueries;
 constexpr int64_t kFewKeys = 256;
 constexpr int64_t kMostWidth = 128;
 constexpr double kBytesOfThread = 256
@@ -151,6 +151,19 @@ inline void exponentials(float* p, int64_t count, float* max, float* sum) {
     *sum = hsum(sums[0] + sums[1]);
 }
 
+// Asks for the rows of kLanes keys. The processor itself looks ahead no further than the end of a page, 16 rows of 64
+// float32.
+constexpr int64_t kRowsAhead = 32;
+template <class T>
+RK_INLINE void ask_ahead(const KeyRows<T>& rows, int64_t from, int64_t end, int64_t d) {
+    const int64_t last = min64(from + kLanes, end);
+    for (int64_t n = from; n < last; ++n) {
+        const char* row = reinterpret_cast<const char*>(rows.at(n));
+        for (int64_t byte = 0; byte < d * int64_t(sizeof(T)); byte += 64)
+            __builtin_prefetch(row + byte, 0, 2);
+    }
+}
+
 // What a task leaves of a query, and where the sum over values begins in it: max, sum, ..., [width].
 constexpr int64_t kPartHead = 16;
 
@@ -163,6 +176,8 @@ void few_queries_part(const KeyRows<T>& k, const KeyRows<T>& v, const float* q, 
     int64_t most = 0;
     for (int64_t i = 0; i < queries; ++i) most = max64(most, seen[i]);
     for (int64_t j = 0; j < most; j += kLanes) {
+        ask_ahead(k, j + kRowsAhead, most, d);
+        ask_ahead(v, j, most, d);
         const T* row[kLanes];
 #pragma GCC unroll 16
         for (int n = 0; n < kLanes; ++n) row[n] = k.at(min64(j + n, most - 1));
@@ -241,15 +256,15 @@ class FewQueries {
         alignas(64) float q[kFewQueries * kMostWidth];
         int64_t seen[kFewQueries];
         for (int64_t i = 0; i < queries; ++i) {
-            const T* from = row_of(a_.q, a_.cu_seqlens_q[b] + i, head);
+            const T* from = first_row(a_.q, a_.cu_seqlens_q, b, head) + i * a_.q.token_stride;
             for (int64_t c = 0; c < width_; c += kLanes)
                 store(q + i * width_ + c, load_some(from + c, static_cast<int>(d - c)) * a_.scale);
             const int64_t last = i + length(a_.cu_seqlens_k, b) - queries;
             const int64_t all = a_.causal ? visible_[b].until(last) : visible_[b].count;
             seen[i] = max64(0, min64(kFewKeys, all - begin));
         }
-        const KeyRows<T> k{row_of(a_.k, a_.cu_seqlens_k[b], head), a_.k.token_stride, visible_[b], begin};
-        const KeyRows<T> v{row_of(a_.v, a_.cu_seqlens_k[b], head), a_.v.token_stride, visible_[b], begin};
+        const KeyRows<T> k{first_row(a_.k, a_.cu_seqlens_k, b, head), a_.k.token_stride, visible_[b], begin};
+        const KeyRows<T> v{first_row(a_.v, a_.cu_seqlens_k, b, head), a_.v.token_stride, visible_[b], begin};
         const auto run = [&](auto vectors) {
             few_queries_part<vectors()>(k, v, q, queries, seen, d, width_, parts);
         };
@@ -284,12 +299,16 @@ class FewQueries {
             const float factor = sum == 0.0f ? 0.0f : 1.0f / sum;
             for (int64_t c = 0; c < d; c += kLanes)
                 store_some(to + c, out[c / kLanes] * factor, static_cast<int>(d - c));
-            a_.lse[head * a_.total_q + row] = sum == 0.0f ? -__builtin_inff() : max + __builtin_logf(sum);
+            if (a_.lse != nullptr)
+                a_.lse[head * a_.total_q + row] = sum == 0.0f ? -__builtin_inff() : max + __builtin_logf(sum);
         }
     }
 
-    static const T* row_of(const HeadsView& view, int64_t row, int64_t head) {
-        return static_cast<const T*>(view.data) + row * view.token_stride + head * view.head_stride;
+    // Of a sequence.
+    static const T* first_row(const HeadsView& view, const int32_t* cu_seqlens, int64_t b, int64_t head) {
+        const int64_t at =
+            view.sequence_stride < 0 ? cu_seqlens[b] * view.token_stride : b * view.sequence_stride;
+        return static_cast<const T*>(view.data) + at + head * view.head_stride;
     }
 
     template <int kCount>
