@@ -50,7 +50,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear: of few rows on a CPU, by the products of the encoder. x `[..., K]`, weight `[N, K]`, bias `[N]`."""
     rows = x.numel() // max(1, x.shape[-1])
     if (
-        not x.is_cpu
+        type(x) is not Tensor
+        or not x.is_cpu
         or not 0 < rows <= MOST_ROWS
         or torch.compiler.is_compiling()
         or torch.is_autocast_enabled("cpu")

@@ -45,6 +45,7 @@ _FUSED = {
     "typeless_absolute_embeddings": "embeddings + LayerNorm + dropout",
     "self_attention": "attention",
     "self_output": "bias + dropout + residual + LayerNorm",
+    "vocabulary": "products of few rows, for inference on a CPU",
     **dict.fromkeys(LAYER_ROLES, "attention, GELU feed-forward, bias + dropout + residual + LayerNorm"),
     "model": "padding-free pass",
     "biased_model": "padding-free pass where padding is at the end and nobody reads it",

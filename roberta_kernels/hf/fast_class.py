@@ -37,6 +37,7 @@ from roberta_kernels.hf.layer import (
     FastMPNetLayer,
     FastSelfAttention,
     FastSelfOutput,
+    FastVocabulary,
 )
 from roberta_kernels.hf.masked_lm import FastMaskedLMHead
 from roberta_kernels.hf.model import FastAttentionModel, FastBiasedModel, FastModel
@@ -55,6 +56,7 @@ _MIXINS: dict[str, type] = {
     "attention_model": FastAttentionModel,
     "summary_head": FastSummaryHead,
     "self_output": FastSelfOutput,
+    "vocabulary": FastVocabulary,
     "layer": FastLayer,
     "distilbert_layer": FastDistilBertLayer,
     "mpnet_layer": FastMPNetLayer,

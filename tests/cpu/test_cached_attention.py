@@ -10,15 +10,12 @@ import torch
 
 from roberta_kernels.tolerance import assert_three_way
 
-from ..ops.cases import uninitialised_is_nan
 from .test_attention import DTYPES, cumulative
 
 LENGTHS = [1, 7, 63, 65, 255, 257, 513]  # a part holds 256 keys
 
 
-@pytest.fixture(autouse=True)
-def _seeded():
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("nan_memory")
 
 
 def plain(query, key, value, mask, scale, causal):
@@ -64,8 +61,7 @@ def check(
     if seen is not None and layout != "expanded":  # what nobody sees is not read
         value[~seen[:, None].expand(value.shape[:3])] = math.nan
     scale = 0.9 * head_dim**-0.5
-    with uninitialised_is_nan(query):
-        got = kernels.cached_attention(query, key, value, seen, scale, causal)
+    got = kernels.cached_attention(query, key, value, seen, scale, causal)
     assert got.dtype == dtype
     assert got.is_contiguous()
     original = plain(query, key, value, seen, scale, causal)
@@ -106,8 +102,7 @@ def test_keys_are_read_where_they_lie(kernels, dtype, layout):
 def test_nothing_to_do(kernels, dtype):
     def run(batch, heads, queries, keys):
         query, key = torch.randn(batch, heads, queries, 32).to(dtype), torch.randn(batch, heads, keys, 32).to(dtype)
-        with uninitialised_is_nan():
-            return kernels.cached_attention(query, key, key, None, 1.0, False)
+        return kernels.cached_attention(query, key, key, None, 1.0, False)
 
     assert run(0, 2, 1, 5).shape == (0, 1, 2, 32)
     assert run(2, 2, 0, 5).shape == (2, 0, 2, 32)
@@ -158,8 +153,7 @@ def test_among_sequences_of_many_queries(kernels, dtype):
         rest = (cumulative(rows_q), cumulative(rows_k), 60, 300, 0.125, False, None, 0.0, None)
         first_q, first_k = (sum(lengths_q[:1]), sum(lengths_k[:1])) if len(rows_q) == 1 else (0, 0)
         take = slice(first_q, first_q + sum(rows_q)), slice(first_k, first_k + sum(rows_k))
-        with uninitialised_is_nan():
-            return kernels.attention_forward(q[take[0]], k[take[1]], v[take[1]], *rest)
+        return kernels.attention_forward(q[take[0]], k[take[1]], v[take[1]], *rest)
 
     out, lse = run(lengths_q, lengths_k)
     one, lse_of_one = run(lengths_q[1:2], lengths_k[1:2])
