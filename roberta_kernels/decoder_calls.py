@@ -13,7 +13,9 @@ from roberta_kernels import backends
 from roberta_kernels.ops import matmul_precision
 
 MOST_QUERIES = 8  # of a sequence (few_queries.h)
-MOST_ROWS = 64  # up to which the product was measured against torch's
+# Where the product took less time than torch's (docs/performance.md, Generation): in float32 on every instruction set from 8
+# rows on, in bfloat16 on tiles.
+FEWEST_ROWS, MOST_ROWS = 8, 32
 
 
 def reads_cache(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:
@@ -52,9 +54,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if (
         type(x) is not Tensor
         or not x.is_cpu
-        or not 0 < rows <= MOST_ROWS
+        or not (FEWEST_ROWS if x.dtype == torch.float32 else 1) <= rows <= MOST_ROWS
         or torch.compiler.is_compiling()
         or torch.is_autocast_enabled("cpu")
+        or (x.dtype != torch.float32 and backends.cpu_isa() != "amx")
         or not x.dtype == weight.dtype == (weight if bias is None else bias).dtype
         or weight.stride(1) != 1
         or weight.stride(0) < weight.shape[1]
