@@ -13,7 +13,7 @@ from roberta_kernels import backends
 from roberta_kernels.ops import matmul_precision
 
 MOST_QUERIES = 8  # of a sequence (few_queries.h)
-# Where the product took less time than torch's (docs/performance.md, Generation): in float32 on every instruction set from 8
+# Where the product took less time than torch's (docs/performance.md, Generation): in float32 from 8
 # rows on, in bfloat16 on tiles.
 FEWEST_ROWS, MOST_ROWS = 8, 32
 
