@@ -22,7 +22,7 @@ WORKERS ?= 2
 NOT_CUDA := --ignore=tests/cuda --ignore=tests/cuda_emulation
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format test-full test-fast test-matrices test-releases test-ray wheel test-wheel test-sdist hub-kernel test-hub-kernel test-floor test-newest test-matrix test-cuda-source test-cuda-library cuda-library cuda-emulation bench bench-models bench-rerank gpu-suite gpu-bundle clean
+.PHONY: help setup demo test lint format test-full test-fast test-matrices test-releases test-ray wheel sdist test-wheel test-sdist hub-kernel test-hub-kernel test-floor test-newest test-matrix test-cuda-source test-cuda-library cuda-library cuda-emulation bench bench-models bench-rerank gpu-suite gpu-bundle clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -121,10 +121,13 @@ test-ray: setup $(RAY_VENV)/.packages  ## a corpus and a service on a Ray cluste
 
 # torch's libraries are where torch is, and no part of the wheel; of the rest auditwheel says how old a Linux may be. What is
 # compiled is what `make setup` has compiled.
-wheel: setup  ## a manylinux wheel and an sdist, in dist/ (ROBERTA_KERNELS_CUDA=1: with the CUDA kernels)
-	rm -rf build/lib* build/wheel dist
+wheel: sdist  ## a manylinux wheel and an sdist, in dist/ (ROBERTA_KERNELS_CUDA=1: with the CUDA kernels)
+	rm -rf build/lib* build/wheel dist/*.whl
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps -w build/wheel .
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*.so' --exclude libc10.so -w dist build/wheel/*.whl
+
+sdist: setup
+	rm -f dist/*.tar.gz
 	$(BIN)/python -m build --sdist --no-isolation --skip-dependency-check --outdir dist .
 
 # In a venv that finds torch and the rest in .venv, but the package, which is installed from the file. What runs there sees
@@ -135,7 +138,7 @@ test-wheel: wheel $(WHEEL_VENV)/.made  ## the wheel installed without a compiler
 	$(IN_WHEEL_VENV) python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall --no-index $(abspath dist)/*.whl
 	cd $(WHEEL_VENV) && $(IN_WHEEL_VENV) python $(abspath release/smoke.py) no-compiler
 
-test-sdist: wheel $(WHEEL_VENV)/.made  ## the sdist installed with a compiler, and used; minutes, since it compiles
+test-sdist: sdist $(WHEEL_VENV)/.made  ## the sdist installed with a compiler, and used; minutes, since it compiles
 	$(WHEEL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --force-reinstall dist/*.tar.gz
 	cd $(WHEEL_VENV) && bin/python $(abspath release/smoke.py)
 
@@ -159,7 +162,7 @@ test-cuda-source: setup  ## the CUDA sources: compiled for every architecture, a
 
 # Of the op tests what make test has, under the sanitizers, but for CUTLASS's (on a host it reads a number of two bytes by
 # words of four); then what the emulation and launch planning have for tests of their own; then the op tests as a Hopper
-# GPU would serve them.
+# GPU would run them.
 cuda-emulation:
 	$(BIN)/python tests/cuda_emulation/build.py -- python -m pytest -n $(WORKERS) -m "not full" tests/ops -k "cuda and not sm80"
 	$(BIN)/python tests/cuda_emulation/build.py --plain -- python -m pytest -n $(WORKERS) --dist loadfile tests/cuda_emulation tests/models/test_encoder_on_cuda.py tests/models/test_graphs.py

@@ -1,7 +1,7 @@
 """`python -m benchmarks run` measures the kernels and `models` whole models on a CPU: JSON, tables and plots. Also
-`rerank`, a reranker on a CPU, `generation`, summaries, `cluster`, a corpus on Ray, `host-time`, what a forward on CUDA
-kernels takes of the host, `report`, `compare`, the `gpu-suite` with its `gpu-bundle`, and `choose`, which makes the
-package follow its results.
+`rerank`, a reranker on a CPU, `generation`, summaries, `cluster`, a corpus on Ray, `service`, requests to Ray Serve,
+`host-time`, what a forward on CUDA kernels takes of the host, `report`, `compare`, the `gpu-suite` with its
+`gpu-bundle`, and `choose`, which makes the package follow its results.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def models(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def small_suite(arguments: argparse.Namespace, console: Console) -> int:
-    """`rerank`, `generation`, `cluster` or `host-time`; returns 1 where ours failed."""
+    """`rerank`, `generation`, `cluster`, `service` or `host-time`; returns 1 where ours failed."""
     import importlib
 
     from benchmarks import machine
@@ -209,6 +209,7 @@ def main(argv: list[str] | None = None) -> int:
         ("rerank", "CrossEncoder.rank on a CPU against stock and other engines; some minutes on two cores"),
         ("generation", "summaries by an encoder-decoder on a CPU against stock: some minutes on two cores"),
         ("cluster", "a corpus by two Ray workers against one process, and what Ray costs; needs ray[data]"),
+        ("service", "requests to Ray Serve around a model, stock against patched; needs ray[serve]"),
         ("host-time", "what a forward on CUDA kernels takes of the host, by part; needs the CUDA headers, no GPU"),
     ):
         small = commands.add_parser(name, help=what)
@@ -251,7 +252,7 @@ def main(argv: list[str] | None = None) -> int:
                 return run(arguments, console)
             if arguments.command == "models":
                 return models(arguments, console)
-            if arguments.command in ("rerank", "generation", "cluster", "host-time"):
+            if arguments.command in ("rerank", "generation", "cluster", "service", "host-time"):
                 return small_suite(arguments, console)
             if arguments.command == "gpu-suite":
                 return gpu_suite.run(arguments)

@@ -2,13 +2,13 @@
 slots.
 
 What counts of an op, in a dtype, at a size is the geometric mean of its times over all cases there, forward and forward
-+ backward and of every model size alike: one choice serves them all. The CUDA kernels are entered where they took less
++ backward and of every model size alike: one choice is for them all. The CUDA kernels are entered where they took less
 than MARGIN of Triton's time; a variant of them is the one that took the least over all sizes and dtypes, and must have
 given right answers in all. An entry reaches from the smallest to the largest size that was measured, the border between
 two of them halfway; beyond that nothing is said.
 
 Only what was proved on that GPU is chosen. A variant of the CUDA kernels: its tests, those of the portable one (which
-serves what it does not take), those of its whole backend, and both sanitizers passed. Triton: its tests passed. Where
+runs what it does not take), those of its whole backend, and both sanitizers passed. Triton: its tests passed. Where
 they failed, came too late or never ran, that backend or variant is out, and no other; where Triton is out, the CUDA
 kernels are entered wherever they were measured.
 
@@ -127,7 +127,7 @@ def vetoes(results: dict[str, Any]) -> Vetoes:
 
 
 def _concerns(failure: dict[str, Any]) -> list[tuple[str, str, str | None]]:
-    """Whom a broken measurement speaks against: an op's kernel, or all that a whole model may have been served by."""
+    """Whom a broken measurement speaks against: an op's kernel, or all that may have run in a whole model."""
     backend, _, variant = failure["contender"].removeprefix("ours, ").partition(" ")
     if backend not in choosing.BACKENDS:
         return []
@@ -139,19 +139,19 @@ def _concerns(failure: dict[str, Any]) -> list[tuple[str, str, str | None]]:
 
 
 def _unproved(
-    told: dict[str, dict[str, Any]], backend: str, op: str, variant: str | None, *, what: str = "the tests"
+    outcomes: dict[str, dict[str, Any]], backend: str, op: str, variant: str | None, *, what: str = "the tests"
 ) -> str:
     """Why these outcomes do not prove a backend's op in a variant; "" where they do."""
-    portable = choosing.VARIANTS.get(op, (None,))[0]  # serves what the variant does not take
-    mine = {
+    portable = choosing.VARIANTS.get(op, (None,))[0]  # runs what the variant does not take
+    own = {
         name: one
-        for name, one in told.items()
+        for name, one in outcomes.items()
         if one["backend"] == backend and one["op"] in (None, op) and one["variant"] in (None, portable, variant)
     }
-    for name, one in mine.items():
+    for name, one in own.items():
         if one["verdict"] != "passed":
             return f"{name} {one['verdict']}: {one['why']}"
-    of_its_own = [one for one in mine.values() if backend == "triton" or (one["op"], one["variant"]) == (op, variant)]
+    of_its_own = [one for one in own.values() if backend == "triton" or (one["op"], one["variant"]) == (op, variant)]
     return "" if of_its_own else f"{what} did not run"
 
 
@@ -183,14 +183,14 @@ def entries(results: dict[str, Any], name: str, out: Vetoes) -> list[Entry]:
             times[key][row["backend"], row["variant"]][row["case"]] = row["median_s"]
     found = []
     for op in choosing.OPS:
-        mine = {(dtype, size): by_kernel for (o, dtype, size), by_kernel in times.items() if o == op}
-        kernel = _best_variant(op, mine, out)
+        of_op = {(dtype, size): by_kernel for (o, dtype, size), by_kernel in times.items() if o == op}
+        kernel = _best_variant(op, of_op, out)
         if kernel is None:
             continue
         rivals = [kernel] if (op, "triton", None) in out else [kernel, ("triton", None)]
         for dtype in choosing.DTYPES:
             wins = {}
-            for (of, size), by_kernel in sorted(mine.items()):
+            for (of, size), by_kernel in sorted(of_op.items()):
                 scores = _scores(by_kernel, rivals) if of == dtype else None
                 if scores is not None:
                     wins[size] = all(scores[0] < MARGIN * other for other in scores[1:])
@@ -214,14 +214,14 @@ def _scores(
 
 def _best_variant(
     op: str,
-    mine: dict[tuple[str, int], dict[tuple[str, str | None], dict[str, float]]],
+    of_op: dict[tuple[str, int], dict[tuple[str, str | None], dict[str, float]]],
     out: Vetoes,
 ) -> tuple[str, str | None] | None:
     """The CUDA kernel to compare with Triton: it has every case that any variant has, and takes the least time."""
-    candidates = {kernel for by_kernel in mine.values() for kernel in by_kernel if kernel[0] == "cuda"}
+    candidates = {kernel for by_kernel in of_op.values() for kernel in by_kernel if kernel[0] == "cuda"}
     candidates = {kernel for kernel in candidates if (op, *kernel) not in out}
     whole: dict[tuple[str, str | None], dict[str, float]] = {
-        kernel: {case: t for by_kernel in mine.values() for case, t in by_kernel.get(kernel, {}).items()}
+        kernel: {case: t for by_kernel in of_op.values() for case, t in by_kernel.get(kernel, {}).items()}
         for kernel in candidates
     }
     most = max((len(times) for times in whole.values()), default=0)

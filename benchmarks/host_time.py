@@ -1,6 +1,6 @@
-"""What a forward of a patched model takes of the host where CUDA kernels serve, by part, without a GPU.
+"""What a forward of a patched model takes of the host where CUDA kernels run, by part, without a GPU.
 
-The CUDA library compiled for the CPU (tests/cuda_emulation) serves, in a dry run: its bindings check, allocate and plan
+The CUDA library compiled for the CPU (tests/cuda_emulation) runs, in a dry run: its bindings check, allocate and plan
 as on a GPU, and no kernel runs. Tensors are on the CPU and small, as the host's work does not depend on their size.
 Torch's own products do run where Python calls them; what theirs takes of the host on a GPU, and what a launch takes
 there, is not in these figures: nothing here was measured on a card.
@@ -38,7 +38,7 @@ BATCHES = {"1 x 8, no mask": (1, 8, None), "4 x 8, padded": (4, 8, (8, 3, 5, 1))
 
 
 def run(arguments: argparse.Namespace, console: Console, folder: Path) -> int:
-    """Writes host-time.json into folder. Where the emulated library does not serve yet, in a process where it does."""
+    """Writes host-time.json into folder. Where the emulated library is not loaded yet, in a process where it does."""
     from roberta_kernels import backends
 
     if not backends.emulating():

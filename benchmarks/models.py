@@ -57,11 +57,11 @@ class Runner:
     """One way to run the model.
 
     prepare: what is done to a copy of the original; returns what is called.
-    variant: of the CUDA kernels, that may serve: of an op that has it not, the best below.
+    variant: of the CUDA kernels, that may run: of an op that has it not, the best below.
     engine: an engine's, which has no need of that copy: prepare gets None. Forward only.
     weights: how they are kept, where that is with less than the run's dtype.
     arithmetic: what products take, where that is less than the run's dtype: as in roofs.compute_roof. A model with
-        either does not keep the promise of the run's dtype; its error is told.
+        either does not keep the promise of the run's dtype; its error is shown.
     instead_of: the contender that somebody who patches had before, in the same precision.
     trains: whether gradients of its parameters can be had.
     missing: why it cannot run here.
@@ -173,7 +173,7 @@ def _variants_here() -> list[str]:
 
 @contextlib.contextmanager
 def in_variant(runner: Runner) -> Iterator[None]:
-    """Inside, its variant of the CUDA kernels may serve. Raises BackendError where this build lacks it."""
+    """Inside, its variant of the CUDA kernels may run. Raises BackendError where this build lacks it."""
     with contextlib.ExitStack() as stack:
         if runner.variant is not None:
             for op, known in choosing.VARIANTS.items():

@@ -106,9 +106,9 @@ def ratio_cell(row: Row, peer: str, failed: dict[tuple[str, str], str]) -> str:
 
 
 def contender_cell(row: Row) -> str:
-    """Its name, and what served where that is not the variant that was set."""
+    """Its name, and what ran where that is not the variant that was set."""
     served = row.get("served") or []
-    return row["contender"] + (f" (served: {', '.join(served)})" if served not in ([], [row["variant"]]) else "")
+    return row["contender"] + (f" (ran: {', '.join(served)})" if served not in ([], [row["variant"]]) else "")
 
 
 def error_cell(value: float | None) -> str:

@@ -77,7 +77,7 @@ def run_case(
     """Times all contenders of one case together.
 
     rotate: on a GPU, each contender goes through sets of inputs that its L2 cache does not hold. check_all: answers are
-    compared with float64 in every case, however large. begin: told which contender runs next.
+    compared with float64 in every case, however large. begin: called with the contender that runs next.
 
     Raises Poisoned, which names the error; begin knows the contender.
     """

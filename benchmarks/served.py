@@ -1,4 +1,4 @@
-"""Which variants of the CUDA kernels served: a call that a variant does not take goes to one below it."""
+"""Which variants of the CUDA kernels ran: a call that a variant does not take goes to one below it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from roberta_kernels.backends import choosing
 
 
 class Served:
-    """A context; when it has ended, `by_op` holds the variants that served calls inside, of each op that has some."""
+    """A context; when it has ended, `by_op` holds the variants that ran calls inside, of each op that has some."""
 
     def __init__(self) -> None:
         self.by_op: dict[str, list[str]] = {}

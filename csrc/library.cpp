@@ -15,11 +15,11 @@ STABLE_TORCH_LIBRARY(roberta_kernels_cuda, m) {
     // Which variant of its kernels an op may use (csrc/cuda/variants.h).
     m.def("get_variant(str op) -> str");
     m.def("set_variant(str op, str variant) -> ()");
-    // How many calls a variant has served so far.
+    // How many calls a variant has run so far.
     m.def("served(str op, str variant, bool backward) -> int");
 #else
 STABLE_TORCH_LIBRARY(roberta_kernels_cpu, m) {
-    // Which compiled instruction set serves: an index into rk::cpu::kIsaNames; set_isa returns what was set
+    // Which compiled instruction set is used: an index into rk::cpu::kIsaNames; set_isa returns what was set
     // before.
     m.def("get_isa() -> int");
     m.def("set_isa(int isa) -> int");

@@ -23,13 +23,13 @@ inline Tensor as_contiguous(const Tensor& t) {
 // Failures are RuntimeErrors in Python.
 class TensorChecks {
   public:
-    // dtypes: what the backend serves, in the words of `served`.
+    // dtypes: what the backend supports, in the words of `served`.
     TensorChecks(const char* op, const Tensor& first, const char* name,
                  std::initializer_list<ScalarType> dtypes, const char* served)
-        : op_(op), device_(first.device()), dtype_(first.scalar_type()) {
+        : op_(op), device_(first.device()), dtype_(first.scalar_type()), facts_(first) {
         bool known = false;
         for (const ScalarType dtype : dtypes) known = known || dtype == dtype_;
-        STD_TORCH_CHECK(known, op_, ": ", name, " must be ", served, ", not ",
+        STD_TORCH_CHECK(known, op_, ": ", name, " must be ", served, ", got ",
                         torch::headeronly::toString(dtype_));
     }
 
@@ -41,11 +41,11 @@ class TensorChecks {
     }
 
     // Whether a tensor has the dtype and device of the first.
-    bool is_same(const Tensor& t) const { return t.scalar_type() == dtype_ && t.device() == device_; }
+    bool is_same(const Tensor& t) const { return Facts(t) == facts_; }
 
     void same(const Tensor& t, const char* name, ScalarType dtype) const {
         STD_TORCH_CHECK(t.scalar_type() == dtype, op_, ": ", name, " must be ",
-                        torch::headeronly::toString(dtype), ", not ",
+                        torch::headeronly::toString(dtype), ", got ",
                         torch::headeronly::toString(t.scalar_type()));
         STD_TORCH_CHECK(t.device() == device_, op_, ": ", name,
                         " must be on the device of the other tensors");
@@ -68,7 +68,7 @@ class TensorChecks {
 
     // The address of the seed, or null without dropout.
     const int64_t* dropout_seed(double p, const std::optional<Tensor>& seed) const {
-        STD_TORCH_CHECK(p >= 0.0 && p < 1.0, op_, ": dropout_p must be in [0, 1), not ", p);
+        STD_TORCH_CHECK(p >= 0.0 && p < 1.0, op_, ": dropout_p must be in [0, 1), got ", p);
         if (p == 0.0) return nullptr;
         STD_TORCH_CHECK(seed.has_value(), op_, ": dropout_p > 0 needs a seed");
         same(*seed, "seed", ScalarType::Long);
@@ -94,6 +94,20 @@ class TensorChecks {
     }
 
   private:
+    // Dtype and device in torch's own numbers, which take no table to compare: the encoder asks hundreds of tensors.
+    struct Facts {
+        int32_t dtype = 0, device_type = 0, device_index = 0;
+        explicit Facts(const Tensor& t) {
+            TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+            TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device_type));
+            TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &device_index));
+        }
+        bool operator==(const Facts& other) const {
+            return dtype == other.dtype && device_type == other.device_type &&
+                   device_index == other.device_index;
+        }
+    };
+
     int32_t code_of(ScalarType dtype) const {
         switch (dtype) {
             case ScalarType::Float:
@@ -118,6 +132,7 @@ class TensorChecks {
     const char* op_;
     torch::stable::Device device_;
     ScalarType dtype_;
+    Facts facts_;
 };
 
 }  // namespace rk

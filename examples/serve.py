@@ -3,7 +3,7 @@
     python examples/serve.py --model sentence-transformers/all-MiniLM-L6-v2 --seconds 20 --clients 16
 
 Requests that wait for each other are encoded together: a batch holds at most so many tokens, not so many texts. The
-service takes so many requests at a time, so many more wait, and who comes beyond that is told so (503).
+service takes so many requests at a time, so many more wait, and those beyond that are refused (503).
 """
 
 from __future__ import annotations

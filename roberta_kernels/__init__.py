@@ -9,6 +9,7 @@ rk.unpatch(model)             # exactly the model it was
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from roberta_kernels import registration, requirements
@@ -61,6 +62,8 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module("roberta_kernels.models"), name)
     elif name in __all__:
         value = getattr(importlib.import_module("roberta_kernels.api"), name)
+    elif not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
+        return importlib.import_module(f"{__name__}.{name}")  # rk.models, whatever was imported before
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value

@@ -307,7 +307,7 @@ def test_the_table_sets_the_variant_of_its_architecture(pretend):
 
 def test_the_table_is_followed_once_cuda_is_initialised(pretend, monkeypatch):
     library = pretend((ENTRY,), archs=())
-    assert served("attention", 100) == "triton", "as fake tensors are served before that"
+    assert served("attention", 100) == "triton", "as fake tensors run before that"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, index))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)  # so that nothing is launched
@@ -390,7 +390,7 @@ def test_a_gpu_below_sm_80_gets_the_reference(cards):
         assert unserved(torch.bfloat16, torch.device("cuda", 0)) is None, "who asks for it gets it"
 
 
-def test_a_backend_whose_launch_fails_serves_no_call(cards):
+def test_a_backend_whose_launch_fails_runs_no_call(cards):
     launches = cards(90, 90, broken=("cuda",), table=(ENTRY,))
     assert served("attention", 100) == "triton", "though the table names the other"
     assert served("attention", 100, index=1) == "triton"

@@ -617,7 +617,7 @@ def test_what_gave_wrong_answers_is_not_chosen():
     rows = measured(cuda_portable=1.0, cuda_sm90=0.5, triton=2.0)
     wrong = [{"op": "attention", "contender": "cuda sm90", "case": "another", "broken": True, "reason": "wrong"}]
     assert chosen(rows, wrong) == [(64, 512, "cuda", "portable")]
-    # Triton is out, and who is slower than it serves.
+    # Triton is out, and what is slower than it runs.
     slower = measured(cuda_portable=1.0, triton=0.5)
     assert chosen(slower, [{**wrong[0], "contender": "triton"}]) == [(64, 512, "cuda", "portable")]
     # A whole model: nobody knows which op it was.
@@ -631,7 +631,7 @@ def test_what_gave_wrong_answers_is_not_chosen():
     ("key", "name", "what", "best"),
     [
         ("tests", "attention sm90", "failed", "portable"),
-        ("tests", "attention portable", "failed", None),  # it serves what the others do not take
+        ("tests", "attention portable", "failed", None),  # it runs what the others do not take
         ("tests", "cuda", "late", None),
         ("sanitizer", "racecheck attention sm90", "late", "portable"),
         ("sanitizer", "memcheck attention sm90", None, "portable"),

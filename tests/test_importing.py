@@ -74,3 +74,12 @@ def test_the_attention_is_there_after_any_import_and_after_a_look(first, looks):
 def test_the_ops_are_there_after_a_look():
     look = "import roberta_kernels, importlib.util\nimportlib.util.find_spec('torch')\n"
     in_a_new_process(f"{look}import torch\ntorch.ops.roberta_kernels_reference.gelu_ffn_forward.default")
+
+
+@pytest.mark.parametrize("name", ["backends", "models", "ops", "patching", "tolerance"])
+def test_a_part_is_an_attribute_whatever_was_imported_before(name):
+    in_a_new_process(f"import roberta_kernels as rk\nassert rk.{name}.__name__ == 'roberta_kernels.{name}'")
+
+
+def test_what_is_nowhere_is_no_attribute():
+    in_a_new_process("import roberta_kernels as rk\nassert not hasattr(rk, 'nowhere')")

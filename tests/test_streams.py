@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -59,7 +61,9 @@ def test_help_needs_neither_torch_nor_transformers(environment):
 )
 def test_ctrl_c_during_import(environment, module, tmp_path):
     first_import(environment, module, "os.kill(os.getpid(), signal.SIGINT)")
-    result = run("verify", str(tmp_path), environment=environment, capture_output=True)
+    # In the background of a shell without job control the signal is ignored, and a child would ignore it too.
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    result = run("verify", str(tmp_path), environment=environment, capture_output=True, preexec_fn=heard)
     assert (result.returncode, result.stderr) == (INTERRUPTED, "")
 
 

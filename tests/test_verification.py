@@ -337,7 +337,7 @@ def test_a_module_that_cannot_be_compared_is_refused(around, words):
         verify(around())
 
 
-def test_the_report_says_what_serves_and_what_was_left():
+def test_the_report_says_what_runs_and_what_was_left():
     report = verify(tiny(), backend="reference")
     assert report.backend.startswith("reference")
     text = str(report)

@@ -6,11 +6,11 @@
 |---|---|---|
 | build | all | takes the CUDA library of `make gpu-bundle` where it is of these sources, else compiles it |
 | machine | all | what there is; in slots 1 and 2 copy bandwidth and matrix rates, before the GPU is kept busy |
-| variants | 1 | every variant of the CUDA kernels against float64, each in a process of its own, and that it served |
+| variants | 1 | every variant of the CUDA kernels against float64, each in a process of its own, and that it ran |
 | tests | 1 | all tests marked gpu but Triton's |
 | kernels | 1, 2 | ops against their peers, answers checked first: RoBERTa-base in bfloat16, then the rest |
 | models | 1, 2 | whole models against transformers |
-| sanitizer | 3 | compute-sanitizer's memcheck and racecheck of our kernels, each variant by tests that it serves |
+| sanitizer | 3 | compute-sanitizer's memcheck and racecheck of our kernels, each variant by tests that run it |
 | triton | 3 | Triton's tests |
 
 Without --slot all three run one after another. Each writes FOLDER/slot-N: `results.json` as it goes, a Markdown report,
@@ -435,7 +435,7 @@ class Suite:
         raise AssertionError
 
     def _forget(self, case: str) -> None:
-        """What a case that is measured again had already told."""
+        """What a case that is measured again had already given."""
         for key in ("failures", "models"):
             kept = [row for row in self.results[key] if row["case"] != case or "ended" in row.get("how", "")]
             self.results[key][:] = kept

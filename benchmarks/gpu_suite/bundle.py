@@ -29,7 +29,7 @@ _LARGEST = 56 * 2**20  # bytes: with the sources it has to fit into 64 MiB
 
 
 def why_not(arch: str, folder: Path = FOLDER) -> str | None:
-    """Why the bundle in a folder does not serve these sources on this architecture ("9.0a"), or None."""
+    """Why the bundle in a folder does not fit these sources on this architecture ("9.0a"), or None."""
     try:
         described = json.loads((folder / "bundle.json").read_text())
     except (OSError, ValueError):

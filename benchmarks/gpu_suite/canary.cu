@@ -1,4 +1,4 @@
-// Two kernels with a fault each, in the namespace of ours: compute-sanitizer, told to look at that namespace alone, has
+// Two kernels with a fault each, in the namespace of ours: compute-sanitizer, set to look at that namespace alone, has
 // to find them. Else that it finds nothing in ours would say nothing.
 #include <cstdio>
 #include <cstring>

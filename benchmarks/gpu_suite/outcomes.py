@@ -1,5 +1,5 @@
 """A pytest plugin for the suite (`-p benchmarks.gpu_suite.outcomes`): every outcome goes to a file as it comes, so that
-a run that is stopped, or dies with the GPU, has told what it had; at the end, which variants of the kernels served.
+a run that is stopped, or dies with the GPU, has written what it had; at the end, which variants of the kernels ran.
 
 It also takes a part of the tests. Environment:
 
@@ -8,7 +8,7 @@ RK_SUITE_BACKEND   "cuda" or "triton": only tests of that backend; "others": tho
 RK_SUITE_SHARD     "i/n": of n equal parts, in their order, the one numbered i from 0. Neighbours mostly need the same
                    kernels, so the parts compile different ones.
 RK_SUITE_TAKE      so many tests, spread evenly over those selected
-RK_SUITE_VARIANT   "op=variant" of the CUDA library to run them with; that it served none of them is a failure
+RK_SUITE_VARIANT   "op=variant" of the CUDA library to run them with; that it ran none of them is a failure
 """
 
 from __future__ import annotations
@@ -96,5 +96,5 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     _write({"served": served})
     op, _, variant = _FORCED.partition("=")
     if variant and session.items and not any(what.startswith(f"{op} {variant} ") for what in served):
-        _write({"missing": f"{op}: no call was served by {variant}"})
+        _write({"missing": f"{op}: {variant} ran no call"})
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

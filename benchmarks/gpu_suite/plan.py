@@ -57,7 +57,7 @@ OUR_KERNELS = "2rk4cuda"  # what their mangled names hold, those of CUTLASS with
 
 @dataclass(frozen=True)
 class Tests:
-    """One selection of tests: what pytest is told, and what their passing proves.
+    """One selection of tests: what pytest is given, and what their passing proves.
 
     backend: whose tests of the selection run ("cuda", "triton"; "others": neither's), and of which they are the proof.
     op, variant: of which they are it; None: of all. forced: the variant is set for the whole process; else the tests
@@ -119,7 +119,7 @@ def triton_tests() -> list[Tests]:
 
 
 def sanitizer_tests(variants: dict[str, list[str]]) -> list[Tests]:
-    """Of each variant those tests that see to it that it serves; of an op without variants some of its own."""
+    """Of each variant those tests that see to it that it runs; of an op without variants some of its own."""
     found = []
     for tool in SANITIZERS:
         for op in CUDA_OPS:

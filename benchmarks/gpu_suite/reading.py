@@ -51,7 +51,7 @@ def failure_of(case: str, contender: str, reason: str) -> dict[str, Any]:
 
 
 def outcomes(job: Job) -> dict[str, Any]:
-    """Counts of a pytest job, what failed first, why tests were skipped, and what served, from the plugin's file."""
+    """Counts of a pytest job, what failed first, why tests were skipped, and what ran, from the plugin's file."""
     path = Path(job.environment["RK_SUITE_OUTCOMES"])
     events = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     counts: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0, "collected": 0}

@@ -85,10 +85,10 @@ Isa best_isa() {
 // A name that is unknown or that this processor lacks is refused by the Python side, which reads the same
 // variable (roberta_kernels/backends); here it only must not crash.
 Isa initial_isa() {
-    const char* wish = std::getenv("ROBERTA_KERNELS_CPU_ISA");
-    if (wish != nullptr)
+    const char* asked = std::getenv("ROBERTA_KERNELS_CPU_ISA");
+    if (asked != nullptr)
         for (int isa = 0; isa < kIsaCount; ++isa)
-            if (std::strcmp(wish, kIsaNames[isa]) == 0 && isa_available(static_cast<Isa>(isa)))
+            if (std::strcmp(asked, kIsaNames[isa]) == 0 && isa_available(static_cast<Isa>(isa)))
                 return static_cast<Isa>(isa);
     return best_isa();
 }

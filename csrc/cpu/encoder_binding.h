@@ -9,7 +9,7 @@
 
 namespace rk::cpu {
 
-// What a call is told beside x and the layers.
+// What a call is given beside x and the layers.
 struct EncoderOptions {
     const Tensor& cu_seqlens;  // [B + 1]
     int64_t max_seqlen;

@@ -201,7 +201,7 @@ inline void pack_b_panel(const Matrix<T>& bt, int64_t column, int64_t k, int64_t
 
 // ---- micro-kernel ----
 
-// What a product of words is added to, and how. (One type of sum for float32 and whole numbers, with casts,
+// What a product of words is added to, and how. (One type of sum for float32 and integers, with casts,
 // makes GCC keep the sums in memory.)
 template <class T>
 struct Arithmetic {

@@ -305,7 +305,7 @@ RK_INLINE void store_words(const float* tile, int64_t row, int rows, const Token
             vf32 word = load(tile + i * kColumns + v);
             if constexpr (kPerWord<T> == 2) {
                 const vf32 odd = i + 1 < rows ? load(tile + (i + 1) * kColumns + v) : zero();
-                word = as_float((bits(round_to_bf16(word)) >> 16) | bits(round_to_bf16(odd)));
+                word = as_float(pair_of_bf16(word, odd));
             }
             store(out + v, word);
         }

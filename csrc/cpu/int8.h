@@ -1,4 +1,4 @@
-// Whole numbers as operands of gemm.h: a left one of 0 to 255 and a right one of -127 to 127, several to a
+// Integers as operands of gemm.h: a left one of 0 to 255 and a right one of -127 to 127, several to a
 // word, with sums of 32 bits; and the loads that widen a narrow right one. No step saturates.
 #pragma once
 #include "csrc/cpu/gemm.h"

@@ -16,7 +16,7 @@ constexpr size_t kTensorsOfLayer = 14;
 WeightKind kind_of(const std::string& name) {
     for (int kind = 0; kind < kWeightKindCount; ++kind)
         if (name == kWeightKinds[kind]) return static_cast<WeightKind>(kind);
-    STD_TORCH_CHECK(false, "pack_weight: kind must be float32, bfloat16, int8 or int8-dynamic, not ", name);
+    STD_TORCH_CHECK(false, "pack_weight: kind must be float32, bfloat16, int8 or int8-dynamic, got ", name);
     return WeightKind::float32;
 }
 
@@ -55,7 +55,7 @@ Tensor pack(const Tensor& weight_, const std::string& name) {
     std::memcpy(base, &header, sizeof header);
     args.panels = base + header.panels_at;
     if (bytes >= kHugePage)
-        madvise(args.panels, static_cast<size_t>(bytes / kHugePage * kHugePage), MADV_HUGEPAGE);  // a wish
+        madvise(args.panels, static_cast<size_t>(bytes / kHugePage * kHugePage), MADV_HUGEPAGE);  // advice
     RK_DISPATCH(pack_weight, args);
     return packed;
 }

@@ -6,7 +6,7 @@
 //   int8          w = scale q, q from -127 to 127, with a scale for every kGroup elements of a row (which
 //                 rounds a third less away than one for the row); 9 bits an element; likewise in float32
 //   int8_dynamic  w = scale q with one scale for the row; the left operand is rounded too, each row by
-//                 itself, to x = scale (u - zero), u from 0 to 255, and the sums are of whole numbers, exact:
+//                 itself, to x = scale (u - zero), u from 0 to 255, and the sums are of integers, exact:
 //                 sum x w = scale_x scale_w (sum u q - zero sum q)
 //
 // A narrow form is widened in the micro-kernel as it is read where few rows are multiplied (reading it is
@@ -219,7 +219,7 @@ struct LeftOperand {
     int64_t rows;
 };
 
-// Rounds one row to whole numbers: x ~ scale (u - zero), u from 0 to 255. Zero is a whole number of it, so
+// Rounds one row to integers: x ~ scale (u - zero), u from 0 to 255. Zero is an integer of it, so
 // that what is exactly zero stays so. A row with an infinity or a NaN has the scale NaN. numbers: [K],
 // rounded up to whole words.
 inline void round_row(const float* x, int64_t k_size, float* scale, int32_t* zero_at, float* numbers) {
@@ -256,7 +256,7 @@ inline void round_row(const float* x, int64_t k_size, float* scale, int32_t* zer
     }
 }
 
-// The words of a row of whole numbers, each `height` words from the last.
+// The words of a row of integers, each `height` words from the last.
 inline void pack_whole_row(const int32_t* numbers, int64_t words, uint32_t* out, int height) {
     constexpr int kBits = 32 / kWholePerWord;
     for (int64_t w = 0; w < words; ++w) {

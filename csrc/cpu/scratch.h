@@ -27,7 +27,7 @@ class Scratch {
         data_ = static_cast<char*>(aligned_alloc(page, size_));
         if (data_ == nullptr) abort();
 #if defined(MADV_HUGEPAGE)
-        if (page == kHugePage) madvise(data_, size_, MADV_HUGEPAGE);  // a wish: what comes of it is the same
+        if (page == kHugePage) madvise(data_, size_, MADV_HUGEPAGE);  // advice: not needed for the result
 #endif
     }
     // The next piece.

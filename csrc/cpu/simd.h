@@ -120,20 +120,22 @@ RK_INLINE vf32 load(const bf16* p) {
     __builtin_memcpy(&half, p, sizeof half);
     return (vf32)(__builtin_convertvector(half, vu32) << 16);
 }
-// Round to nearest even; a NaN stays a NaN (made quiet, sign and payload's upper part kept).
-RK_INLINE vu16 to_bf16(vf32 x) {
+// Rounded to nearest even in the upper half of each word, what is left of it in the lower; a NaN stays a NaN (made quiet,
+// sign and payload's upper part kept).
+RK_INLINE vu32 rounded_bits(vf32 x) {
     const vu32 u = bits(x);
-    const vu32 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-    const vu32 nan = (u >> 16) | 0x40u;
-    return __builtin_convertvector((x != x) ? nan : rounded, vu16);
+    return (x != x) ? u | 0x400000u : u + 0x7fffu + ((u >> 16) & 1u);
+}
+RK_INLINE vu16 to_bf16(vf32 x) {
+    return __builtin_convertvector(rounded_bits(x) >> 16, vu16);
 }
 RK_INLINE void store(bf16* p, vf32 x) {
     const vu16 half = to_bf16(x);
     __builtin_memcpy(p, &half, sizeof half);
 }
-// What store(p, x) followed by load(p) gives.
-RK_INLINE vf32 round_to_bf16(vf32 x) {
-    return (vf32)(__builtin_convertvector(to_bf16(x), vu32) << 16);
+// Two numbers, each rounded to bfloat16, as a word, `even` in its lower half.
+RK_INLINE vu32 pair_of_bf16(vf32 even, vf32 odd) {
+    return (rounded_bits(even) >> 16) | (rounded_bits(odd) & 0xffff0000u);
 }
 
 RK_INLINE float load1(const float* p) {
@@ -323,7 +325,7 @@ RK_INLINE vf32 tanh(vf32 x) {
 
 // Phi(x), the normal distribution function, and e^(-x^2/2). The upper tail is Q(t) = e^(-t^2/2) R(t), t =
 // |x|, with R a polynomial in 1 / (1 + 0.3 t): relative error 6e-8 for 0 <= t <= 14, so that the negative
-// side of GELU keeps its relative accuracy (an erf-based form loses it) and the one exp serves the derivative
+// side of GELU keeps its relative accuracy (an erf-based form loses it) and the one exp is used for the derivative
 // too.
 RK_INLINE vf32 normal_cdf(vf32 x, vf32* gauss) {
     const vf32 t = vabs(x);
@@ -476,7 +478,7 @@ RK_INLINE void philox(vu32 c0, vu32 c1, vu32 c2, uint32_t key0, uint32_t key1, v
     words[0] = c0, words[1] = c1, words[2] = c2, words[3] = c3;
 }
 
-// Is element `column + j * kLanes + lane` of (row, plane) kept? All ones in keep[j] where so. Serves 4 *
+// Is element `column + j * kLanes + lane` of (row, plane) kept? All ones in keep[j] where so. Covers 4 *
 // kLanes adjacent columns; `column` is a multiple of 4. Dropout holds key0, key1 (low and high half of the
 // seed), threshold (an element is kept when its word reaches it) and scale (1 / (1 - p)).
 template <class Dropout>

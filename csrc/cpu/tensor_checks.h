@@ -30,7 +30,7 @@ inline Tensor check_cu_seqlens(const Checks& checks, const Tensor& cu_seqlens, c
     Tensor contiguous = as_contiguous(cu_seqlens);
     const auto* cu = static_cast<const int32_t*>(contiguous.const_data_ptr());
     const int64_t batch = contiguous.size(0) - 1;
-    STD_TORCH_CHECK(cu[0] == 0, op, ": ", name, " must start at 0, not ", cu[0]);
+    STD_TORCH_CHECK(cu[0] == 0, op, ": ", name, " must start at 0, got ", cu[0]);
     for (int64_t b = 0; b < batch; ++b) {
         STD_TORCH_CHECK(cu[b + 1] >= cu[b], op, ": ", name, " must not decrease: ", name, "[", b,
                         "] = ", cu[b], " and ", name, "[", b + 1, "] = ", cu[b + 1]);
@@ -38,7 +38,7 @@ inline Tensor check_cu_seqlens(const Checks& checks, const Tensor& cu_seqlens, c
                         cu[b + 1] - cu[b], ", more than ", max_name, " = ", max_seqlen);
     }
     STD_TORCH_CHECK(cu[batch] == tokens, op, ": ", name, " must end at the number of tokens, ", tokens,
-                    ", not ", cu[batch]);
+                    ", got ", cu[batch]);
     return contiguous;
 }
 

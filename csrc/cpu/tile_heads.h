@@ -1,6 +1,6 @@
 // Rows of a head to tiles and back, for attention on tiles (tile_attention.h, tile_attention_backward.h). Numbers are cut
 // into parts as in tile_operands.h; `step` is 32 elements along what is summed over, and what is not there is zero. A
-// packer returns false (or words that are not zero) where there is an infinity or NaN, which is not told of bfloat16.
+// packer returns false (or words that are not zero) where there is an infinity or NaN, which is not checked for bfloat16.
 #pragma once
 #include "csrc/cpu/attention.h"
 #include "csrc/cpu/tile_blocks.h"

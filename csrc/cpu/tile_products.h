@@ -86,15 +86,16 @@ class TileProduct {
         const int64_t strips = strips_.total(), panels = x_.panels(), threads = num_threads();
         if (strips == 0 || panels == 0) return;
         if (panels == 1) return few(strips, threads);
-        // Strips of a task: as many as the cache holds, but enough tasks for every thread to have several.
+        // Strips of a task: as many as the cache holds, but enough tasks for every thread to have several, and as many as
+        // the others.
         const int64_t fitting =
             min64(kMostStrips, kStripBytes / (x_.layout.steps_of(0) * kParts * kPairBytes));
-        most_ = max64(1, min64(fitting, strips / (3 * threads)));
-        const int64_t blocks = ceil_div(strips, most_);
+        const int64_t most = max64(1, min64(fitting, strips / (3 * threads)));
+        const int64_t blocks = min64(strips, round_up(ceil_div(strips, most), threads));
         const int64_t ranges = max64(1, min64(panels, ceil_div(2 * threads, blocks)));
         parallel_tasks(blocks * ranges, threads, [&](int64_t task) {
             const int64_t block = task / ranges, range = task % ranges;
-            multiply(block * most_, min64(strips, (block + 1) * most_), panels * range / ranges,
+            multiply(strips * block / blocks, strips * (block + 1) / blocks, panels * range / ranges,
                      panels * (range + 1) / ranges);
         });
     }
@@ -276,7 +277,6 @@ class TileProduct {
     const WeightStrips strips_;
     const TokenTiles<kParts>& x_;
     const Epilogue& epilogue_;
-    int64_t most_ = 1;
 };
 
 // For every block: epilogue(weight, row, token, rows, tokens, block), of up to 32 rows of that weight and 32 tokens;
@@ -310,6 +310,36 @@ inline void store_block(const float* block, int rows, int tokens, const T* bias,
             }
         }
     }
+}
+
+// The same in bfloat16: two rows of a token are a word, so that half as much is transposed, and a token's rows are written
+// as one line of the cache.
+inline void store_block(const float* block, int rows, int tokens, const bf16* bias, bf16* out,
+                        int64_t stride) {
+    alignas(64) float biases[kGroup32] = {};
+    for (int row = 0; bias != nullptr && row < rows; row += kLanes)
+        store(biases + row, load_some(bias + row, rows - row));
+    for (int token = 0; token < tokens; token += kLanes)
+        for (int row = 0; row < rows; row += 2 * kLanes) {
+            vf32 square[kLanes];
+#pragma GCC unroll 16
+            for (int i = 0; i < kLanes; ++i) {
+                const int at = row + 2 * i;
+                const float* const from = block_row(block, at, token / kTileSide) + token % kTileSide;
+                square[i] =
+                    as_float(pair_of_bf16(load(from) + biases[at], load(from + kTileSide) + biases[at + 1]));
+            }
+            transpose(square);
+            bf16* const to = out + token * stride + row;
+            const int width = int(min64(2 * kLanes, rows - row));
+            if (width == 2 * kLanes && tokens - token >= kLanes) {
+#pragma GCC unroll 16
+                for (int t = 0; t < kLanes; ++t) store(reinterpret_cast<float*>(to + t * stride), square[t]);
+            } else {
+                for (int t = 0; t < min64(kLanes, tokens - token); ++t)
+                    __builtin_memcpy(to + t * stride, &square[t], size_t(width) * sizeof(bf16));
+            }
+        }
 }
 
 // Writes products of up to three weights side by side: out[token][first[weight] + row] (+ bias).
@@ -352,7 +382,7 @@ inline void activate_block(const float* block, int rows, const T* bias, const To
                     store_words(out + part * part_bytes, (even >> 16) | odd, words);
                 };
                 if constexpr (sizeof(T) == 2) {
-                    put(0, bits(round_to_bf16(pair[0])), bits(round_to_bf16(pair[1])));
+                    store_words(out, pair_of_bf16(pair[0], pair[1]), words);
                     continue;
                 }
                 if (!has_special(larger(size_bits(pair[0]), size_bits(pair[1])))) {

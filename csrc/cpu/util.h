@@ -1,4 +1,4 @@
-// Whole numbers, and the one way in which kernels share work out.
+// Integers, and the one way in which kernels share work out.
 #pragma once
 #include <stdint.h>
 

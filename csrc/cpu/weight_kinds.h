@@ -6,7 +6,7 @@
 namespace rk::cpu {
 
 // What a weight is kept as. float32, bfloat16 and int8 are multiplied with float32 rows, in float32;
-// int8_dynamic with rows that are rounded to whole numbers in the call, in whole numbers.
+// int8_dynamic with rows that are rounded to integers in the call, in integers.
 enum class WeightKind : int32_t { float32, bfloat16, int8, int8_dynamic };
 constexpr const char* kWeightKinds[] = {"float32", "bfloat16", "int8", "int8-dynamic"};
 constexpr int kWeightKindCount = 4;

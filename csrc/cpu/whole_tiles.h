@@ -1,4 +1,4 @@
-// C = X W^T in whole numbers on tiles (amx.h): rows that are rounded in the call, and a weight that was rounded and laid
+// C = X W^T in integers on tiles (amx.h): rows that are rounded in the call, and a weight that was rounded and laid
 // out as tiles beforehand (packed_weight.h, int8-dynamic).
 //
 //   numbers      x ~ scale (u - zero), u from 0 to 255, one scale and zero for a row; w ~ scale q, q from -127 to 127, one

@@ -50,11 +50,18 @@ struct Add {
     };
 
     __device__ Row row(int64_t row) const { return {row * columns}; }
+    static constexpr int kRows = 2;
+    __device__ const T* source(const Row& at, int i) const { return (i == 0 ? x : residual) + at.offset; }
 
     template <int N>
     __device__ Loaded<N> load(const Row& at, int64_t column) const {
-        Loaded<N> loaded = {
-            load_once<N>(x + at.offset + column), load_once<N>(residual + at.offset + column), {}};
+        const Packed<T, N> rows[kRows] = {load_once<N>(x + at.offset + column),
+                                          load_once<N>(residual + at.offset + column)};
+        return loaded<N>(rows, column);
+    }
+    template <int N>
+    __device__ Loaded<N> loaded(const Packed<T, N> (&rows)[kRows], int64_t column) const {
+        Loaded<N> loaded = {rows[0], rows[1], {}};
         if (x_bias != nullptr) loaded.x_bias = load_packed<N>(x_bias + column);
         return loaded;
     }

@@ -29,7 +29,7 @@ DEFAULT_ARCHITECTURES = "8.0;8.6;8.9;9.0a;10.0+PTX"
 OLDER_ARCHITECTURES = "8.0;8.6;8.9;9.0a;9.0+PTX"
 LOWEST = 80  # cp.async and bfloat16 products
 
-# Which files serve one architecture alone: wgmma and TMA exist on Hopper only. Every other file serves every
+# Which files are for one architecture alone: wgmma and TMA exist on Hopper only. Every other file is for every
 # architecture of the list. They are compiled when the list names 9.0 or 9.0a; ROBERTA_KERNELS_SM90A is then defined for
 # every file, host code included, and whoever calls into them sees to that and to current_device().arch == 90.
 ONLY_FOR = {"*_sm90.cu": "90a"}
@@ -53,7 +53,7 @@ class Architecture:
         return int(self.name.rstrip("af"))
 
     def flags(self) -> list[str]:
-        # The kernels use nothing that 8.6 or 8.9 has beyond 8.0: one run of the compiler serves the three, and only
+        # The kernels use nothing that 8.6 or 8.9 has beyond 8.0: one run of the compiler does for the three, and only
         # the assembler's part is done for each.
         virtual = "80" if self.number // 10 == 8 else self.name
         code = [f"sm_{self.name}"] + [f"compute_{virtual}"] * self.ptx
@@ -162,9 +162,9 @@ def toolkit_directory(nvcc: str, kind: str, contents: str) -> Path:
 
 def cutlass_include() -> Path | None:
     """CUTLASS's headers: of the checkout that ROBERTA_KERNELS_CUTLASS names, else of the nvidia-cutlass package."""
-    wish = os.environ.get("ROBERTA_KERNELS_CUTLASS")
-    if wish:
-        places = [Path(wish) / "include", Path(wish)]
+    given = os.environ.get("ROBERTA_KERNELS_CUTLASS")
+    if given:
+        places = [Path(given) / "include", Path(given)]
     else:
         spec = importlib.util.find_spec("cutlass_library")
         places = [Path(spec.origin).parent / "source/include"] if spec is not None and spec.origin else []
@@ -259,5 +259,5 @@ if __name__ == "__main__":
         raise SystemExit(1)
     if "--check" in sys.argv[1:]:
         raise SystemExit(0)
-    wish = os.environ.get("TORCH_CUDA_ARCH_LIST")
-    compile_kernels(parse_architectures(wish) if wish else default_architectures(find_nvcc() or ""))
+    given = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    compile_kernels(parse_architectures(given) if given else default_architectures(find_nvcc() or ""))

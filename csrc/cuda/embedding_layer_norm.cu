@@ -80,14 +80,22 @@ struct Embedding {
         return row;
     }
 
+    static constexpr int kRows = kTables;
+    __device__ const T* source(const Row& at, int t) const {
+        return at.inside() ? table[t] + at.offset[t] : nullptr;
+    }
+
     template <int N>
     __device__ Loaded<N> load(const Row& at, int64_t column) const {
         Loaded<N> loaded = {};
         if (at.inside())
 #pragma unroll
-            for (int t = 0; t < kTables; ++t)
-                loaded.values[t] = load_packed<N>(table[t] + at.offset[t] + column);
+            for (int t = 0; t < kTables; ++t) loaded.values[t] = load_packed<N>(source(at, t) + column);
         return loaded;
+    }
+    template <int N>
+    __device__ Loaded<N> loaded(const Packed<T, N> (&rows)[kRows], int64_t) const {
+        return {{rows[0], rows[1], rows[2]}};
     }
 
     // Nothing is read for an id outside of its table; the row is nan, and so are the gradients that it is

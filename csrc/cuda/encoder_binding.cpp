@@ -88,8 +88,9 @@ void check_layer(const Checks& checks, Tensor* parts, const Sizes& sizes, size_t
     for (int i = 0; i < kTensorsOfLayer; ++i) {
         const Tensor& t = parts[i];
         const auto [rows, columns] = shape_of(i, sizes);
-        const bool fits = columns == 0 ? t.dim() == 1 && t.size(0) == rows
-                                       : t.dim() == 2 && t.size(0) == rows && t.size(1) == columns;
+        const auto found = t.sizes();
+        const bool fits = columns == 0 ? found.size() == 1 && found[0] == rows
+                                       : found.size() == 2 && found[0] == rows && found[1] == columns;
         if (fits && checks.is_same(t) && t.is_contiguous()) continue;
         const std::string name = std::string(kNames[i]) + " of layer " + std::to_string(layer);
         checks.same(t, name.c_str(), checks.scalar_type());
@@ -99,7 +100,7 @@ void check_layer(const Checks& checks, Tensor* parts, const Sizes& sizes, size_t
     }
     for (const int i : {kAttentionBias, kAttentionNormWeight, kAttentionNormBias, kOutputBias,
                         kOutputNormWeight, kOutputNormBias})
-        parts[i] = as_aligned(parts[i]);
+        if (!is_aligned(parts[i])) parts[i] = torch::stable::clone(parts[i]);
 }
 
 // What lies between the steps of a layer, for rows [T, ...].

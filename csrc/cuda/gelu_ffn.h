@@ -118,7 +118,7 @@ inline Partials fused_partials(GeluFfnVariant path, int64_t tokens, int64_t inne
             columns * kLargeTileColumns};
 }
 
-// How a call is served: the best of what is allowed and what the device, the dtype and the sizes allow.
+// How a call runs: the best of what is allowed and what the device, the dtype and the sizes allow.
 // `depth` is what the product sums over: H forward, O backward. `aligned`: all addresses are multiples of 16
 // bytes.
 inline GeluFfnVariant gelu_ffn_path(GeluFfnVariant allowed, int arch, Dtype dtype, int64_t tokens,

@@ -8,10 +8,6 @@
 namespace rk::cuda {
 namespace {
 
-bool aligned(const Tensor& t) {
-    return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
-}
-
 // A variant can only be set where it was built, so what is left out here is never reached.
 void run_fused(GeluFfnVariant path, const FusedForward& args) {
 #ifdef ROBERTA_KERNELS_CUTLASS
@@ -43,8 +39,9 @@ void serve_gelu_product(const Checks& checks, const Tensor& x, const Tensor& w_i
                         bool tanh, cudaStream_t stream, Tensor& activation, Tensor* preactivation) {
     const int64_t tokens = x.size(0), hidden = x.size(1), inner = w_in.size(0);
     const Device& properties = current_device();
-    const GeluFfnVariant path = gelu_ffn_path(gelu_ffn_variant(), properties.arch, checks.dtype(), tokens,
-                                              hidden, inner, aligned(x) && aligned(w_in) && aligned(b_in));
+    const GeluFfnVariant path =
+        gelu_ffn_path(gelu_ffn_variant(), properties.arch, checks.dtype(), tokens, hidden, inner,
+                      is_aligned(x) && is_aligned(w_in) && is_aligned(b_in));
     if (path == GeluFfnVariant::portable) {
         Tensor& pre = preactivation == nullptr ? activation : *preactivation;
         multiply_add(pre, b_in, x, transposed(w_in));
@@ -115,7 +112,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_o
     const Device& properties = current_device();
     const GeluFfnVariant path =
         gelu_ffn_path(gelu_ffn_variant(), properties.arch, checks.dtype(), tokens, outer, inner,
-                      aligned(grad_out) && aligned(w_out) && aligned(preactivation));
+                      is_aligned(grad_out) && is_aligned(w_out) && is_aligned(preactivation));
     Tensor grad_preactivation = checks.empty({tokens, inner});
     Tensor activation = checks.empty({tokens, inner});
     Tensor grad_b_in = checks.empty({inner}), grad_b_out = checks.empty({outer});

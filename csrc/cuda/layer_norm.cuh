@@ -4,7 +4,10 @@
 //
 //     Element, kDropout, dropout        the dtype; whether and how elements are dropped
 //     Row row(row)                      what is found out once a row (addresses)
+//     kRows, source(Row, i)             the rows of memory that a row is made of, and where each lies (null:
+//                                       nothing is read, zeros will do)
 //     Loaded<N> load<N>(Row, column)    N neighbouring columns of all inputs, as they lie in memory
+//     Loaded<N> loaded<N>(rows, column) the same of columns of the kRows rows that are at hand
 //     sum<N>(z, Row, Loaded, kept)      z = what is normalised
 //     drop_normalised<N>(out, kept)     dropout after the norm, where there is one; likewise its gradient
 //     store_gradient<N>(row, column, z, kept)
@@ -20,14 +23,19 @@
 //
 //     grad_z = rstd * (g - mean(g) - n * mean(g * n))
 //
-// Blocks stay and stride over the rows. A thread always has the same columns, so the sums over rows (of
-// grad_out * n, grad_out and Op's third) grow in its registers; at the end the rows of a block are added
-// through shared memory, and each block writes one row of partial sums, which add_partials adds: every
-// addition in a fixed order. Rows go to blocks in turn, so that all multiprocessors have equally many to
-// within one.
+// Blocks stay and stride over the rows. While a row's sums are reduced and its gradient is stored, the next row
+// comes to shared memory (cp.async): each thread copies the vectors that it will read itself, so that only it
+// waits for them, and no register holds them meanwhile. With dropout, the next row's bits are drawn then, too.
+//
+// A thread always has the same columns, so the sums over rows (of grad_out * n, grad_out and Op's third) grow in
+// its registers; at the end the rows of a block are added through shared memory, and each block writes one row of
+// partial sums, which add_partials adds: every addition in a fixed order. (docs/kernels.md has what the last block
+// would take for that in place of a second kernel: more.) Rows go to blocks in turn, so that all multiprocessors
+// have equally many to within one.
 #pragma once
 #include <stdint.h>
 
+#include <algorithm>
 #include <launch.cuh>
 #include <ptx.cuh>
 
@@ -218,6 +226,11 @@ __global__ void __launch_bounds__(Rows::kThreads* most_rows_forward(Rows::kLayou
     }
 }
 
+template <int N>
+__device__ inline float4 four_of(const float (&x)[N], int first) {
+    return make_float4(x[first], x[first + 1], x[first + 2], x[first + 3]);
+}
+
 // The column sums of a block's rows, added row after row through shared memory; one row of partials.
 template <typename Rows>
 __device__ inline void store_column_sums(const float (&sums)[kColumnSums][Rows::kChunks][Rows::kWidth],
@@ -225,6 +238,9 @@ __device__ inline void store_column_sums(const float (&sums)[kColumnSums][Rows::
     constexpr int kChunks = Rows::kChunks, kWidth = Rows::kWidth;
     const int rows_here = blockDim.x / Rows::kThreads, mine = threadIdx.x / Rows::kThreads;
     float* const shared = reinterpret_cast<float*>(shared_memory());  // [rows_here, columns]
+    // Lanes that are 128 bytes apart would meet in the same banks: of eight, four store their halves the other way
+    // round.
+    const bool swaps = kWidth == 8 && threadIdx.x / 4 % 2 == 1;
 #pragma unroll
     for (int s = 0; s < kColumnSums; ++s) {
         float* const to = partials + (s * static_cast<int64_t>(gridDim.x) + blockIdx.x) * columns;
@@ -234,9 +250,11 @@ __device__ inline void store_column_sums(const float (&sums)[kColumnSums][Rows::
             const int column = Rows::column(i);
             if (column < columns)
 #pragma unroll
-                for (int j = 0; j < kWidth; j += 4)
-                    *reinterpret_cast<float4*>(mine_to + column + j) =
-                        make_float4(sums[s][i][j], sums[s][i][j + 1], sums[s][i][j + 2], sums[s][i][j + 3]);
+                for (int j = 0; j < kWidth; j += 4) {
+                    const int other = kWidth - 4 - j;
+                    const float4 here = four_of(sums[s][i], j), there = four_of(sums[s][i], other);
+                    *reinterpret_cast<float4*>(mine_to + column + (swaps ? other : j)) = swaps ? there : here;
+                }
         }
         if (rows_here == 1) continue;
         __syncthreads();
@@ -249,44 +267,89 @@ __device__ inline void store_column_sums(const float (&sums)[kColumnSums][Rows::
     }
 }
 
+// Where the next row waits: 16 bytes for each vector of a thread, of each of the rows that it is made of and of
+// grad_out. A thread's slots are its own: nobody else reads or writes them.
+template <typename Op, typename Rows>
+struct NextRow {
+    static constexpr int kSources = Op::kRows + 1;  // grad_out comes last
+    static constexpr size_t kBytes = size_t{16} * kSources * Rows::kChunks * Rows::kThreads;
+
+    __device__ static uint4* slot(int source, int chunk) {
+        const int row = threadIdx.x / Rows::kThreads, thread = threadIdx.x % Rows::kThreads;
+        return reinterpret_cast<uint4*>(shared_memory()) +
+               ((row * kSources + source) * Rows::kChunks + chunk) * Rows::kThreads + thread;
+    }
+
+    // Starts copying. What was in the slots has been read: by this thread, before in its program.
+    __device__ static void fetch(const Op& op, const typename Op::Row& at,
+                                 const typename Op::Element* grad_out, int columns) {
+#pragma unroll
+        for (int source = 0; source < kSources; ++source) {
+            const auto* const row = source < Op::kRows ? op.source(at, source) : grad_out;
+#pragma unroll
+            for (int i = 0; i < Rows::kChunks; ++i) {
+                const int column = Rows::column(i);
+                const bool there = row != nullptr;
+                if (column < columns)
+                    ptx::copy_async_16(slot(source, i), there ? row + column : grad_out, there);
+            }
+        }
+        ptx::copy_async_commit();
+    }
+};
+
 template <typename Op, typename Rows>
 __global__ void __launch_bounds__(Rows::kThreads* most_rows_backward(Rows::kLayout, Rows::kWidth,
                                                                      Op::kDropout),
                                   blocks_backward(Rows::kLayout))
     layer_norm_backward_kernel(Op op, LayerNormBackward<typename Op::Element> a) {
     using T = typename Op::Element;
+    using Next = NextRow<Op, Rows>;
     constexpr int kWarps = Rows::kWarps, kChunks = Rows::kChunks, kWidth = Rows::kWidth;
     __shared__ float exchange[2][kWarps][2];
     const PhiloxKey key = Op::kDropout ? philox_key(op.dropout) : PhiloxKey{};
     const int columns = static_cast<int>(a.columns);
     const int rows_here = blockDim.x / Rows::kThreads, mine = threadIdx.x / Rows::kThreads;
+    const int64_t stride = gridDim.x * static_cast<int64_t>(rows_here);
     float sums[kColumnSums][kChunks][kWidth] = {};
     int turn = 0;  // so that a barrier a row is enough
-    for (int64_t row = blockIdx.x + mine * static_cast<int64_t>(gridDim.x); row < a.rows;
-         row += gridDim.x * static_cast<int64_t>(rows_here)) {
-        const typename Op::Row at = op.row(row);
-        typename Op::template Loaded<kWidth> loaded[kChunks];
-        Packed<T, kWidth> grad_out[kChunks];
-#pragma unroll
-        for (int i = 0; i < kChunks; ++i) {
-            const int column = Rows::column(i);
-            loaded[i] = {};
-            grad_out[i] = {};
-            if (column < columns) {
-                loaded[i] = op.template load<kWidth>(at, column);
-                grad_out[i] = load_once<kWidth>(a.grad_out + row * columns + column);
-            }
+    int64_t row = blockIdx.x + mine * static_cast<int64_t>(gridDim.x);
+    typename Op::Row at{};
+    float mean = 0.0f, rstd = 0.0f;
+    uint32_t kept = 0;
+    if (row < a.rows) {
+        at = op.row(row);
+        Next::fetch(op, at, a.grad_out + row * columns, columns);
+        mean = a.mean[row], rstd = a.rstd[row];
+        kept = kept_columns<Op::kDropout, Rows>(op.dropout, key, row);
+    }
+    while (row < a.rows) {
+        const int64_t next = row + stride;
+        const bool goes_on = next < a.rows;
+        typename Op::Row next_at{};
+        float next_mean = 0.0f, next_rstd = 0.0f;
+        if (goes_on) {
+            next_at = op.row(next);
+            next_mean = a.mean[next], next_rstd = a.rstd[next];
         }
-        const float mean = a.mean[row], rstd = a.rstd[row];
-        const uint32_t kept = kept_columns<Op::kDropout, Rows>(op.dropout, key, row);
+        ptx::copy_async_wait<0>();
         float n[kChunks][kWidth], g[kChunks][kWidth];
         float both[2] = {0.0f, 0.0f};  // sums of g and of g * n
 #pragma unroll
         for (int i = 0; i < kChunks; ++i) {
-            op.sum(n[i], at, loaded[i], kept >> i * kWidth);
+            const int column = Rows::column(i);
+            Packed<T, kWidth> rows[Op::kRows] = {}, grad_out = {};
             float w[kWidth] = {};
-            if (Rows::column(i) < columns) load(w, a.weight + Rows::column(i));
-            unpack<T>(g[i], grad_out[i]);
+            if (column < columns) {
+#pragma unroll
+                for (int source = 0; source < Op::kRows; ++source) rows[source] = *Next::slot(source, i);
+                grad_out = *Next::slot(Op::kRows, i);
+                load(w, a.weight + column);
+            }
+            typename Op::template Loaded<kWidth> loaded = {};
+            if (column < columns) loaded = op.template loaded<kWidth>(rows, column);
+            op.sum(n[i], at, loaded, kept >> i * kWidth);
+            unpack<T>(g[i], grad_out);
             op.drop_normalised(g[i], kept >> i * kWidth);
 #pragma unroll
             for (int j = 0; j < kWidth; ++j) {
@@ -298,6 +361,7 @@ __global__ void __launch_bounds__(Rows::kThreads* most_rows_backward(Rows::kLayo
                 both[1] += g[i][j] * n[i][j];
             }
         }
+        if (goes_on) Next::fetch(op, next_at, a.grad_out + next * columns, columns);
         row_sums<kWarps>(both, exchange[turn]);
         turn ^= 1;
         const float mean_g = both[0] / static_cast<float>(columns),
@@ -311,7 +375,10 @@ __global__ void __launch_bounds__(Rows::kThreads* most_rows_backward(Rows::kLayo
 #pragma unroll
             for (int j = 0; j < kWidth; ++j) sums[2][i][j] += g[i][j];
         }
+        if (goes_on) kept = kept_columns<Op::kDropout, Rows>(op.dropout, key, next);
+        row = next, at = next_at, mean = next_mean, rstd = next_rstd;
     }
+    if (rows_here > 1) __syncthreads();  // the sums go where other warps' rows may still lie
     store_column_sums<Rows>(sums, a.partials, columns);
 }
 
@@ -442,9 +509,13 @@ void layer_norm_backward(const Op& op, const LayerNormBackward<typename Op::Elem
     Launch how{dim3(static_cast<unsigned>(grid.blocks)), dim3(static_cast<unsigned>(grid.threads)), 0,
                stream};
     if (layout.warps == 0) return launch(layer_norm_backward_loop_kernel<Op>, how, op, a);
-    if (grid.rows_per_block > 1) how.shared_bytes = grid.rows_per_block * static_cast<size_t>(a.columns) * 4;
-    with_layout<T>(layout,
-                   [&](auto rows) { launch(layer_norm_backward_kernel<Op, decltype(rows)>, how, op, a); });
+    with_layout<T>(layout, [&](auto rows) {
+        using Rows = decltype(rows);
+        const size_t at_once = static_cast<size_t>(grid.rows_per_block);
+        const size_t sums = at_once > 1 ? at_once * static_cast<size_t>(a.columns) * sizeof(float) : 0;
+        how.shared_bytes = std::max(at_once * NextRow<Op, Rows>::kBytes, sums);
+        launch(layer_norm_backward_kernel<Op, Rows>, how, op, a);
+    });
 }
 
 }  // namespace rk::cuda

@@ -9,10 +9,14 @@
 
 namespace rk::cuda {
 
+inline bool is_aligned(const Tensor& t) {
+    return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+}
+
 // Contiguous, at a multiple of 16 bytes: what is allocated is, a view into it may not be.
 inline Tensor as_aligned(const Tensor& t) {
     const Tensor c = as_contiguous(t);
-    return reinterpret_cast<uintptr_t>(c.const_data_ptr()) % 16 == 0 ? c : torch::stable::clone(c);
+    return is_aligned(c) ? c : torch::stable::clone(c);
 }
 
 class Checks : public TensorChecks {

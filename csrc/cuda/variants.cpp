@@ -1,4 +1,4 @@
-// The variants of the ops, what is set of them and what served; set_variant, get_variant and served for Python.
+// The variants of the ops, what is set of them and what ran; set_variant, get_variant and served for Python.
 //
 // setup.py says what was compiled: ROBERTA_KERNELS_SM90A, the files for sm_90a; ROBERTA_KERNELS_CUTLASS,
 // those that need CUTLASS.

@@ -9,19 +9,19 @@
 
 namespace rk::cuda {
 
-// In the order of preference: a later one may be served by an earlier one.
+// In the order of preference: where a later one is set, an earlier one may run.
 enum class AttentionVariant { portable, sm90 };
 enum class GeluFfnVariant { portable, sm80, sm90 };
 
 AttentionVariant attention_variant();
 GeluFfnVariant gelu_ffn_variant();
 
-// Counts a call by what served it, which need not be what is set: tests and benchmarks that mean one variant
+// Counts a call by what ran it, which need not be what is set: tests and benchmarks that mean one variant
 // see that it was that one.
 enum class Direction { forward, backward };
 void note_served(AttentionVariant variant, Direction direction);
 void note_served(GeluFfnVariant variant, Direction direction);
-// So many calls has it served in this process. Throws std::runtime_error for names that are none.
+// So many calls has it run in this process. Throws std::runtime_error for names that are none.
 int64_t served(const std::string& op, const std::string& variant, Direction direction);
 
 // The names of what this build has of an op, in the order of preference. Throws std::runtime_error for an

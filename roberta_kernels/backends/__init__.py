@@ -1,7 +1,7 @@
 """The kernels that there are, and dispatch: which of them run.
 
-op_namespaces.py: the namespaces, how they are loaded, whether they can serve. override.py: which backend was asked for.
-selection.py: which one serves a call. gpus.py: what cannot run on a GPU. choosing.py, choices.json: what was measured
+op_namespaces.py: the namespaces, how they are loaded, whether they can run. override.py: which backend was asked for.
+selection.py: dispatch of a call. gpus.py: what cannot run on a GPU. choosing.py, choices.json: what was measured
 on which GPU. library_ops.py: what a compiled library has beside the ops of schemas.def.
 """
 

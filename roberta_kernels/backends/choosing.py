@@ -2,7 +2,7 @@
 
 `choices.json` holds it; `python -m benchmarks choose RESULTS` writes it from committed results of the GPU suite, and
 nothing is entered by hand. What no entry covers is unmeasured, and takes the conservative choice: Triton before the
-compiled CUDA kernels, whose "portable" variants serve where Triton is missing. Variants that CI cannot run (CUTLASS,
+compiled CUDA kernels, whose "portable" variants run where Triton is missing. Variants that CI cannot run (CUTLASS,
 wgmma, TMA) are never chosen without an entry.
 
 An entry speaks for a range of sizes. The size of a call is the longest sequence for attention, and the number of rows

@@ -24,7 +24,7 @@ from roberta_kernels.schemas import schemas
 _PACKAGE = Path(__file__).parents[1]  # where setup.py puts libraries and its report
 CPU_ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 ISA_VARIABLE = "ROBERTA_KERNELS_CPU_ISA"
-# A library of the CUDA kernels compiled for the CPU (tests/cuda_emulation): the cuda backend then serves CPU tensors,
+# A library of the CUDA kernels compiled for the CPU (tests/cuda_emulation): the cuda backend then runs on CPU tensors,
 # as Triton does under TRITON_INTERPRET=1. It finds mistakes in kernels, some ten thousand times slower than a GPU.
 EMULATION_VARIABLE = "ROBERTA_KERNELS_CUDA_EMULATION"
 
@@ -140,7 +140,7 @@ def _load() -> None:
         _status[name] = _load_compiled(name)
     _status["triton"] = BackendStatus(*triton.available())
     if triton.installed():
-        # The namespace exists wherever triton does, so that traced graphs load; whether it can serve is another
+        # The namespace exists wherever triton does, so that traced graphs load; whether it can run is another
         # question.
         _define("triton", ("CUDA", "CPU"), _triton_kernel)
 
@@ -151,7 +151,7 @@ def available_backends() -> dict[str, BackendStatus]:
     if status["cpu"]:
         status["cpu"] = BackendStatus(True, f"compiled; instruction set {cpu_isa()} of {', '.join(cpu_isas())}")
     if status["cuda"] and not emulating():
-        # Like Triton it can also serve where no GPU is: fake tensors, when a graph is traced for another machine.
+        # Like Triton it can also run where no GPU is: fake tensors, when a graph is traced for another machine.
         built = ", ".join(build_report().get("cuda_architectures", ["unknown architectures"]))
         here = "" if torch.cuda.device_count() else "; no GPU here"
         status["cuda"] = BackendStatus(True, f"compiled for {built}{here}")
@@ -192,7 +192,7 @@ def wrong_isa() -> str | None:
 
 @contextlib.contextmanager
 def use_cpu_isa(isa: str) -> Iterator[None]:
-    """Serves with another instruction set inside the block (for tests and benchmarks; process-wide)."""
+    """Uses another instruction set inside the block (for tests and benchmarks; process-wide)."""
     if isa not in cpu_isas():
         raise BackendError(
             f"instruction set {isa!r} is not available: {', '.join(cpu_isas()) or 'no compiled kernels'}"
@@ -206,7 +206,7 @@ def use_cpu_isa(isa: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def use_cuda_variant(op: str, variant: str) -> Iterator[None]:
-    """Serves an op of the "cuda" backend with another of its variants inside the block (for tests and benchmarks;
+    """Runs an op of the "cuda" backend with another of its variants inside the block (for tests and benchmarks;
     process-wide). choosing.VARIANTS names them; a build may have fewer.
     """
     before = cuda_variant(op)

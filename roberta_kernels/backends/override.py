@@ -105,7 +105,7 @@ class backend:
     """`with backend("reference"): ...` uses that backend inside the block, in this thread or asyncio task.
 
     A thread that is started inside, a pool's worker too, does not take part: it opens a block of its own, or the whole
-    process is told (set_backend). A task that is made inside takes part until the block ends.
+    process is set to (set_backend). A task that is made inside takes part until the block ends.
 
     Raises BackendError, when the block is entered, for an unknown or unavailable backend.
     """

@@ -1,10 +1,10 @@
 """Dispatch: which backend runs a call.
 
 Where one was asked for (override.py), that one or none. Else, on a GPU, the choosing table (choosing.py) decides
-between the CUDA C++ and the Triton kernels where they were measured; elsewhere Triton serves, and the compiled kernels
+between the CUDA C++ and the Triton kernels where they were measured; elsewhere Triton runs, and the compiled kernels
 where Triton is missing: neither was timed there, and of the two Triton's code is made for the card at hand by a
 compiler that checks it. Where neither can run (an older GPU, a library that was not built for it: gpus.py) the
-reference serves. On a CPU the compiled kernels serve, and the reference where they cannot.
+reference runs. On a CPU the compiled kernels run, and the reference where they cannot.
 
 All answers are laid out ahead of the calls, for every backend that can be asked for, so that a call looks one up.
 """
@@ -25,8 +25,8 @@ from roberta_kernels.backends.choosing import OPS
 from roberta_kernels.backends.op_namespaces import BackendError, Kernels, available_backends, emulating, namespaces
 from roberta_kernels.backends.override import current_backend
 
-# What serves where nothing was measured, first choice first, per device type. A device type that is not here is served
-# by the reference.
+# What runs where nothing was measured, first choice first, per device type. A device type that is not here runs
+# the reference.
 _PREFERENCE = {"cuda": ("triton", "cuda", "reference"), "cpu": ("cpu", "reference")}
 _DTYPES = {
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
@@ -76,9 +76,9 @@ def _serves(name: str, op: str, device_type: str, dtype: torch.dtype) -> str | N
         return f"it has no {dtype} kernels"
     if name == "triton" and device_type == "cpu" and not triton.interpreting():
         return "Triton runs on GPUs (on CPU tensors only under TRITON_INTERPRET=1)"
-    serves = "cpu" if name == "cuda" and emulating() else name
-    if name in ("cpu", "cuda") and serves != device_type:
-        return f"it runs on {serves} tensors, got {device_type}"
+    needed = "cpu" if name == "cuda" and emulating() else name
+    if name in ("cpu", "cuda") and needed != device_type:
+        return f"it runs on {needed} tensors, got {device_type}"
     return f"it has no {op}" if name == "cuda" and (op == BIASED_ATTENTION or op in choosing.NOT_IN_CUDA) else None
 
 
@@ -125,7 +125,7 @@ def _select_by_size(asked: str, tensor: Tensor, op: str, size: int) -> Kernels:
 
 
 def serves_alone(tensor: Tensor, ops: Iterable[str]) -> str | None:
-    """The name of the backend that serves all of these ops on such tensors, whatever the size, or None."""
+    """The name of the backend that runs all of these ops on such tensors, whatever the size, or None."""
     _probe(tensor.device)
     chosen, device_type, dtype = _answers[current_backend()].chosen, tensor.device.type, tensor.dtype
     found = {chosen.get((op, device_type, dtype)) for op in ops}
@@ -242,7 +242,7 @@ def _answers_to(asked: str) -> _Answers:
 
 
 def _follow_gpus_here(answers: _Answers, asked: str, op: str, dtype: torch.dtype) -> None:
-    """Enters what the choosing table says of the GPUs here, and what cannot run on them, in place of what serves
+    """Enters what the choosing table says of the GPUs here, and what cannot run on them, in place of what runs
     unmeasured. Of a backend that was asked for and cannot run on a GPU, there is no answer there.
     """
 
@@ -286,11 +286,11 @@ def _on_cuda() -> None:
 
 
 def _follow_gpus() -> None:
-    """What the table says of the GPUs here: who serves, and the variants. The library starts with the portable ones."""
+    """What the table says of the GPUs here: the backends, and the variants. The library starts with portable ones."""
     _lay_out()
     for op in choosing.VARIANTS:
         named = {choosing.variant(_table, op, arch) for arch in _gpus.values()}
-        # One setting serves the whole process: GPUs of which the table says different things get the portable kernels.
+        # One setting is for the whole process: GPUs of which the table says different things get the portable kernels.
         if len(named) == 1 and (variant := named.pop()) is not None and op_namespaces.cuda_variant(op) is not None:
             with contextlib.suppress(ValueError, RuntimeError):  # a build without this variant
                 torch.ops.roberta_kernels_cuda.set_variant(op, variant)

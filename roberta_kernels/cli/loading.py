@@ -173,8 +173,8 @@ def encode_on_ray(
         return ray.encode(load, source, output, **wanted)
     except engine.exceptions.RayError as error:
         # Of an exception in a task Ray gives the whole way; that it ends in says what it is.
-        told = [line for line in str(error).splitlines() if re.match(r"[\w.]+(Error|Exception): ", line)]
-        fail(f"Ray: {told[0] if told else first_line(error)}")
+        errors = [line for line in str(error).splitlines() if re.match(r"[\w.]+(Error|Exception): ", line)]
+        fail(f"Ray: {errors[0] if errors else first_line(error)}")
 
 
 def _is_sentence_transformer(path: str) -> bool:

@@ -69,7 +69,7 @@ def throughput_picture(result: Throughput, lengths: list[int], heading: str, pat
 
 
 def _powers_of_two(lengths: list[int]) -> list[float]:
-    """Bin edges, four a doubling, wide enough to hold a whole number each."""
+    """Bin edges, four a doubling, wide enough to hold an integer each."""
     edges: list[float] = []
     edge = 2.0
     while edge <= max(lengths) * 1.01:

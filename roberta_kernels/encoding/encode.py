@@ -75,7 +75,7 @@ def encode(
         field: the JSON field or Parquet column with the text.
         patch: run on the fused kernels, and unpatch afterwards; a model that is patched already stays as it is. False:
             run the model as it comes.
-        backend: the kernels that shall serve, for this call.
+        backend: the kernels to use, for this call.
         quantization: patch's, of a float32 model on a CPU; only where this call patches.
         overwrite: replace an output that exists, and start again where a run was interrupted.
         progress: show a bar on stderr.

@@ -84,7 +84,7 @@ def foreign_hooks(module: Any) -> bool:
 
 
 def foreign_readers(module: Any) -> bool:
-    """Whether somebody else's code is told what a module gets or gives: a hook, or a forward bound to the instance.
+    """Whether somebody else's code sees what a module gets or gives: a hook, or a forward bound to the instance.
     torch's own hooks (fully_shard's) and transformers' move and record, and compute nothing."""
     if own_forward(module):
         return True

@@ -89,7 +89,7 @@ def make_recorder(device: torch.device) -> Recorder | None:
 
 
 def settings() -> tuple[Any, ...]:
-    """What a call follows and a recording has in it: which variants serve, and how torch multiplies."""
+    """What a call follows and a recording has in it: which variants run, and how torch multiplies."""
     matmul = torch.backends.cuda.matmul
     return (
         backends.current_backend(),

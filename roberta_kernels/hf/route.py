@@ -145,13 +145,14 @@ def call_of(model: Any, survey: Survey, kwargs: dict[str, Any]) -> Call:
     mask: Any = kwargs.get("attention_mask")
     marked = type(mask) is RealRows
     embeds = kwargs.get("inputs_embeds")
+    cached = _cached(model, kwargs)
     traced_reason = (None, "a graph is being traced")
     encoder, no_encoder = (
         traced_reason if traced else encoder_layers.op_backend(state_of(model).options, like, model._rk_biased)
     )
     return Call(
-        original=_original_reason(model, kwargs, mask.attention_mask if marked else mask),
-        cached=_CACHED if _cached(model, kwargs) and _switched(model) else None,
+        original=_original_reason(model, kwargs, mask.attention_mask if marked else mask, cached),
+        cached=_CACHED if cached and _switched(model) else None,
         padded=_padded_call(model, like, kwargs),
         reads=_reads(model, mask),
         positions=kwargs.get("position_ids") is not None,
@@ -198,7 +199,7 @@ def _switched(model: Any) -> bool:
     return model.config._attn_implementation == ATTENTION
 
 
-def _original_reason(model: Any, kwargs: dict[str, Any], mask: Any) -> str | None:
+def _original_reason(model: Any, kwargs: dict[str, Any], mask: Any, cached: bool) -> str | None:
     config = model.config
     if wants(model, "output_attentions", kwargs):
         return "attention weights were asked for"  # which the fused kernel never makes
@@ -208,7 +209,7 @@ def _original_reason(model: Any, kwargs: dict[str, Any], mask: Any) -> str | Non
     reason = _unknown_argument(model, kwargs)
     if reason is not None:
         return reason
-    if _cached(model, kwargs):
+    if cached:
         return None if _switched(model) else _CACHED
     ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
     if (ids is None) == (embeds is None):

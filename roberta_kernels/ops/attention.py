@@ -61,7 +61,7 @@ def attention(
         bias: `[heads, max_seqlen_q or more, max_seqlen_k or more]`, of q's dtype: bias[h, i, j] is added to the score
             of query i and key j of a sequence, the same in every sequence; i and j count the sequence's own rows, those
             too that key_mask hides (a relative position bias: Raffel et al. 2020, section 2.1). The CUDA backend takes
-            none: another serves in its place.
+            none: another runs in its place.
 
     float32 on a CPU follows torch.set_float32_matmul_precision where kernels can (ops/matmul_precision.py).
 

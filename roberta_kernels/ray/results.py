@@ -56,8 +56,8 @@ def counts_of(report: EncodeReport, kernels: str) -> dict[str, Any]:
     return counts | {"kernels": kernels, "bad_rows": report.bad_rows[:SHOWN]}
 
 
-def write(folder: str, partition: Partition, report: EncodeReport, told: dict[str, Any]) -> None:
-    """Under another name first: who reads the folder finds a part whole or not at all. told: the metadata."""
+def write(folder: str, partition: Partition, report: EncodeReport, metadata: dict[str, Any]) -> None:
+    """Under another name first: who reads the folder finds a part whole or not at all. metadata: the file's."""
     pyarrow = import_pyarrow()
     embedding, error = columns_of(report)
     columns = {
@@ -66,7 +66,7 @@ def write(folder: str, partition: Partition, report: EncodeReport, told: dict[st
         "embedding": embedding,
         "error": error,
     }
-    table = pyarrow.table(columns).replace_schema_metadata({_KEY: json.dumps(told)})
+    table = pyarrow.table(columns).replace_schema_metadata({_KEY: json.dumps(metadata)})
     content = io.BytesIO()
     pyarrow.parquet.write_table(table, content, write_page_checksum=True)
     system, root = file_system(folder)

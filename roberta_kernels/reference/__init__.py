@@ -1,4 +1,4 @@
-"""The ops in plain torch: their definition, the oracle of the tests (in float64), and what serves when nothing else
+"""The ops in plain torch: their definition, the oracle of the tests (in float64), and what runs when nothing else
 can.
 
 Internal arithmetic is float32 for float32, bfloat16 and float16 inputs and float64 for float64.
@@ -12,5 +12,5 @@ KERNELS = kernels_of(__name__)
 
 
 def available() -> tuple[bool, str]:
-    """(True, what serves): plain torch is always there."""
+    """(True, what runs): plain torch is always there."""
     return True, "plain torch"

@@ -1,6 +1,6 @@
 """The ops as Triton kernels, for NVIDIA GPUs from Ampere on, and for CPU tensors under Triton's interpreter.
 
-Importing this package does not import triton: `available` says whether it can serve, and reading `KERNELS` loads
+Importing this package does not import triton: `available` says whether it can run, and reading `KERNELS` loads
 the kernels.
 """
 
@@ -25,7 +25,7 @@ def installed() -> bool:
 
 
 def available() -> tuple[bool, str]:
-    """(True, what serves), or (False, why Triton kernels cannot run with this torch). Does not touch a device."""
+    """(True, what runs), or (False, why Triton kernels cannot run with this torch). Does not touch a device."""
     if not installed():
         return False, "triton is not installed (pip install triton)"
     if interpreting():

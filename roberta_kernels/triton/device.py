@@ -42,7 +42,7 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """`input_precision` of tl.dot: float32 operands are rounded to TF32 only where torch was told that it may."""
+    """`input_precision` of tl.dot: float32 operands are rounded to TF32 only where torch is set to allow it."""
     if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return "ieee"

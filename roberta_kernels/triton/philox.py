@@ -7,7 +7,7 @@ tiling:
     key = (low word of seed, high word of seed), counter = (column // 4, row, plane, 0), word = column % 4 of the four
     keep when word >= floor(p * 2**32), unsigned
 
-One counter serves four adjacent columns: a tile of `[rows, columns]` costs rows * columns / 4 Philox evaluations,
+One counter is for four adjacent columns: a tile of `[rows, columns]` costs rows * columns / 4 Philox evaluations,
 whose four words are compared at once and laid side by side as booleans. The first round only sees one coordinate a
 side, so broadcasting leaves it at `[1, columns / 4]` and `[rows, 1]`.
 """

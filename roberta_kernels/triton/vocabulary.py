@@ -13,7 +13,7 @@ _FEWEST_WORDS = 512
 
 def chunks(x: Tensor, weight: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(first word, weight's rows, room for the logits `[T, words or more]`) of each chunk of weight `[V, H]`, for rows
-    x `[T, H]`. One room serves all; its rows begin at multiples of 128 elements.
+    x `[T, H]`. One buffer is for all; its rows begin at multiples of 128 elements.
     """
     rows, words = x.shape[0], weight.shape[0]
     fitting = max(_FEWEST_WORDS, LOGITS_AT_ONCE // rows // 128 * 128)

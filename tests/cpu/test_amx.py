@@ -138,7 +138,7 @@ def test_int8_product(tiles):
     assert torch.equal(tiles.dot(a, b, c), c + (a.long() @ columns.long()).int())
 
 
-# ---- products of whole numbers ----
+# ---- products of integers ----
 
 WHOLE_SIZES = pytest.mark.parametrize(
     ("rows", "k", "n"),
@@ -147,7 +147,7 @@ WHOLE_SIZES = pytest.mark.parametrize(
 
 
 @WHOLE_SIZES
-def test_whole_numbers_are_multiplied_exactly(tiles, rows, k, n):
+def test_integers_are_multiplied_exactly(tiles, rows, k, n):
     """Rows from 0 to 255 and weights from -127 to 127 are what they are rounded to, where both ends occur."""
     x, w = torch.randint(0, 256, (rows, k)).float(), torch.randint(-127, 128, (n, k)).float()
     w[:, 0] = 127.0
@@ -162,7 +162,7 @@ def test_rounded_products(tiles, rows, k, n):
     x, w = torch.randn(rows, k), torch.randn(n, k)
     exact = x.double() @ w.double().T
     steps = (x.amax(1).clamp(min=0) - x.amin(1).clamp(max=0)) / 255, w.abs().amax(1) / 127
-    # Each element is off by half a step at most, or, of x, by a whole one: zero is rounded to a whole number as well.
+    # Each element is off by half a step at most, or, of x, by a whole one: zero is rounded to an integer as well.
     bound = steps[0][:, None] * w.abs().sum(1) + (x.abs().sum(1)[:, None] + k * steps[0][:, None]) * steps[1] / 2
     assert bool(((tiles.whole(x, w).double() - exact).abs() <= 1.001 * bound + 1e-6).all())
 
@@ -477,7 +477,7 @@ def test_parts_of_float32(kernels):
 
 @pytest.mark.skipif(not has_amx(), reason="this processor has no AMX")
 def test_matmul_precision():
-    """torch.set_float32_matmul_precision is followed by the op, and by what it is told last."""
+    """torch.set_float32_matmul_precision is followed by the op, as it was set last."""
     x, *weights = feed_forward_inputs(40, 96, 160, 96, torch.float32)
     exact = plain_feed_forward(*(t.double() for t in (x, *weights)), False)
     before = torch.get_float32_matmul_precision()

@@ -191,7 +191,7 @@ def test_expanded_grad_out(kernels):
     [
         ([1, 10], "cu_seqlens_q must start at 0"),
         ([0, 6, 5, 10], "cu_seqlens_q must not decrease"),
-        ([0, 9], "cu_seqlens_q must end at the number of tokens, 10, not 9"),
+        ([0, 9], "cu_seqlens_q must end at the number of tokens, 10, got 9"),
         ([0, 11], "length 11, more than max_seqlen_q = 10"),
     ],
 )

@@ -256,7 +256,7 @@ def test_wrong_rows_are_refused(kernels):
         encode(kernels, torch.randn(5, 64), layers, [4], 2)
     with pytest.raises(RuntimeError, match="x must be float32 or bfloat16"):
         encode(kernels, torch.randn(4, 64).half(), layers, [4], 2)
-    with pytest.raises(RuntimeError, match="must be BFloat16, not Float"):
+    with pytest.raises(RuntimeError, match="must be BFloat16, got Float"):
         encode(kernels, torch.randn(4, 64).bfloat16(), layers, [4], 2)
     with pytest.raises(RuntimeError, match="key_mask must have shape"):
         encode(kernels, torch.randn(4, 64), layers, [4], 2, key_mask=torch.ones(3, dtype=torch.bool))

@@ -81,7 +81,7 @@ def check(kernels, kind, hidden, inner, heads, lengths, *, count=2, **options):
     exact = plain(x.double(), kept, lengths, heads, rows=rows, **options)
     if kind != "int8-dynamic":
         return assert_three_way(ours, plain(x, kept, lengths, heads, **options), exact, floor_ulps=8.0)
-    # An element near the middle of two whole numbers may go to either, and whatever reads its row moves a little.
+    # An element near the middle of two integers may go to either, and whatever reads its row moves a little.
     # Rounding in another way than this would move all of them, as far as rounding does.
     moved = (exact - plain(x.double(), layers, lengths, heads, **options)).square().mean().sqrt()
     difference = ours - exact
@@ -192,7 +192,7 @@ def test_zero_rows_and_zero_weights(kernels, kind):
     assert (ours - exact).abs().max() < (1e-5 if kind == "float32" else 0.1)
 
 
-def test_largest_whole_numbers_do_not_saturate(kernels):
+def test_largest_integers_do_not_saturate(kernels):
     """u = 255 and q = 127 or -127 in every place: a product of pairs in 16 bits would saturate."""
     layers = make_layers(1, 64, 4096)
     layers[0]["out"] = torch.ones(64, 4096) * torch.tensor([1.0, -1.0]).repeat(32)[:, None]
@@ -278,7 +278,7 @@ def test_wrong_rows_are_refused(kernels):
 
 
 def test_wrong_weights_are_refused(kernels):
-    with pytest.raises(RuntimeError, match="kind must be float32, bfloat16, int8 or int8-dynamic, not int4"):
+    with pytest.raises(RuntimeError, match="kind must be float32, bfloat16, int8 or int8-dynamic, got int4"):
         kernels.pack_weight(torch.randn(4, 4), "int4")
     with pytest.raises(RuntimeError, match="weight must be Float"):
         kernels.pack_weight(torch.randn(4, 4).bfloat16(), "int8")

@@ -55,7 +55,7 @@ void tile_project(bool is_bf16, int parts, int count, const int64_t* sizes, int6
     });
 }
 
-// out = x w^T, of both rounded to whole numbers. sizes: rows, K, N
+// out = x w^T, of both rounded to integers. sizes: rows, K, N
 void tile_whole(const int64_t* sizes, const float* x, const float* w, float* out) {
     using namespace rk::cpu;
     int64_t bytes = 0;

@@ -137,7 +137,7 @@ class Tiles:
         return out
 
     def whole(self, x, w):
-        """[rows, N]: x w^T, of both rounded to whole numbers."""
+        """[rows, N]: x w^T, of both rounded to integers."""
         out, margin = poisoned(x.shape[0], w.shape[0], dtype=torch.float32)
         self.library.tile_whole(numbers(*x.shape, w.shape[0]), address(x), address(w), address(out))
         assert margin.isnan().all(), "written past the end"

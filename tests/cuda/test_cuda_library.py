@@ -243,7 +243,7 @@ def fake_model(mode: FakeTensorMode, monkeypatch: pytest.MonkeyPatch, dtype: tor
     """A patched model whose weights are fake tensors on a GPU."""
     with unset_fake_temporarily():
         model = transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**CONFIG)).to(dtype)
-    rk.patch(model, backend="cuda")
+        rk.patch(model, backend="cuda")  # which looks at what the modules compute, and needs numbers for it
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -273,7 +273,7 @@ def test_models_on_fake_gpu_tensors(
     dtype: torch.dtype,
     train: bool,
 ) -> None:
-    """Forward and backward go through the CUDA library's ops, each as often as the model has the part it serves."""
+    """Forward and backward go through the CUDA library's ops, each as often as the model has such a part."""
     model = fake_model(fake, monkeypatch, dtype).train(train)
     with Called() as called:
         loss = model(**batch_of([17, 1, 9, 4])).loss

@@ -1,4 +1,4 @@
-"""Every CUDA source, compiled (not run) for each architecture that it serves; and what the machine code shows.
+"""Every CUDA source, compiled (not run) for each architecture that it is for; and what the machine code shows.
 
 No GPU is needed for that, only nvcc. What nvcc said is read from the reports beside the objects in build/cuda, which
 are those that a wheel is linked from.
@@ -36,7 +36,7 @@ def compiled() -> tuple[list[ptxas.Usage], dict[str, Path], dict[str, str]]:
     return ptxas.compile_and_parse()
 
 
-def test_every_source_compiles_for_every_architecture_it_serves(compiled, capsys) -> None:
+def test_every_source_compiles_for_every_architecture_it_is_for(compiled, capsys) -> None:
     usages, objects, _ = compiled
     with capsys.disabled():
         print("\n" + ptxas.table(usages))

@@ -82,18 +82,18 @@ def missing() -> str | None:
     return None
 
 
-def has_cutlass(count: bool) -> bool:
-    return cuda_build.cutlass_include() is not None and not count
+def has_cutlass() -> bool:
+    return cuda_build.cutlass_include() is not None
 
 
-def kernel_sources(count: bool = False) -> list[Path]:
-    """The CUDA library: all of csrc/cuda that can be emulated. count: without CUTLASS's part."""
+def kernel_sources() -> list[Path]:
+    """The CUDA library: all of csrc/cuda that can be emulated."""
     sources = [
         *sorted(HERE.glob("exempt*.cpp")),
         ROOT / "csrc/library.cpp",
         *sorted((ROOT / "csrc/cuda").glob("*.cpp")),
     ]
-    left_out = EXEMPT if has_cutlass(count) else EXEMPT | NEED_CUTLASS
+    left_out = EXEMPT if has_cutlass() else EXEMPT | NEED_CUTLASS
     return sources + [path for path in sorted((ROOT / "csrc/cuda").glob("*.cu")) if path.name not in left_out]
 
 
@@ -111,13 +111,13 @@ def library(folder: Path, *, sources: list[Path] | None = None, sanitize: bool =
     if sources is None:
         import torch
 
-        sources = kernel_sources(count)
+        sources = kernel_sources()
         torch_include, torch_lib = (Path(torch.__file__).parent / name for name in ("include", "lib"))
         includes += [torch_include, torch_include / "torch/csrc/api/include"]
         libraries = f"-L{torch_lib} -ltorch_cpu -lc10 -Wl,-rpath,{torch_lib}"
     flags = [*FLAGS, *(SANITIZERS if sanitize else ["-O2"]), *(f"-I{path}" for path in includes)]
     defines = "-DUSE_CUDA -DROBERTA_KERNELS_CUDA -DROBERTA_KERNELS_SM90A -DTORCH_TARGET_VERSION=0x020a000000000000"
-    if has_cutlass(count):
+    if has_cutlass():
         defines += " -DROBERTA_KERNELS_CUTLASS"
     compile_command = (
         f"g++ -x c++ $first $flags {defines} -include {HERE / 'emulation.h'} $last -MD -MF $out.d -c $in -o $out"
@@ -137,7 +137,7 @@ def library(folder: Path, *, sources: list[Path] | None = None, sanitize: bool =
             headers = (
                 f"-I{cuda_include()}/cccl -I{cuda_build.cutlass_include()} -include {HERE / ours[0] / 'prelude.h'}"
             )
-            more = EPILOGUE_FLAGS if source.name == EPILOGUE else ""
+            more = EPILOGUE_FLAGS if source.name == EPILOGUE else COUNTED if count else ""
             lines.append(f"  last = {CUTLASS_FLAGS} {headers} {more}")
         elif source.suffix == ".cu" and count:
             lines.append(f"  last = {COUNTED}")

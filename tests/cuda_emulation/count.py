@@ -13,6 +13,12 @@ Attention is counted for two heads of one sequence and taken as often as the cas
 kernels of gelu_ffn for 128 tokens, likewise. What each does is independent of the others, so that is exact, but for
 what two blocks load twice at a border (sm90) and for lengths, weights and column sums, of a few KB. The rest is counted
 in full.
+
+The products of gelu_ffn: CUTLASS's for sm_80 is counted for two tiles, and taken as often as the product has such
+pairs; its memory is that of each matrix once. Of CUTLASS's for Hopper, whose mainloop the emulation does not run, and
+of torch's GEMM the counts are those of the arithmetic: what a tile multiplies, what TMA writes and wgmma reads (of
+torch's, whose tiles nobody knows, no more than flops and matrices). Tiles come in whole numbers: what a
+multiprocessor does is what the busiest does, and `waves` tells how much of all multiprocessors' time that leaves used.
 """
 
 from __future__ import annotations
@@ -25,9 +31,10 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -54,7 +61,7 @@ COUNTS = (  # as in emulation.h
 )
 
 # Kernel -> (source, opcode of its anchor, what of the counts is that anchor, in warps).
-EXPONENTIAL, VECTOR = (r"MUFU\.EX2", "exponentials"), (r"LDG\.E\..*128.*", "vector_load_requests")
+EXPONENTIAL, VECTOR = (r"MUFU\.EX2", "exponentials"), (r"LDG(STS)?\.E\..*128.*", "vector_load_requests")
 ANCHORS = {
     "attention_forward_kernel": ("attention_forward.cu", *EXPONENTIAL),
     "attention_backward_kernel": ("attention_backward.cu", *EXPONENTIAL),
@@ -65,17 +72,21 @@ ANCHORS = {
     "layer_norm_backward_kernel": ("{op}.cu", *VECTOR),
     "gelu_forward_kernel": ("gelu_ffn_elementwise.cu", *VECTOR),
     "gelu_backward_kernel": ("gelu_ffn_elementwise.cu", *VECTOR),
+    "fused_kernel": ("gelu_ffn_sm80.cu", r"HMMA\.16816.*", "tensor_flops"),
 }
+OF_A_WARP = {"exponentials": 32, "tensor_flops": 2 * 16 * 8 * 16}  # so many are one instruction of a warp
 
 
 @dataclass
 class Kernel:
-    """One launch, or as many as the case takes of it. us: of each unit, by what it cannot do without."""
+    """One launch, or as many as the case takes of it. us: of each unit, by what it cannot do without. waves: the mean
+    share of its work that a multiprocessor has while the busiest works; None: not known."""
 
     name: str
     counts: dict[str, int]
     instructions: int | None  # of warps; None: not known
     us: dict[str, float] = field(default_factory=dict)
+    waves: float | None = None
 
     def bound(self, gpu: str) -> tuple[str, float]:
         """(the unit that binds, its microseconds)."""
@@ -83,25 +94,70 @@ class Kernel:
         return max(here.items(), key=lambda item: item[1])
 
 
+@dataclass(frozen=True)
+class Product:
+    """[rows, depth] times [depth, columns] in 16 bits, with an epilogue. tile: rows and columns of a block's; None: not
+    known. reads, writes: matrices [rows, columns] that it reads, and writes."""
+
+    rows: int
+    columns: int
+    depth: int
+    tile: tuple[int, int] | None = None
+    reads: int = 0
+    writes: int = 1
+
+    @property
+    def tiles(self) -> int:
+        assert self.tile is not None
+        return -(-self.rows // self.tile[0]) * -(-self.columns // self.tile[1])
+
+    @property
+    def waves(self) -> float | None:
+        return None if self.tile is None else self.tiles / (MULTIPROCESSORS * -(-self.tiles // MULTIPROCESSORS))
+
+    def memory(self) -> dict[str, int]:
+        """Sectors of each matrix once."""
+        result = self.rows * self.columns
+        loads = (self.rows + self.columns) * self.depth + self.reads * result
+        sectors = {"distinct_load_sectors": loads, "distinct_store_sectors": self.writes * result}
+        return {name: 2 * elements // SECTOR for name, elements in sectors.items()}
+
+    def by_arithmetic(self) -> dict[str, int]:
+        """What Hopper's kernel does: TMA writes each tile's operands, a warpgroup's wgmma of 64 rows reads both of its
+        operands from shared memory. Of the epilogue, each matrix goes through shared memory once each way."""
+        counts = dict.fromkeys(COUNTS, 0) | self.memory()
+        if self.tile is None:
+            return counts | {"tensor_flops": 2 * self.rows * self.columns * self.depth}
+        rows, columns = self.tile
+        operands = 2 * (rows + columns) * self.depth
+        read = 2 * (rows + rows // 64 * columns) * self.depth
+        epilogue = 2 * 2 * (self.reads + self.writes) * rows * columns
+        counts["bulk_wavefronts"] = self.tiles * (operands + read + epilogue) // 128
+        return counts | {"tensor_flops": 2 * self.tiles * rows * columns * self.depth}
+
+
 @dataclass
 class Case:
-    """An op at a shape. times: how often the work that `run` has done fits in it."""
+    """An op at a shape. times: how often the work that `run` has done fits in it. product: what its kernel
+    `fused_kernel` does, of which alone the case is then; without `run`, all that is known of it."""
 
     name: str
     op: str
     times: int
-    run: Callable[[], None]
+    run: Callable[[], None] | None
     multiprocessors: int = MULTIPROCESSORS
+    product: Product | None = None
 
 
-def units(counts: dict[str, int], instructions: int | None) -> dict[str, float]:
-    """Microseconds that each unit of the whole GPU is busy at least."""
+def units(counts: dict[str, int], instructions: int | None, waves: float | None = None) -> dict[str, float]:
+    """Microseconds that each unit of the whole GPU is busy at least; of the busiest multiprocessor's but for memory."""
     clocks = MULTIPROCESSORS * CLOCK / 1e6  # of all multiprocessors, in a microsecond
     sectors = counts["distinct_load_sectors"] + counts["distinct_store_sectors"]
     us = {f"memory {gpu}": sectors * SECTOR / rate * 1e6 for gpu, rate in MEMORY.items()}
+    clocks *= waves or 1.0
     us["shared memory"] = (counts["shared_wavefronts"] + counts["bulk_wavefronts"]) / clocks
     us["exponentials"] = counts["exponentials"] / 16 / clocks
-    us["tensor cores"] = counts["tensor_flops"] / TENSOR * 1e6
+    us["tensor cores"] = counts["tensor_flops"] / TENSOR * 1e6 / (waves or 1.0)
     if instructions is not None:
         us["issue"] = instructions / 4 / clocks
     return us
@@ -150,7 +206,7 @@ def instructions_of(symbol: str, op: str, counts: dict[str, int]) -> int | None:
     if binary is None:
         return None
     turn = loops.turn(_functions(binary)[symbol], anchor)
-    warps = counts[count] / (32 if count == "exponentials" else 1)
+    warps = counts[count] / OF_A_WARP.get(count, 1)
     return round(warps / turn.anchors * turn.instructions)
 
 
@@ -169,6 +225,7 @@ class Emulation:
 
     def count(self, case: Case) -> Iterator[tuple[str, dict[str, int]]]:
         """(symbol, counts) of each launch."""
+        assert case.run is not None
         self.library.rk_emulation_set_device(90, case.multiprocessors)
         self.library.rk_emulation_set_counting(1)
         case.run()
@@ -188,10 +245,21 @@ def short(symbol: str) -> str:
 
 
 def kernels_of(emulation: Emulation, case: Case) -> list[Kernel]:
+    product = case.product
+    if case.run is None:
+        assert product is not None
+        counts = product.by_arithmetic()
+        return [Kernel("by arithmetic", counts, None, units(counts, None, product.waves), product.waves)]
     found = []
-    for symbol, counts in emulation.count(case):
+    for symbol, counted in emulation.count(case):
+        if product is not None and "fused_kernel" not in symbol:
+            continue
+        counts, waves = counted, None
+        if product is not None:
+            assert counted["tensor_flops"] == product.by_arithmetic()["tensor_flops"], "another tile than the plan's"
+            counts, waves = counted | product.memory(), product.waves
         instructions = instructions_of(symbol, case.op, counts)
-        found.append(Kernel(short(symbol), counts, instructions, units(counts, instructions)))
+        found.append(Kernel(short(symbol), counts, instructions, units(counts, instructions, waves), waves))
     return found
 
 
@@ -262,6 +330,45 @@ def cases() -> list[Case]:
             yield Case(f"{where} forward", "gelu_ffn", tokens // 128, lambda f=forward: ops.gelu_ffn_forward(*f))
             yield Case(f"{where} backward", "gelu_ffn", tokens // 128, lambda b=backward: ops.gelu_ffn_backward(*b))
 
+    def products(name: str, tokens: int, width: int) -> Iterator[Case]:
+        """Of gelu_ffn: those that go through GELU in each variant, and the others, which are torch's."""
+        inner, small = 4 * width, fused_tile(tokens, 4 * width) == (64, 128)
+        for direction, saved in (("forward", 2), ("backward", 2)):
+            backward = direction == "backward"
+            like = Product(tokens, inner, width, None, int(backward), saved)
+            tile80 = (128, 128) if backward or not small else (64, 64)
+            where = f"gelu_ffn product, {name} {direction}"
+            one = replace(like, tile=tile80)
+            rows, columns = tile80[0], 2 * tile80[1]
+            x, pre, grad = draw(rows, width), draw(rows, columns), draw(rows, width)
+            w_in, b_in, w_out = draw(columns, width), draw(columns), draw(width, columns)
+
+            def run(
+                x: Any = x, pre: Any = pre, grad: Any = grad, w: Any = (w_in, b_in, w_out), b: Any = backward
+            ) -> None:
+                ops.set_variant("gelu_ffn", "sm80")
+                if b:
+                    ops.gelu_ffn_backward(grad, x, w[0], w[2], pre, False)
+                else:
+                    ops.gelu_ffn_forward(x, w[0], w[1], w[2], None, False, True)
+                ops.set_variant("gelu_ffn", "portable")
+
+            # As many multiprocessors as make the plan choose that tile for two of them.
+            yield Case(f"{where}, sm80", "gelu_ffn", one.tiles // 2, run, 1 if tile80[0] == 128 else 132, one)
+            tile90 = (128, 128) if backward or not small else (64, 128)
+            yield Case(f"{where}, sm90", "gelu_ffn", 1, None, product=replace(like, tile=tile90))
+            yield Case(f"{where}, torch's, without GELU", "gelu_ffn", 1, None, product=replace(like, reads=0, writes=1))
+        yield Case(
+            f"gelu_ffn product, {name} forward, second", "gelu_ffn", 1, None, product=Product(tokens, width, inner)
+        )
+        for what, sizes in (
+            ("x", (tokens, width, inner)),
+            ("w_in", (inner, width, tokens)),
+            ("w_out", (width, inner, tokens)),
+        ):
+            case = f"gelu_ffn product, {name} backward, gradient of {what}"
+            yield Case(case, "gelu_ffn", 1, None, product=Product(*sizes))
+
     emulated = Emulation(Path(os.environ["ROBERTA_KERNELS_CUDA_EMULATION"]))
     found: list[Case] = []
     for model, heads, width in (("base", 12, 768), ("large", 16, 1024)):
@@ -272,7 +379,18 @@ def cases() -> list[Case]:
         found += embedding_layer_norm(f"32x128 {model}", 4096, width, 1)
         found += embedding_layer_norm(f"32x128 {model}, two types", 4096, width, 2)
         found += gelu_ffn(f"32x128 {model}", 4096, width)
+        found += products(f"8x128 {model}", 1024, width)
+        found += products(f"32x128 {model}", 4096, width)
     return found
+
+
+def fused_tile(tokens: int, inner: int) -> tuple[int, int]:
+    """fused_forward_tile of csrc/cuda/gelu_ffn.h."""
+
+    def each(rows: int) -> int:
+        return -(-(-(-tokens // rows) * -(-inner // 128)) // MULTIPROCESSORS)
+
+    return (128, 128) if 20 * each(128) <= 11 * each(64) else (64, 128)
 
 
 def table(results: dict[str, list[Kernel]]) -> str:
@@ -285,7 +403,8 @@ def table(results: dict[str, list[Kernel]]) -> str:
             moved = (k.counts["distinct_load_sectors"] + k.counts["distinct_store_sectors"]) * SECTOR / 1e6
             wavefronts = k.counts["shared_wavefronts"] + k.counts["bulk_wavefronts"]
             conflicts = k.counts["shared_conflicts"] / max(1, k.counts["shared_wavefronts"])
-            lines.append(f"  {k.name}: binds {k.bound('H100')[0]} (H200: {k.bound('H200')[0]})")
+            waves = "" if k.waves is None else f"; waves {k.waves:.0%} full"
+            lines.append(f"  {k.name}: binds {k.bound('H100')[0]} (H200: {k.bound('H200')[0]}){waves}")
             lines.append("    us: " + ", ".join(f"{unit} {us:.2f}" for unit, us in k.us.items()))
             lines.append(
                 f"    {moved:.2f} MB of memory, {asked:.2f} MB asked of L2; {wavefronts} wavefronts of shared memory, "

@@ -9,7 +9,7 @@
 namespace emulation {
 namespace {
 
-// What TMA is told of a tensor, innermost first.
+// What TMA knows of a tensor, innermost first.
 struct Box {
     unsigned char* data;
     int64_t sizes[3], strides[3];

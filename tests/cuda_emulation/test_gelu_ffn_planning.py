@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from . import build
+from . import build, count
 
 PROGRAM = r"""
 #include <cstdio>
+#include <cstdlib>
 
 #include "csrc/cuda/gelu_ffn.h"
 
@@ -27,7 +28,12 @@ static V path(V allowed, int arch, Dtype dtype = Dtype::bfloat16, int64_t tokens
     return gelu_ffn_path(allowed, arch, dtype, tokens, depth, inner, aligned);
 }
 
-int main() {
+int main(int count, char** arguments) {
+    if (count > 1) {  // the tile of each number of tokens that is given
+        for (int i = 1; i < count; ++i)
+            std::puts(fused_forward_tile(std::atoll(arguments[i]), 3072, 132) == FusedTile::large ? "128" : "64");
+        return 0;
+    }
     // The best of what is allowed and what the device can.
     for (int arch : {80, 86, 89, 90, 100, 120}) {
         EXPECT(path(V::portable, arch) == V::portable);
@@ -73,13 +79,45 @@ int main() {
 """
 
 
-@pytest.mark.skipif(
+pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None or build.cuda_include() is None, reason="needs g++ and the CUDA headers"
 )
-def test_planning(tmp_path: Path) -> None:
-    source, program = tmp_path / "planning.cpp", tmp_path / "planning"
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("planning")
+    source, program = folder / "planning.cpp", folder / "planning"
     source.write_text(PROGRAM)
     includes = [f"-I{path}" for path in (build.ROOT, build.cuda_include())]
     subprocess.run(["g++", "-std=c++17", "-Wall", "-Werror", *includes, source, "-o", program], check=True)
+    return program
+
+
+def test_planning(program: Path) -> None:
     ran = subprocess.run([program], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout
+
+
+def test_the_tile_that_is_counted_is_the_one_that_is_planned(program: Path) -> None:
+    tokens = [64, 127, 640, 641, *range(1024, 16385, 1024)]
+    ran = subprocess.run([program, *map(str, tokens)], capture_output=True, text=True, check=True)
+    assert [count.fused_tile(t, 3072)[0] for t in tokens] == list(map(int, ran.stdout.split()))
+
+
+def test_a_product_is_counted_by_whole_tiles() -> None:
+    """192 tiles on 132 multiprocessors: the busiest has two, so that the products of the others' 72 wait."""
+    product = count.Product(1024, 3072, 768, (128, 128), reads=1, writes=2)
+    assert product.tiles == 192
+    assert product.waves == 192 / 264
+    counts = product.by_arithmetic()
+    assert counts["tensor_flops"] == 2 * 1024 * 3072 * 768
+    assert counts["distinct_load_sectors"] * 16 == (1024 + 3072) * 768 + 1024 * 3072
+    assert counts["distinct_store_sectors"] * 16 == 2 * 1024 * 3072
+    # A depth of 16 of a tile: 8 KiB written, 4 KiB of x and twice 4 KiB of w read; three matrices in and out again.
+    assert counts["bulk_wavefronts"] == 192 * (48 * (64 + 32 + 64) + 3 * 2 * 256)
+    whole, waiting = count.units(counts, None), count.units(counts, None, product.waves)
+    assert waiting["tensor cores"] == pytest.approx(whole["tensor cores"] * 264 / 192)
+    assert waiting["memory H100"] == whole["memory H100"]
+    ragged = count.Product(1025, 3072, 768, (128, 128))
+    assert ragged.by_arithmetic()["tensor_flops"] == 2 * 1152 * 3072 * 768

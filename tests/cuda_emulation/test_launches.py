@@ -284,6 +284,9 @@ ROWS = [name for name in NAMES if "layer_norm" in name]
         (2**31 // 768 + 1, 768),  # elements just past 2^31
         (2**31 // 1024, 1024),  # and just 2^31
         (2**32 // 1024 + 1, 1024),
+        (70000, 2048),  # rows that wait in shared memory: the widest of each layout
+        (70000, 4096),
+        (70000, 8192),
         (2**31 // 8 + 1, 8),
         (2**31 - 1, 1),  # and rows
         (2**31 + 5, 1),

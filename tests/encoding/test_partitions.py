@@ -129,7 +129,7 @@ def test_a_damaged_part_is_not_whole(part):
     for length in range(0, len(content), 40):
         path.write_bytes(content[:length])
         assert whole(path, partition) is None
-    # A changed bit among the pages: noticed, or (in what is told about a page) without consequence.
+    # A changed bit among the pages: noticed, or (in what a file says of a page) without consequence.
     path.write_bytes(content)
     right = pyarrow.parquet.read_table(path)["embedding"]
     pages = pyarrow.parquet.ParquetFile(path).metadata.row_group(0).column(2)

@@ -27,7 +27,7 @@ CARD = "NVIDIA H100 80GB HBM3, 9.0, 580.159.04, 81559 MiB"
 STUBS = {
     "nvidia-smi": f'echo "{CARD}"',
     "nvcc": ': > "$3"',
-    # What it is given to run begins with Python. The faulty kernels are found, unless it is told to be blind.
+    # What it is given to run begins with Python. The faulty kernels are found, unless it is set to be blind.
     "compute-sanitizer": f"""
 case "$*" in
     *--help*) echo "--kernel-name"; exit 0 ;;

@@ -122,7 +122,7 @@ def kernels(order, say):
 
 
 def end_the_suite(case, results):
-    """Once it has written what it was told. Whoever is started in the background holds the pipe for as long as it
+    """Once it has written what it was given. Whoever is started in the background holds the pipe for as long as it
     lives.
     """
     os.open(BEHAVIOUR["pipe"], os.O_WRONLY)

@@ -157,7 +157,7 @@ def test_attention_weights_come_from_the_original(fallbacks):
     assert fallbacks() == {"attention weights were asked for"}
 
 
-def test_what_is_not_served_is_said(fallbacks):
+def test_what_is_not_supported_is_said(fallbacks):
     case = Case(seed=7, mask="left", head="causal_lm", config=SMALL | {"num_attention_heads": 4})
     original = build(case)
     ours = switched(original)

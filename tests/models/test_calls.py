@@ -676,3 +676,21 @@ def test_a_cache_gives_what_no_cache_gives():
         first = ours(ids[:, :-1], use_cache=True)
         second = ours(ids[:, -1:], past_key_values=first.past_key_values)
         close(second.logits[:, 0], original(ids, use_cache=False).logits[:, -1])
+
+
+@pytest.mark.parametrize("add", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_a_backward_hook_that_came_between_inferences_is_seen_by_the_next_call_with_gradients(add):
+    """Calls without gradients do not look for such hooks, which nothing calls then."""
+    ours, original, batches = ours_original_batches(train=True)
+    rk.patch(ours)
+    seen = {}
+    for model, key in ((ours, "ours"), (original, "original")):
+        with torch.no_grad():
+            model(**batches[0])
+        module = model.get_submodule("encoder.layer.1.output.dropout")
+        getattr(module, add)(lambda m, grads, *_, key=key: seen.__setitem__(key, grads[0].detach()))
+        with torch.no_grad():
+            model(**batches[0])
+        assert key not in seen
+        model(**batches[0]).pooler_output.sum().backward()
+    assert seen.keys() == {"ours", "original"}

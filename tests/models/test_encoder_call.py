@@ -1,4 +1,4 @@
-"""Inference as one op call on the parameters as they are: when it serves, that it gives the same answers, that no
+"""Inference as one op call on the parameters as they are: when it runs, that it gives the same answers, that no
 change of a model goes unnoticed, and that nothing is copied."""
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def test_several_threads_make_the_first_call():
     assert all(torch.equal(one, want) for one in found)
 
 
-# --- when it does not serve -------------------------------------------------------------------------------------------
+# --- when it does not run ---------------------------------------------------------------------------------------------
 
 
 @layouts

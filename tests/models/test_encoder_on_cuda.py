@@ -84,7 +84,7 @@ def test_a_change_is_noticed(change):
 def test_where_it_does_not_run(layout):
     original, ours, batches = pair(layout)
     inputs = batches[0]
-    assert serves(ours, inputs) == 0, "the CPU kernels serve"
+    assert serves(ours, inputs) == 0, "the CPU kernels run"
     with rk.backend("cuda"):
         assert serves(ours, inputs), "and the CUDA kernels where they were asked for, of one model in turn"
         with torch.autocast("cpu", torch.bfloat16):

@@ -497,7 +497,7 @@ def test_a_layer_that_computes_something_else_is_refused(family, monkeypatch):
         output = forward(self, *args, **kwargs)
         return (output[0] * 1.01, *output[1:]) if isinstance(output, tuple) else output * 1.01
 
-    # As code of transformers' own: a monkey patch of somebody else's is told by where it comes from.
+    # As code of transformers' own: a monkey patch of somebody else's is known by where it comes from.
     own = types.FunctionType(other.__code__, forward.__globals__, "forward", None, other.__closure__)
     monkeypatch.setattr(part, "forward", own)
     monkeypatch.setattr(known_code, "_known", {})

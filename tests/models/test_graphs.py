@@ -68,7 +68,7 @@ def check(runner, batch, counts, key=0):
 
 
 def test_lengths_are_data():
-    """One recording serves every batch of its bucket, whatever their lengths."""
+    """One recording is replayed for every batch of its bucket, whatever their lengths."""
     recorder, counts = OpRecorder(), Counter()
     runner = Graphs(recorder)
     batches = [[5, 9, 16, 2], [16, 1, 1], [10, 10, 8], [1, 14, 3, 13], [7, 7, 7, 9]]

@@ -235,7 +235,7 @@ def test_encode_of_a_sentence_transformer(folder, pooling, modules):
     assert not rk.is_patched(model)
 
 
-def test_encode_takes_what_it_is_told_before_what_the_model_does(folder):
+def test_arguments_of_encode_come_before_what_the_model_does(folder):
     model = sentence_model(folder, "cls", Normalize())
     told = rk.encode(model, None, list(SENTENCES), pooling="mean", normalize=False).embeddings
     np.testing.assert_allclose(told, sentence_model(folder).encode(list(SENTENCES)), rtol=1e-3, atol=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 import subprocess
 import sys
@@ -260,7 +261,11 @@ def test_the_example(folders, tmp_path):
 
 
 @pytest.mark.full
-def test_the_benchmark():
-    small = ("--size", "tiny", "--batch", "2", "--length", "16", "--calls", "1")
-    said = run_python("-m", "benchmarks.splade", *small, "--backward")
+@pytest.mark.parametrize("what", [(), ("--backward",)], ids=["forward", "backward"])
+def test_the_benchmark(tmp_path, what):
+    small = ("--size", "tiny", "--batch", "2", "--length", "16", "--calls", "1", "--out", str(tmp_path / "splade.json"))
+    said = run_python("-m", "benchmarks.splade", *small, *what)
+    written = json.loads((tmp_path / "splade.json").read_text())
+    assert list(written["results"]) == list(CONTENDERS)
+    assert {"machine_info", "versions", "commit_info", "order"} <= written.keys()
     assert [row.split("|")[1].strip() for row in said.splitlines()[4:]] == list(CONTENDERS)

@@ -2,7 +2,7 @@
 
 `served_by` is the one place that knows what there is; a test asks for its combinations with `@on_every_backend()` or,
 together with a table of cases, `@cases_on_every_backend(CASES)`, and gets a `served` fixture inside which that backend
-serves.
+runs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DEVICE = "cuda" if HAS_CUDA else "cpu"
 
 @dataclass(frozen=True)
 class Served:
-    """One way in which an op can be served."""
+    """One way in which an op can run."""
 
     backend: str
     device: str
@@ -151,7 +151,7 @@ class Variant:
 
     @contextlib.contextmanager
     def setting(self) -> Iterator[None]:
-        """Inside it may serve, and so may the portable one where it does not take a call."""
+        """Inside it may run, and so may the portable one where it does not take a call."""
         with backends.backend("cuda"), backends.use_cuda_variant(self.op, self.name):
             yield
 
@@ -185,11 +185,11 @@ def cuda_variants(op: str, *, portable: bool = True) -> list[Any]:
 
 @contextlib.contextmanager
 def calls_go_to(op: str, forward: str, backward: str) -> Iterator[None]:
-    """All calls of an op inside, at least one in each direction, must have been served by these variants."""
+    """All calls of an op inside, at least one in each direction, must have been run by these variants."""
     before = backends.cuda_served(op)
     yield
     went = {key for key, count in backends.cuda_served(op).items() if count != before[key]}
-    assert went == {(forward, "forward"), (backward, "backward")}, f"{op} was served by {sorted(went)}"
+    assert went == {(forward, "forward"), (backward, "backward")}, f"{op} was run by {sorted(went)}"
 
 
 # ------------------------------------------------------------------------------------------------ inputs

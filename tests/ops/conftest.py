@@ -1,4 +1,4 @@
-"""Fixtures of the op tests: the backend that serves, and fresh random inputs from a seed that a failure reports."""
+"""Fixtures of the op tests: the backend that runs, and fresh random inputs from a seed that a failure reports."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .cases import DEVICE, Draw, Served
 
 @pytest.fixture
 def served(request: pytest.FixtureRequest) -> Iterator[Served]:
-    """The combination that a test was parametrised with; inside the test that backend serves."""
+    """The combination that a test was parametrised with; inside the test that backend runs."""
     combination: Served = request.param
     op = request.node.callspec.params.get("op", request.node.path.stem.removeprefix("test_"))
     if combination.backend == "cuda" and op in NOT_IN_CUDA:

@@ -394,7 +394,7 @@ def test_huge_scores_do_not_overflow(served: Served, draw: Draw) -> None:
 
 @on_every_backend(dtypes=[FLOAT32])
 def test_the_op_itself_with_head_dim_strided(served: Served, draw: Draw) -> None:
-    """The public function copies such views. The op below it may refuse them, or serve them, but never misread them."""
+    """The public function copies such views. The op below it may refuse them, or take them, but never misread them."""
     kernels = served.kernels()
     q, k, v = (poisoned(draw.normal(12, 3, 16, dtype=served.dtype), "transposed") for _ in range(3))
     assert q.stride(2) != 1

@@ -1,4 +1,4 @@
-"""Autocast is the caller's affair: an op computes in the dtype that it was given, whatever serves it."""
+"""Autocast is the caller's affair: an op computes in the dtype that it was given, whatever runs it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which backend serves: by default, by override, by environment variable; and what happens when it cannot."""
+"""Which backend runs: by default, by override, by environment variable; and what happens when it cannot."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_auto_on_a_gpu() -> None:
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", [FLOAT16, FLOAT64])
-def test_dtypes_without_cpu_kernels_are_served_all_the_same(op: str, dtype: torch.dtype) -> None:
+def test_dtypes_without_cpu_kernels_run_all_the_same(op: str, dtype: torch.dtype) -> None:
     call = sample(op, Draw(5, "cpu"), dtype)
     out = call()
     in_float32 = op in ("linear_cross_entropy", "linear_log1p_max") and dtype == FLOAT16
@@ -141,7 +141,7 @@ def test_dtypes_without_cpu_kernels_are_served_all_the_same(op: str, dtype: torc
 @pytest.mark.parametrize(
     ("name", "dtype"), [("cpu", FLOAT16), ("cpu", FLOAT64), ("triton", FLOAT64), ("cuda", FLOAT64)], ids=str
 )
-def test_a_forced_backend_that_cannot_serve_raises(op: str, name: str, dtype: torch.dtype) -> None:
+def test_a_forced_backend_that_cannot_run_raises(op: str, name: str, dtype: torch.dtype) -> None:
     """It never falls back: who forces a backend wants that one."""
     if name not in AVAILABLE:
         pytest.skip(f"backend {name!r} is not available: {backends.available_backends()[name].detail}")
@@ -347,7 +347,7 @@ print(rk.__file__)
 
 
 def test_without_the_compiled_library(tmp_path: Path) -> None:
-    """The package imports, says why, and the reference serves."""
+    """The package imports, says why, and the reference runs."""
     result = run_python(WITHOUT_COMPILED, root=copy_of_the_package(tmp_path))
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip().startswith(str(tmp_path)), "it was the copy that ran"
@@ -364,7 +364,7 @@ print("served")
 
 
 def test_with_a_library_that_does_not_load(tmp_path: Path) -> None:
-    """Built for another torch, or broken: one line says so, and the reference serves."""
+    """Built for another torch, or broken: one line says so, and the reference runs."""
     root = copy_of_the_package(tmp_path)
     (root / "roberta_kernels" / "_cpu.so").write_bytes(b"no library")
     result = run_python(BROKEN, root=root)

@@ -1,6 +1,6 @@
 """Derivatives beside the usual ones: of gradients, forward-mode ones, those of torch.func, over batches of gradients.
 
-All are the reference's, in plain torch: the same numbers whatever serves, and dropout with the same mask.
+All are the reference's, in plain torch: the same numbers whatever ran forward, and dropout with the same mask.
 """
 
 from __future__ import annotations

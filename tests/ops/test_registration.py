@@ -43,7 +43,7 @@ def test_opcheck(served: Served, op: str, every_option: bool, draw: Draw) -> Non
 
 
 @on_each_namespace
-def test_every_schema_is_defined_and_served(served: Served) -> None:
+def test_every_schema_is_defined_and_implemented(served: Served) -> None:
     kernels = served.kernels()
     assert len(backends.schemas()) == 2 * len(OPS)
     for name, schema in backends.schemas().items():
@@ -167,7 +167,7 @@ def test_gradcheck_attention_options(options: dict[str, Any], draw: Draw) -> Non
 
 
 @each_op
-def test_float64_is_served_in_float64(op: str, draw: Draw) -> None:
+def test_float64_runs_in_float64(op: str, draw: Draw) -> None:
     """The reference is the oracle: nothing on the way may be float32."""
     with backends.backend("reference"):
         call = sample(op, draw, FLOAT64)
@@ -206,7 +206,7 @@ def test_compile(served: Served, op: str, dynamic: bool, draw: Draw) -> None:
 
 @on_each_namespace
 def test_compiled_graph_holds_the_op_of_the_backend(served: Served, draw: Draw) -> None:
-    """What torch.compile sees is the op of the namespace that serves, and another backend is another graph."""
+    """What torch.compile sees is the op of the namespace that runs, and another backend is another graph."""
     torch._dynamo.reset()
     seen: list[str] = []
 
@@ -300,7 +300,7 @@ def test_vmap_is_right_or_refused(served: Served, op: str, draw: Draw) -> None:
 
 
 def test_every_namespace_is_registered() -> None:
-    """Also those that cannot serve here: a graph traced elsewhere must load."""
+    """Also those that cannot run here: a graph traced elsewhere must load."""
     for kernels in backends.namespaces().values():
         for op in OPS:
             call = getattr(kernels, f"{op}_forward")

@@ -21,7 +21,7 @@ from .cases import FLOAT32, Draw
 from .samples import OPS, Sample, sample
 
 COMPILED = bool(backends.available_backends()["cpu"])
-# Backends that serve CPU tensors at the speed of a test.
+# Backends that run on CPU tensors at the speed of a test.
 HERE = ("cpu", "reference") if COMPILED else ("auto", "reference")
 ROUNDS = 40
 

@@ -1,5 +1,5 @@
 """The CUDA library's variants of an op: each against float64 on ragged, unaligned and masked sizes, and that it is the
-one that served. A call that a variant does not take goes to one below it, and nothing else would tell.
+one that ran. A call that a variant does not take goes to one below it, and nothing else would tell.
 
 On the emulation the portable ones run and gelu_ffn's "sm80" (where it found CUTLASS's headers), attention's "sm90" with
 tests/cuda_emulation/hopper.py; on a Hopper GPU all of them.

@@ -20,7 +20,7 @@ SECONDS = 240  # for a job, at most
 
 
 class Forks:
-    """The process that forks. Python's path is that of this one, and in front of it what a job wishes."""
+    """The process that forks. Python's path is that of this one, and in front of it what a job asks for."""
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(

@@ -1,7 +1,7 @@
 """Run in a process of its own, with an invented release of transformers in front of sys.path: what stock models answer
-there, then what patched ones do. Takes a JSON file of wishes, and writes a JSON file of what happened.
+there, then what patched ones do. Takes a JSON file of what to do, and writes a JSON file of what happened.
 
-Every step is tried by itself, so that one run tells all that is wrong. It says what happened, and judges nothing but
+Every step is tried by itself, so that one run shows all that is wrong. It says what happened, and judges nothing but
 whether two answers are the same: `test_invented_releases.py` says what must be.
 """
 
@@ -83,7 +83,7 @@ def mask_of(kind: str) -> Tensor:
     return mask
 
 
-def calls_of(name: str, wishes: dict[str, Any]) -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
+def calls_of(name: str, job: dict[str, Any]) -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
     """Each call of a model: what it is, its positional arguments, its others by the names of the installed release."""
     generator = torch.Generator().manual_seed(4)
 
@@ -110,7 +110,7 @@ def calls_of(name: str, wishes: dict[str, Any]) -> Iterator[tuple[str, tuple[Any
     yield "hidden states", (), on_right | {"output_hidden_states": True}
     visible = (torch.rand(BATCH, 1, LENGTH, LENGTH, generator=generator) < 0.6) | torch.eye(LENGTH).bool()
     yield "4D mask", (), {"input_ids": ids, "attention_mask": visible}
-    for argument, (dtype, shape) in wishes["given"].items():
+    for argument, (dtype, shape) in job["given"].items():
         generator = torch.Generator().manual_seed(5)
         value = numbers(3, *shape) if dtype == "int" else torch.rand(shape, generator=generator) + 0.5
         yield f"{argument} given", (), on_right | {argument: value}
@@ -187,13 +187,13 @@ def tried(action: Callable[[], Any]) -> tuple[Any, str | None]:
 def stock_answers(name: str) -> dict[str, Any]:
     model = build(name)
     model.rk_test_attention = "sdpa"
-    return {what: tried(lambda: answer(model, what, args, kwargs)) for what, args, kwargs in calls_of(name, wishes)}  # noqa: B023
+    return {what: tried(lambda: answer(model, what, args, kwargs)) for what, args, kwargs in calls_of(name, job)}  # noqa: B023
 
 
 def compare_calls(name: str, model: Any, stock: dict[str, Any], said: Callable[[], dict[str, int]]) -> dict[str, Any]:
     """Every call of a model against the stock one's answers."""
     happened = {}
-    for what, args, kwargs in calls_of(name, wishes):
+    for what, args, kwargs in calls_of(name, job):
         before = said()
         with FusedOps() as ops:
             got, error = tried(lambda: answer(model, what, args, kwargs))  # noqa: B023
@@ -217,7 +217,7 @@ def run_patched(rk: Any, name: str, stock: dict[str, Any]) -> dict[str, Any]:
         return {"problems": [f"patch: {error}"], "calls": {}, "left": []}
     calls = compare_calls(name, model, stock, lambda: report.fallbacks() | report.padded())
     problems = []
-    what, args, kwargs = list(calls_of(name, wishes))[1]
+    what, args, kwargs = list(calls_of(name, job))[1]
     _, error = tried(lambda: rk.unpatch(model))
     if error is None:
         got, error = tried(lambda: answer(model, what, args, kwargs))
@@ -255,7 +255,7 @@ def run_patched(rk: Any, name: str, stock: dict[str, Any]) -> dict[str, Any]:
 def drop_in(rk: Any, stock: dict[str, Any]) -> str | list[str]:
     """What differs in FastRoberta's answer; or why there is none."""
     original = build("RobertaModel")
-    what, args, kwargs = list(calls_of("RobertaModel", wishes))[1]
+    what, args, kwargs = list(calls_of("RobertaModel", job))[1]
 
     def run() -> list[str]:
         model = rk.FastRoberta(original.config).eval()
@@ -269,7 +269,7 @@ def drop_in(rk: Any, stock: dict[str, Any]) -> str | list[str]:
 
 def verified(rk: Any) -> str | None:
     """What is wrong with `verify`'s report of a model, or why there is none."""
-    _, _, inputs = list(calls_of("RobertaModel", wishes))[1]
+    _, _, inputs = list(calls_of("RobertaModel", job))[1]
     batch = {names.get(name, name): value for name, value in inputs.items()}
     report, error = tried(lambda: rk.verify(build("RobertaModel"), batch, gradients=True))
     return error if error is not None else None if report.holds else str(report)
@@ -298,8 +298,8 @@ if __name__ == "__main__":
     sys.dont_write_bytecode = True  # an overlay's folders are links to the installed ones
     torch.set_num_threads(1)
     with open(sys.argv[1]) as file:
-        wishes = json.load(file)
-    names: dict[str, str] = wishes["names"]  # of arguments: what this release calls them
+        job = json.load(file)
+    names: dict[str, str] = job["names"]  # of arguments: what this release calls them
     result = main()
     with open(sys.argv[2], "w") as file:
         json.dump(result, file)

@@ -34,9 +34,9 @@ def run(forks: Forks, release: Release, folder: Path) -> dict[str, Any]:
     path = [str(Path(roberta_kernels.__file__).parents[1])]
     if release.edits or release.moved:
         path.insert(0, str(overlay.make(folder / "release", release.edits, moved=release.moved)))
-    wishes, happened, log = (folder / name for name in ("wishes.json", "happened.json", "log"))
-    wishes.write_text(json.dumps({"names": dict(release.names), "given": dict(release.given)}))
-    status = forks.run(HERE / "scenario.py", [str(wishes), str(happened)], path=path, log=log)
+    job, happened, log = (folder / name for name in ("job.json", "happened.json", "log"))
+    job.write_text(json.dumps({"names": dict(release.names), "given": dict(release.given)}))
+    status = forks.run(HERE / "scenario.py", [str(job), str(happened)], path=path, log=log)
     assert status == 0, f"{release.name}: the scenario broke, with status {status}\n{log.read_text()[-5000:]}"
     result = json.loads(happened.read_text())
     invented = len(path) == 2

@@ -2,7 +2,7 @@
 
 The launchers are called with tensors on the meta device while the kernels' `run` is replaced by one that notes the
 launch; each launch is then compiled for the target exactly as a GPU of that kind would have compiled it. So the
-configurations that are checked here are the ones that serve. It takes a process without Triton's interpreter, one
+configurations that are checked here are the ones that run. It takes a process without Triton's interpreter, one
 for each architecture:
 
     python tests/triton/test_compile.py 90        # prints what each kernel uses, as JSON lines
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = (80, 90, 100)
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 # What one block may use: CUDA C++ Programming Guide, table of technical specifications per compute capability. An
-# A100 has 163 KiB, but its tiles also serve the GPUs of its kind that have 99.
+# A100 has 163 KiB, but its tiles are also for the GPUs of its kind that have 99.
 SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 Launch = Callable[[], object]
@@ -348,7 +348,7 @@ def test_blackwell_multiplies_with_tcgen05(compiled: dict[int, list[dict[str, An
     assert all(k["tcgen05"] for k in products)
 
 
-def test_one_compilation_serves_every_length(tmp_path: Path) -> None:
+def test_one_compilation_is_enough_for_every_length(tmp_path: Path) -> None:
     (groups,) = finish(start("keys", tmp_path))
     assert len(groups) >= 7
     for group, keys in groups.items():
