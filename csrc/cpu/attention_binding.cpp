@@ -17,7 +17,7 @@ HeadsView heads_view(const Checks& checks, const Tensor& t, const char* name, in
                     sizes[1], ", ", sizes[2], "]");
     const auto strides = t.strides();
     STD_TORCH_CHECK(strides[2] == 1 || tokens == 0, op, ": ", name,
-                    " must have unit stride in head_dim, not ", strides[2]);
+                    " must have unit stride in head_dim, got ", strides[2]);
     return {t.const_data_ptr(), strides[0], strides[1]};
 }
 
@@ -43,7 +43,7 @@ Checked check(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
     a.heads = q.size(1);
     a.head_dim = q.size(2);
     STD_TORCH_CHECK(a.head_dim >= 16 && a.head_dim <= 128 && a.head_dim % 8 == 0, op,
-                    ": head_dim must be a multiple of 8 from 16 to 128, not ", a.head_dim);
+                    ": head_dim must be a multiple of 8 from 16 to 128, got ", a.head_dim);
     const int64_t total_k = k.size(0);
     a.q = heads_view(checks, q, "q", a.total_q, a.heads, a.head_dim);
     a.k = heads_view(checks, k, "k", total_k, a.heads, a.head_dim);
@@ -54,7 +54,7 @@ Checked check(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
         check_cu_seqlens(checks, cu_seqlens_k, "cu_seqlens_k", total_k, max_seqlen_k, "max_seqlen_k");
     a.batch = cu_q.size(0) - 1;
     STD_TORCH_CHECK(cu_k.size(0) - 1 == a.batch, op, ": cu_seqlens_k must have ", a.batch + 1,
-                    " elements, as cu_seqlens_q, not ", cu_k.size(0));
+                    " elements, as cu_seqlens_q, got ", cu_k.size(0));
     a.cu_seqlens_q = static_cast<const int32_t*>(cu_q.const_data_ptr());
     a.cu_seqlens_k = static_cast<const int32_t*>(cu_k.const_data_ptr());
     std::optional<Tensor> mask;
@@ -126,7 +126,7 @@ HeadsView cached_view(const Checks& checks, const Tensor& t, const char* name, i
                     checks.op(), ": ", name, " must have shape [", batch, ", ", heads, ", ", tokens, ", ",
                     head_dim, "]");
     STD_TORCH_CHECK(t.stride(3) == 1 || t.numel() == 0, checks.op(), ": ", name,
-                    " must have unit stride in head_dim, not ", t.stride(3));
+                    " must have unit stride in head_dim, got ", t.stride(3));
     return {t.const_data_ptr(), t.stride(2), t.stride(1), t.stride(0)};
 }
 
@@ -145,9 +145,10 @@ Tensor cached(const Tensor& query, const Tensor& key, const Tensor& value,
     const int64_t batch = query.size(0), queries = query.size(2), keys = key.size(2);
     AttentionArgs a{};
     a.batch = batch, a.heads = query.size(1), a.head_dim = query.size(3), a.total_q = batch * queries;
-    checks.require(queries <= kMostCachedQueries, "query must have at most 8 rows in each sequence");
-    checks.require(a.head_dim >= 16 && a.head_dim <= 128 && a.head_dim % 8 == 0,
-                   "head_dim must be a multiple of 8 from 16 to 128");
+    STD_TORCH_CHECK(queries <= kMostCachedQueries, checks.op(), ": query must have at most ",
+                    kMostCachedQueries, " rows in each sequence, got ", queries);
+    STD_TORCH_CHECK(a.head_dim >= 16 && a.head_dim <= 128 && a.head_dim % 8 == 0, checks.op(),
+                    ": head_dim must be a multiple of 8 from 16 to 128, got ", a.head_dim);
     checks.require(batch * keys <= INT32_MAX && batch * queries <= INT32_MAX, "too many rows");
     a.q = cached_view(checks, query, "query", batch, a.heads, queries, a.head_dim);
     a.k = cached_view(checks, key, "key", batch, a.heads, keys, a.head_dim);
