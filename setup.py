@@ -61,7 +61,7 @@ X86_ISAS = {
     ],  # its tile instructions are written in assembler (csrc/cpu/amx.h)
 }
 OPS = re.findall(r'^RK_SCHEMA\("(\w+)_forward\(', (ROOT / "roberta_kernels/schemas.def").read_text(), re.MULTILINE)
-CPU_OPS = [*OPS, "encoder", "packed_encoder"]
+CPU_OPS = [*OPS, "encoder", "packed_encoder", "linear"]
 CXX_FLAGS = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
 # Error messages name source files by their place in the project.
 CXX_FLAGS.append(f"-ffile-prefix-map={ROOT}/=")

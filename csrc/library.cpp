@@ -32,6 +32,14 @@ STABLE_TORCH_LIBRARY(roberta_kernels_cpu, m) {
         "bool causal, int heads, float scale, float eps, bool tanh, Tensor? bias=None) -> Tensor");
     // Checksums of some parts of weights (csrc/cpu/checksum_binding.cpp).
     m.def("checksum_weights(Tensor[] weights, int[] in_file, int[] first, int count, int parts) -> Tensor");
+    // Inference, without gradients: few queries [B, heads, Q, head_dim] against a cache [B, heads, K, head_dim] that is read
+    // where it lies; key_mask [B, K] -> [B, Q, heads, head_dim].
+    m.def(
+        "cached_attention(Tensor query, Tensor key, Tensor value, Tensor? key_mask, float scale, bool "
+        "causal) -> "
+        "Tensor");
+    // Inference, without gradients: x weight^T + bias, with the weight read where it lies.
+    m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
 #endif
     // Inference, without gradients: all layers of an encoder in one call, on the parameters themselves
     // (roberta_kernels/encoder_call.py has the order of `layers`).

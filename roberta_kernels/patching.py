@@ -30,7 +30,6 @@ from roberta_kernels.hf.state import (
     attach,
     attach_name,
     attached,
-    detach,
     forget,
     logger,
     refresh_quantized,
@@ -46,6 +45,7 @@ _FUSED = {
     "typeless_absolute_embeddings": "embeddings + LayerNorm + dropout",
     "self_attention": "attention",
     "self_output": "bias + dropout + residual + LayerNorm",
+    "vocabulary": "products of few rows, for inference on a CPU",
     **dict.fromkeys(LAYER_ROLES, "attention, GELU feed-forward, bias + dropout + residual + LayerNorm"),
     "model": "padding-free pass",
     "biased_model": "padding-free pass where padding is at the end and nobody reads it",
@@ -124,10 +124,9 @@ def patch(model: nn.Module, *, options: Options) -> PatchReport:
         for name, module in modules:
             _patch_module(name, module, report, before)
     except BaseException:
-        for module, cls, state in before:
-            module.__class__ = cls
+        for module, _, state in before:
             if state is None:
-                detach(module)
+                make_original(module)
             else:
                 attach(module, state)
         raise

@@ -18,7 +18,7 @@ LEVELS = (
     ("reference", "triton"),
     ("backends",),
     ("ops", "unpadding"),
-    ("encoder_call",),
+    ("decoder_calls", "encoder_call"),
     ("quantized",),
     ("hf",),
     ("models", "patch_report"),

@@ -13,8 +13,11 @@
 // head_dim, one task per (sequence, head), which owns its dq, dk and dv: no races, no order that depends on
 // threads. With a bias on the scores one task is a head with all its sequences, in order, as its gradient is
 // a sum over them.
+//
+// Sequences of few queries that are no keys, a decoder's, go another way (few_queries.h).
 #include "csrc/cpu/attention.h"
 
+#include "csrc/cpu/few_queries.h"
 #include "csrc/cpu/key_dropout.h"
 #include "csrc/cpu/scratch.h"
 #include "csrc/cpu/simd.h"
@@ -333,10 +336,12 @@ template <class T, class Tiles = NoTiles>
 void forward(const AttentionArgs& a) {
     const int64_t d = a.head_dim, width = round_up(d, kLanes);
     const int64_t longest = longest_sequence(a.cu_seqlens_k, a.batch);
-    const auto tasks_of_head = [&](int64_t b) { return ceil_div(query_blocks(a, b), Tiles::kBlocksOfTask); };
+    const auto tasks_of_head = [&](int64_t b) {
+        return has_few_queries(a, b) ? 0 : ceil_div(query_blocks(a, b), Tiles::kBlocksOfTask);
+    };
     run_balanced(
         a, [&](int64_t b) { return a.heads * tasks_of_head(b); },
-        [&](int64_t b) { return 2 * score_work(a, b) + 1.0; },
+        [&](int64_t b) { return has_few_queries(a, b) ? 0.0 : 2 * score_work(a, b) + 1.0; },
         [&](const Plan& plan, int64_t task, int64_t end) {
             static thread_local Scratch memory;
             memory.reset(static_cast<size_t>(d * kQueries + kKeys * kQueries + kQueries * width +
@@ -589,7 +594,15 @@ void backward(const AttentionArgs& a) {
 
 }  // namespace
 
+void cached_attention(const AttentionArgs& a) {
+    if (a.bf16)
+        FewQueries<bf16>(a).run();
+    else
+        FewQueries<float>(a).run();
+}
+
 void attention_forward(const AttentionArgs& a) {
+    cached_attention(a);  // the sequences that it has
 #if defined(RK_CPU_ISA_AMX)
     static_assert(kQueries == kTileQueries, "the blocks of tile_attention.h");
     if (!a.dropout.on && a.bias == nullptr)  // neither is for tiles

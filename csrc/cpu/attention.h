@@ -6,11 +6,14 @@
 
 namespace rk::cpu {
 
-// [T, heads, head_dim], unit stride in head_dim; strides in elements.
+// [T, heads, head_dim], unit stride in head_dim; strides in elements. sequence_stride: of cached_attention, from a
+// sequence's first token to the next one's; negative: sequences are where cu_seqlens says.
 struct HeadsView {
     const void* data;
-    int64_t token_stride, head_stride;
+    int64_t token_stride, head_stride, sequence_stride = -1;
 };
+
+constexpr int64_t kMostCachedQueries = 8;
 
 struct AttentionArgs {
     HeadsView q, k, v;
@@ -25,7 +28,7 @@ struct AttentionArgs {
     Dropout dropout;
 
     void* out;   // [Tq, heads, head_dim]; forward
-    float* lse;  // [heads, Tq]; written by forward, read by backward
+    float* lse;  // [heads, Tq]; written by forward, read by backward; of cached_attention null
 
     HeadsView grad_out;              // backward
     void *grad_q, *grad_k, *grad_v;  // [T, heads, head_dim]; backward
@@ -35,4 +38,6 @@ struct AttentionArgs {
 }  // namespace rk::cpu
 
 RK_DECLARE_ENTRY(attention_forward, AttentionArgs)
+// Forward of up to kMostCachedQueries queries in each sequence (few_queries.h), without bias and dropout.
+RK_DECLARE_ENTRY(cached_attention, AttentionArgs)
 RK_DECLARE_ENTRY(attention_backward, AttentionArgs)

@@ -60,16 +60,16 @@ Checked check(const Checks& checks, const Tensor& q, const Tensor& k, const Tens
     a.heads = q.size(1);
     a.head_dim = q.size(2);
     STD_TORCH_CHECK(a.head_dim >= 16 && a.head_dim <= 128 && a.head_dim % 8 == 0, op,
-                    ": head_dim must be a multiple of 8 from 16 to 128, not ", a.head_dim);
+                    ": head_dim must be a multiple of 8 from 16 to 128, got ", a.head_dim);
     check_heads(checks, k, "k", a.total_k, a.heads, a.head_dim);
     check_heads(checks, v, "v", a.total_k, a.heads, a.head_dim);
     const std::pair<const Tensor&, const char*> rows[] = {{q, "q"}, {k, "k"}, {v, "v"}};
     for (const auto& [t, name] : rows)
         STD_TORCH_CHECK(t.stride(2) == 1 || t.size(0) == 0, op, ": ", name,
-                        " must have unit stride in head_dim, not ", t.stride(2));
+                        " must have unit stride in head_dim, got ", t.stride(2));
     a.batch = check_cu_seqlens(checks, cu_seqlens_q, "cu_seqlens_q");
     STD_TORCH_CHECK(check_cu_seqlens(checks, cu_seqlens_k, "cu_seqlens_k") == a.batch, op,
-                    ": cu_seqlens_k must have ", a.batch + 1, " elements, as cu_seqlens_q, not ",
+                    ": cu_seqlens_k must have ", a.batch + 1, " elements, as cu_seqlens_q, got ",
                     cu_seqlens_k.size(0));
     STD_TORCH_CHECK(max_seqlen_q >= 0 && max_seqlen_k >= 0, op,
                     ": max_seqlen_q and max_seqlen_k must not be negative");

@@ -25,6 +25,15 @@ def _pack_weight(weight: Tensor, kind: str) -> Tensor:
     return weight.new_empty(packed.shape, dtype=packed.dtype)
 
 
+def _cached_attention(query: Tensor, *_: Any) -> Tensor:
+    batch, heads, queries, head_dim = query.shape
+    return query.new_empty(batch, queries, heads, head_dim)
+
+
+def _linear(x: Tensor, weight: Tensor, _: Any) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
 def _checksum_weights(weights: Sequence[Tensor], in_file: Any, first: Any, count: int, parts: int) -> Tensor:
     return weights[0].new_empty((len(weights), count), dtype=torch.int64)
 
@@ -32,8 +41,10 @@ def _checksum_weights(weights: Sequence[Tensor], in_file: Any, first: Any, count
 # By namespace; ops without tensors need none.
 FAKES: dict[str, dict[str, Callable[..., Any]]] = {
     "roberta_kernels_cpu": {
+        "cached_attention": _cached_attention,
         "checksum_weights": _checksum_weights,
         "encoder": _encoder,
+        "linear": _linear,
         "pack_weight": _pack_weight,
         "packed_encoder": _encoder,
     },

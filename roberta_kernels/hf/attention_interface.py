@@ -17,16 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from roberta_kernels import ops
+from roberta_kernels import decoder_calls, ops
 from roberta_kernels.hf.fusable import transform, unserved
 from roberta_kernels.hf.names import ATTENTION
-from roberta_kernels.hf.state import PatchState, logger
+from roberta_kernels.hf.state import PatchState, attached, logger
 from roberta_kernels.ops.attention import supported_head_dim
 from roberta_kernels.unpadding import equal_lengths
 
-# A token that is decoded by itself: what takes the time is reading keys and values, and the op lays them out first.
-# Measured on two cores with AMX, 8 sequences of 12 heads: 7 times as long with 32 keys, 3.6 times with 512.
-ONE_QUERY = "one query on a CPU, which torch's attention answers sooner"
+# A token that is decoded by itself: the time is that of reading keys and values, and other kernels are handed a copy.
+ONE_QUERY = "one query, whose keys only inference on the compiled CPU kernels reads in place"
 _state = PatchState()
 unavailable: str | None = None  # why no model can use it, or None
 
@@ -50,7 +49,8 @@ def _register() -> None:
 
 
 def fallbacks() -> dict[str, int]:
-    """Class of the attention module and reason -> calls that torch's attention took, in this process."""
+    """Class of the attention module and reason -> calls that torch's attention took, in this process. A patched model's
+    are in its report."""
     return _state.reasons()
 
 
@@ -119,12 +119,14 @@ def attention_forward(
             key_mask = attention_mask.reshape(-1, kv_length).expand(batch, kv_length)
     if attention_mask is not None and key_mask is None:
         reason: str | None = "a mask that is not one of keys"
-    elif q_length == 1 and kv_length > 1 and query.device.type == "cpu":
-        reason = ONE_QUERY
     else:
         reason = _unserved(module, query, key, value, dropout, kwargs)
+    # Not where queries are keys too: an encoder's, a prompt's.
+    in_place = reason is None and q_length < kv_length and decoder_calls.reads_cache(query, key, value, dropout)
+    if reason is None and q_length == 1 < kv_length and not in_place:
+        reason = ONE_QUERY
     if reason is not None:
-        _state.fell_back(module, reason)
+        (attached(module) or _state).fell_back(module, reason)
         if causal and q_length > 1:
             # torch's own causality aligns the first query with the first key.
             seen = key.new_ones(batch, kv_length, dtype=torch.bool) if key_mask is None else key_mask.bool()
@@ -132,6 +134,10 @@ def attention_forward(
         elif key_mask is not None:
             attention_mask = key_mask[:, None, None, :].bool()
         return _original(module, query, key, value, attention_mask, dropout, scaling, kwargs)
+    causal = causal and q_length > 1  # a mask of keys says it all to a single query, which is the last
+    if in_place:
+        scale = head_dim**-0.5 if scaling is None else float(scaling)
+        return decoder_calls.cached_attention(query, key, value, key_mask, scale, causal), None
     lengths_q = equal_lengths(batch, q_length, query.device)
     same = q_length == kv_length
     context = ops.attention(
@@ -143,7 +149,7 @@ def attention_forward(
         max_seqlen_q=q_length,
         max_seqlen_k=kv_length,
         scale=scaling,
-        causal=causal and q_length > 1,  # the last query sees every key
+        causal=causal,
         key_mask=None if key_mask is None else key_mask.reshape(-1),
         dropout_p=dropout,
         seed=ops.draw_seeds(1, query.device)[0] if dropout > 0 else None,

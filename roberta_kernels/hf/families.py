@@ -21,7 +21,7 @@ _HEADS = {
     "ForMultipleChoice": "head",
 }
 _LAYERS = {"SelfOutput": "self_output", "Layer": "layer", "Model": "model"}
-_ROBERTA = {"Embeddings": "embeddings"} | _LAYERS | _HEADS
+_ROBERTA = {"Embeddings": "embeddings", "LMHead": "vocabulary"} | _LAYERS | _HEADS
 _BERT = _LAYERS | _HEADS | {"ForPreTraining": "token_head", "ForNextSentencePrediction": "head"}
 MODELS = ("model", "biased_model", "attention_model")  # roles of models without a head
 _ATTENTION_ONLY = {"SelfAttention": "self_attention", "Model": "attention_model"}

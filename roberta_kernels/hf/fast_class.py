@@ -20,7 +20,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from roberta_kernels.hf import attention_interface, known_code
-from roberta_kernels.hf.arguments import parameters
+from roberta_kernels.hf.arguments import is_causal, parameters
 from roberta_kernels.hf.embeddings import FastAbsoluteEmbeddings, FastEmbeddings
 from roberta_kernels.hf.families import MODELS, family_class, family_classes, family_of, role_of
 from roberta_kernels.hf.heads import (
@@ -37,10 +37,12 @@ from roberta_kernels.hf.layer import (
     FastMPNetLayer,
     FastSelfAttention,
     FastSelfOutput,
+    FastVocabulary,
 )
 from roberta_kernels.hf.masked_lm import FastMaskedLMHead
 from roberta_kernels.hf.model import FastAttentionModel, FastBiasedModel, FastModel
 from roberta_kernels.hf.names import ATTENTION
+from roberta_kernels.hf.same_attention import attention_difference
 from roberta_kernels.hf.sparse import FastSpladePooling
 from roberta_kernels.hf.state import PatchState, attach, detach, keep_implementation, kept_implementation
 from roberta_kernels.hf.structure import AROUND, structure_difference
@@ -54,6 +56,7 @@ _MIXINS: dict[str, type] = {
     "attention_model": FastAttentionModel,
     "summary_head": FastSummaryHead,
     "self_output": FastSelfOutput,
+    "vocabulary": FastVocabulary,
     "layer": FastLayer,
     "distilbert_layer": FastDistilBertLayer,
     "mpnet_layer": FastMPNetLayer,
@@ -239,8 +242,17 @@ def make_fast(module: nn.Module, state: PatchState) -> bool:
             return False
         module.__class__ = fast_class(cls)
     attach(module, state)
+    for part in _attentions(module):  # what they do not run fused is counted with the rest of the model
+        attach(part, state)
     _set_interface(module)
     return True
+
+
+def _attentions(module: Any) -> list[nn.Module]:
+    """The modules of a layer that call transformers' attention interface."""
+    if type(module)._rk_role not in AROUND:
+        return []
+    return [part for name, part in module.named_modules() if name.endswith("attention.self")]
 
 
 def mismatch(module: nn.Module) -> str | None:
@@ -253,13 +265,17 @@ def mismatch(module: nn.Module) -> str | None:
 
 
 def _set_interface(module: Any) -> None:
-    """Where nobody can replace the layers' mask, calls in the padded layout reach the fused attention through
-    transformers' attention interface instead."""
+    """Calls reach the fused attention through transformers' attention interface where nobody can replace the layers'
+    mask (in the padded layout), and in a decoder with its caches and its cross-attention, which are transformers' own.
+    """
     cls: Any = type(module)
     facts = cls.__dict__.get("_rk_facts")
-    at_hand = getattr(facts, "masks", None) is not None and cls._rk_role != "biased_model"
-    implementation = None if not at_hand else module.config._attn_implementation
-    if implementation in ("eager", "sdpa") and attention_interface.unavailable is None:
+    if facts is None or cls._rk_role == "biased_model" or attention_interface.unavailable is not None:
+        return
+    implementation = module.config._attn_implementation
+    # Under eager attention a row that sees no key gets a mean, which only a replaced mask can leave to the original.
+    decoding = is_causal(module) and implementation == "sdpa" and not attention_difference(module, implementation)
+    if decoding or (facts.masks is not None and implementation in ("eager", "sdpa")):
         keep_implementation(module, implementation)
         module.set_attn_implementation(ATTENTION)
 

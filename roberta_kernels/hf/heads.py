@@ -67,7 +67,9 @@ class FastHead(HuggingFaceModule):
             elif part is not None and not type(part).__module__.startswith("peft."):  # an adapter of a known part
                 inside: dict[str, Any] = dict(part.named_modules(prefix=name))
                 for inner, own in inside.items():
-                    if replaced(own) or foreign_readers(own) or not _same_kind(known.get(inner), type(own)):
+                    cls: Any = type(own)
+                    cls = getattr(cls, "_rk_original", cls)
+                    if replaced(own) or foreign_readers(own) or not _same_kind(known.get(inner), cls):
                         return False
         return based
 

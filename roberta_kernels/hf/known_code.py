@@ -227,6 +227,12 @@ def _self_output(module: Any) -> tuple[None, bool]:
     return None, same(module(x, residual), output(output_parts(module), x, residual))
 
 
+def _vocabulary(module: Any) -> tuple[None, bool]:
+    x, norm = numbers((2, 5, 16), 100), module.layer_norm
+    rows = F.layer_norm(F.gelu(dense(module.dense, x)), norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    return None, same(module(x), dense(module.decoder, rows))
+
+
 def _embeddings(positions: Callable[[Tensor], Tensor], typed: bool = True) -> Callable[[Any], tuple[None, bool]]:
     def run(module: Any) -> tuple[None, bool]:
         ids = torch.tensor(IDS)
@@ -392,6 +398,7 @@ _RUNS: dict[str, Callable[[Any], tuple[Facts, bool]]] = {
     "mpnet_layer": _biased_layer,
     "self_attention": _self_attention,
     "self_output": _self_output,
+    "vocabulary": _vocabulary,
     "embeddings": _embeddings(lambda ids: padded_positions(ids, 1)),
     "absolute_embeddings": _embeddings(lambda ids: torch.arange(ids.shape[1])[None]),
     "typeless_embeddings": _embeddings(lambda ids: padded_positions(ids, 1), typed=False),

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from roberta_kernels import ops
+from roberta_kernels import decoder_calls, ops
 from roberta_kernels.hf.choice import (
     AttentionChoice,
     FeedForwardChoice,
     LayerChoice,
     OutputChoice,
+    any_skipped,
     autocast_dtype,
     feed_forward_choice,
     layer_choice,
@@ -29,7 +30,7 @@ from roberta_kernels.hf.choice import (
 )
 from roberta_kernels.hf.embeddings import HuggingFaceModule
 from roberta_kernels.hf.encoder_layers import NOT_QUANTISED
-from roberta_kernels.hf.fusable import dropout_of
+from roberta_kernels.hf.fusable import dropout_of, plain_linear
 from roberta_kernels.hf.masks import BESIDE, LayerMask, find, put
 from roberta_kernels.hf.state import drop_quantized, in_force, state_of
 from roberta_kernels.hf.structure import (
@@ -96,7 +97,7 @@ def _project_add_norm(
     """x `[..., K]`, residual `[..., H]`."""
     dense = output.dense
     if choice.plain:
-        return _add_norm(output, F.linear(x, dense.weight), dense.bias, residual, seed)
+        return _add_norm(output, decoder_calls.linear(x, dense.weight), dense.bias, residual, seed)
     return _add_norm(output, dense(x), None, residual, seed)
 
 
@@ -151,6 +152,19 @@ class FastSelfOutput(HuggingFaceModule):
             return super().forward(hidden_states, input_tensor, *args, **kwargs)
         seed = ops.draw_seeds(1, input_tensor.device)[0] if output_dropout(output) > 0 else None
         return _project_add_norm(output, choice, hidden_states, input_tensor, seed)
+
+
+class FastVocabulary(HuggingFaceModule):
+    """What gives RoBERTa's language models their logits: dense, GELU, LayerNorm and the product with the vocabulary, as
+    large a weight as five layers'."""
+
+    def _rk_forward(self, features: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        parts: dict[str, Any] = self._modules
+        inner, norm, decoder = parts["dense"], parts["layer_norm"], parts["decoder"]
+        if args or not (plain_linear(inner) and plain_linear(decoder)) or any_skipped(self, inner, norm, decoder):
+            return super().forward(features, *args, **kwargs)
+        rows = norm(F.gelu(decoder_calls.linear(features, inner.weight, inner.bias)))
+        return decoder_calls.linear(rows, decoder.weight, decoder.bias)
 
 
 class FastFeedForward(HuggingFaceModule):

@@ -46,6 +46,7 @@ _STRUCTURES: dict[str, dict[str, tuple[set[str], set[str]]]] = {
     },
     "self_attention": {"": _LAYER_STRUCTURE["attention.self"]},
     "self_output": {"": (_OUTPUT_PARTS, set())},
+    "vocabulary": {"": ({"dense", "layer_norm", "decoder"}, set())},
     "embeddings": {"": (_TABLES | {"LayerNorm", "dropout"}, {"padding_idx"})},
     "absolute_embeddings": {"": (_TABLES | {"LayerNorm", "dropout"}, {"position_ids"})},
     "typeless_embeddings": {"": (_TABLES - {"token_type_embeddings"} | {"LayerNorm", "dropout"}, {"padding_idx"})},

@@ -36,6 +36,16 @@ def kernels(request: pytest.FixtureRequest):
 
 
 @pytest.fixture
+def nan_memory():
+    """Memory that torch hands out is full of NaN: an element of an output that is not written shows."""
+    torch.manual_seed(0)
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture
 def on_threads():
     """on_threads(n, function): the function's result with n threads."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -63,13 +62,12 @@ def test_roberta2roberta(search, cache):
         want, got = model.generate(**inputs, **options), ours.generate(**inputs, **options)
         assert torch.equal(got, want)
         assert want[:, 1:].unique().numel() > 3  # an answer that depends on something
-    # The decoder's attention is the original's, and says so; the encoder is fused.
-    assert {reason.partition(":")[0] for reason in report.fallbacks()} <= {"RobertaModel", "RobertaEmbeddings"}
-    assert report.fallbacks()
-    assert all(
-        re.search("a key/value cache or cross-attention|(past_key_values|cache)(_length)? was given", reason)
-        for reason in report.fallbacks()
-    ), report.fallbacks()
+    # Attention runs fused by transformers' interface; what does not is counted: queries against a static cache's slots.
+    assert report.padded()["a key/value cache or cross-attention"] > 0
+    others = {reason for reason in report.fallbacks() if not reason.startswith("RobertaEmbeddings")}
+    assert others <= {f"RobertaSelfAttention: {reason}" for reason in ("a mask that is not one of keys",)}
+    rk.unpatch(ours)
+    assert ours.decoder.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize(("encoder", "decoder"), [("bert", "bert"), ("xlm-roberta", "roberta"), ("bert", "electra")])
@@ -156,14 +154,14 @@ def test_roberta2roberta_by_the_interface(search, cache):
     for padding in ("right", "left"):
         inputs = documents(padding)
         assert torch.equal(ours.generate(**inputs, **options), model.generate(**inputs, **options))
-    assert {reason.partition(":")[0] for reason in report.fallbacks()} <= {"RobertaEmbeddings"}
+    assert {reason.partition(":")[0] for reason in report.fallbacks()} <= {"RobertaEmbeddings", "RobertaSelfAttention"}
     assert report.padded()["a key/value cache or cross-attention"] > 0
 
 
 @pytest.mark.parametrize("padding", ["none", "left"])
 @pytest.mark.parametrize("cache", CACHES)
 def test_a_causal_language_model_by_the_interface(cache, padding, monkeypatch):
-    """The prompt is read by the op, whatever is kept of it; then one query after the other by torch's attention."""
+    """The prompt is read by the op, whatever is kept of it; then one query after the other, in place."""
     case = Case(seed=4, head="causal_lm", mask=padding, config=SMALL | {"hidden_act": "gelu"})
     model = build(case)
     inputs = batch_for(case, model.config, length=7)
@@ -233,7 +231,7 @@ def test_the_example(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "the same tokens: True" in done.stdout
     assert "2 texts: " in done.stdout
-    assert "a key/value cache or cross-attention" in done.stdout
+    assert "RobertaEmbeddings: cache_length was given" in done.stdout
 
 
 @pytest.mark.full

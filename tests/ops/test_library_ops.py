@@ -67,6 +67,10 @@ def arguments() -> dict[str, list[tuple[Any, ...]]]:
     calls = {
         "roberta_kernels_cpu::pack_weight": packs,
         "roberta_kernels_cpu::packed_encoder": [encoder],
+        "roberta_kernels_cpu::cached_attention": [
+            (torch.randn(2, 3, 1, 16), *torch.randn(2, 2, 3, 5, 16), None, 0.25, False)
+        ],
+        "roberta_kernels_cpu::linear": [(encoder[0], weights[0], None)],
         "roberta_kernels_cpu::checksum_weights": [(weights, [0] * 4, [0] * 4, 3, 16)],
     }
     if hasattr(CPU, "encoder"):  # on the parameters themselves
