@@ -14,7 +14,7 @@
 // threads. With a bias on the scores one task is a head with all its sequences, in order, as its gradient is
 // a sum over them.
 //
-// Sequences of few queries that are no keys, a decoder's, go another way (few_queries.h).
+// Sequences of few queries and another number of keys, as a decoder has them, go another way (few_queries.h).
 #include "csrc/cpu/attention.h"
 
 #include "csrc/cpu/few_queries.h"

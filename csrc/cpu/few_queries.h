@@ -22,11 +22,14 @@ constexpr int64_t kMostWidth = 128;
 constexpr double kBytesOfThread = 256
                                   << 10;  // of K and V, below which waking a thread costs more than it saves
 
-// Whether a sequence is computed here. Queries that are keys too (an encoder's, a prompt's) never are: how many of them
-// a sequence has depends on its padding.
+// Whether a sequence is computed here: all of cached_attention's; of the op attention those of few queries and another
+// number of keys. Queries that are keys too (an encoder's, a prompt's) never are: how many of them a sequence has depends
+// on its padding.
 inline bool has_few_queries(const AttentionArgs& a, int64_t b) {
     const int64_t queries = a.cu_seqlens_q[b + 1] - a.cu_seqlens_q[b];
-    return queries <= kFewQueries && a.cu_seqlens_q != a.cu_seqlens_k && a.bias == nullptr && !a.dropout.on;
+    const int64_t keys = a.cu_seqlens_k[b + 1] - a.cu_seqlens_k[b];
+    const bool cached = a.k.sequence_stride >= 0;
+    return queries <= kFewQueries && (cached || queries != keys) && a.bias == nullptr && !a.dropout.on;
 }
 
 // The visible keys of a sequence, by number: rows first, first + 1, ... of it, or those of `index` where they have holes.

@@ -97,7 +97,9 @@ def _project_add_norm(
     """x `[..., K]`, residual `[..., H]`."""
     dense = output.dense
     if choice.plain:
-        return _add_norm(output, decoder_calls.linear(x, dense.weight), dense.bias, residual, seed)
+        # In training a checkpointed layer runs without gradients first, and must be the same then.
+        product = F.linear if dense.training else decoder_calls.linear
+        return _add_norm(output, product(x, dense.weight), dense.bias, residual, seed)
     return _add_norm(output, dense(x), None, residual, seed)
 
 
@@ -161,7 +163,8 @@ class FastVocabulary(HuggingFaceModule):
     def _rk_forward(self, features: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         parts: dict[str, Any] = self._modules
         inner, norm, decoder = parts["dense"], parts["layer_norm"], parts["decoder"]
-        if args or not (plain_linear(inner) and plain_linear(decoder)) or any_skipped(self, inner, norm, decoder):
+        plain = not self.training and plain_linear(inner) and plain_linear(decoder)
+        if args or not plain or any_skipped(self, inner, norm, decoder):
             return super().forward(features, *args, **kwargs)
         rows = norm(F.gelu(decoder_calls.linear(features, inner.weight, inner.bias)))
         return decoder_calls.linear(rows, decoder.weight, decoder.bias)
