@@ -26,7 +26,7 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks import machine
-from benchmarks.results_file import save
+from benchmarks.results_file import finish
 
 SIZES = {
     "MiniLM": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
@@ -151,9 +151,7 @@ def run(arguments: argparse.Namespace, console: Console, folder: Path) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="bench-cluster-") as work:
         results = measure(Path(work), console, smoke=arguments.smoke)
-    save(folder / "cluster.json", results)
-    for line in lines(results):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    finish(folder / "cluster.json", results, lines(results), console)
     return 0
 
 

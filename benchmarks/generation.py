@@ -22,7 +22,7 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmarks import machine, timing
-from benchmarks.results_file import save
+from benchmarks.results_file import finish
 from benchmarks.runner import percentile
 from benchmarks.timing import Call, Clock
 from roberta_kernels import patch
@@ -150,7 +150,5 @@ def run(arguments: argparse.Namespace, console: Console, folder: Path) -> int:
         torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
     results = measure(console, smoke=arguments.smoke)
-    save(folder / "generation.json", results)
-    for line in lines(results):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    finish(folder / "generation.json", results, lines(results), console)
     return 1 if results["failures"] else 0

@@ -27,7 +27,7 @@ import torch
 from rich.console import Console
 from torch.nn import functional as F
 
-from benchmarks.results_file import ROOT, save
+from benchmarks.results_file import ROOT, finish
 
 LAYERS = 12  # as roberta-base
 _CONFIG = {
@@ -45,9 +45,7 @@ def run(arguments: argparse.Namespace, console: Console, folder: Path) -> int:
         return _again(arguments, console, folder)
     results = measure(smoke=arguments.smoke)
     folder.mkdir(parents=True, exist_ok=True)
-    save(folder / "host-time.json", results)
-    for line in lines(results):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    finish(folder / "host-time.json", results, lines(results), console)
     return 0
 
 

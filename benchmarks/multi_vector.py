@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from benchmarks import machine, timing
 from benchmarks.models import FLOOR_ULPS, original
 from benchmarks.rerank import save_tokenizer, texts
-from benchmarks.results_file import save
+from benchmarks.results_file import finish
 from benchmarks.runner import first_line, percentile, relative_error
 from benchmarks.timing import Call, Clock
 from roberta_kernels import patch, tolerance
@@ -186,7 +186,5 @@ def run(arguments: argparse.Namespace, console: Console, folder: Path) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="bench-multi-vector-") as work:
         results = measure(Path(work), console, smoke=arguments.smoke)
-    save(folder / "multi_vector.json", results)
-    for line in lines(results):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    finish(folder / "multi_vector.json", results, lines(results), console)
     return 1 if results["failures"] else 0

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from benchmarks import machine, timing
 from benchmarks.engines import ENGINES, INPUTS, Engine
 from benchmarks.models import FLOOR_ULPS, model_config, original
-from benchmarks.results_file import save
+from benchmarks.results_file import finish
 from benchmarks.runner import first_line, percentile, relative_error
 from benchmarks.timing import Call, Clock
 from roberta_kernels import patch, tolerance
@@ -282,7 +282,5 @@ def run(arguments: argparse.Namespace, console: Console, folder: Path) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="bench-rerank-") as work:
         results = measure(Path(work), console, smoke=arguments.smoke)
-    save(folder / "rerank.json", results)
-    for line in lines(results):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    finish(folder / "rerank.json", results, lines(results), console)
     return 1 if any(row["broken"] for row in results["failures"]) else 0

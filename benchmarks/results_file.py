@@ -6,8 +6,12 @@ import json
 import os
 import re
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the GPU suite writes results where there is no rich
+    from rich.console import Console
 
 ROOT = Path(__file__).parents[1]
 
@@ -20,6 +24,13 @@ def save(path: Path, results: dict[str, Any]) -> None:
     text = re.sub(r"\[([-+.\deE,\s]+)\]", lambda found: f"[{' '.join(found[1].split())}]", text)
     beside.write_text(text + "\n")
     beside.replace(path)
+
+
+def finish(path: Path, results: dict[str, Any], lines: Iterable[str], console: Console) -> None:
+    """The end of a benchmark: its results in a file, whose folder is there, and in words."""
+    save(path, results)
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def commit() -> dict[str, Any]:

@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks import cluster, machine
-from benchmarks.results_file import save
+from benchmarks.results_file import finish
 
 ROOT = Path(__file__).parents[1]
 TURNS, SECONDS, CLIENTS = 2, 12.0, 16
@@ -83,7 +83,5 @@ def run(arguments: argparse.Namespace, console: Console, folder: Path) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="bench-service-") as work:
         results = measure(Path(work), console, smoke=arguments.smoke)
-    save(folder / "service.json", results)
-    for line in lines(results):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    finish(folder / "service.json", results, lines(results), console)
     return 0
