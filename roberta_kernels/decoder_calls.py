@@ -3,8 +3,6 @@ parameters and caches where they lie (docs/design.md, section 9)."""
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -31,7 +29,7 @@ def reads_cache(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bo
         and query.stride(3) == key.stride(3) == value.stride(3) == 1
         and _cpu_serves(query, "attention")
         and not _needs_gradient(query, key, value)
-        and there("cached_attention")
+        and backends.missing_op("cpu", "cached_attention") is None
     )
 
 
@@ -63,7 +61,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         or weight.stride(0) < weight.shape[1]
         or _needs_gradient(x, weight, bias)
         or not _cpu_serves(x, "gelu_ffn")
-        or not there("linear")
+        or backends.missing_op("cpu", "linear") is not None
     ):
         return F.linear(x, weight, bias)
     op = torch.ops.roberta_kernels_cpu.linear.default
@@ -76,9 +74,3 @@ def _needs_gradient(*tensors: Tensor | None) -> bool:
 
 def _cpu_serves(like: Tensor, op: str) -> bool:
     return backends.serves_alone(like, (op,)) == "cpu"
-
-
-@functools.cache
-def there(op: str) -> bool:
-    """Whether the compiled CPU library has the op: it may be of an old build."""
-    return bool(backends.available_backends()["cpu"]) and hasattr(torch.ops.roberta_kernels_cpu, op)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from roberta_kernels import backends
 from roberta_kernels.ops import matmul_precision
 from roberta_kernels.unpadding import Sequences
 
@@ -102,13 +100,3 @@ def run_encoder(
         sequences.bias,
     )
     return out.view(hidden_states.shape)
-
-
-@functools.cache
-def unavailable(backend: str = "cpu") -> str | None:
-    """Why this backend has no such call in this process, or None."""
-    status = backends.available_backends()[backend]
-    if not status:
-        return status.detail
-    there = hasattr(getattr(torch.ops, f"roberta_kernels_{backend}"), "encoder")
-    return None if there else "the compiled kernels are of an old build"

@@ -10,7 +10,7 @@ import transformers
 from typer.testing import CliRunner
 
 import roberta_kernels as rk
-from roberta_kernels import encoder_call, ops
+from roberta_kernels import backends, ops
 from roberta_kernels.cli import commands, loading, options
 from roberta_kernels.demo import corpus
 
@@ -116,7 +116,7 @@ def test_verify_exits_1_on_a_broken_layer(folder, monkeypatch):
     assert "BROKEN" in result.output
 
 
-@pytest.mark.skipif(encoder_call.unavailable() is not None, reason="no compiled CPU kernels")
+@pytest.mark.skipif(backends.missing_op("cpu", "encoder") is not None, reason="no compiled CPU kernels")
 def test_verify_quantised(folder):
     result = invoke("verify", folder, "--quantization", "int8")
     assert result.exit_code == 0, result.output

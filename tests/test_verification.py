@@ -12,8 +12,7 @@ import transformers
 from torch import nn
 
 import roberta_kernels as rk
-from roberta_kernels import encoder_call, ops, tolerance, verification
-from roberta_kernels.hf import encoder_layers
+from roberta_kernels import backends, encoder_call, ops, tolerance, verification
 from roberta_kernels.hf.families import FAMILIES
 from roberta_kernels.quantized import QUANTIZATIONS
 from roberta_kernels.verification import GRADIENT, LAYERWISE, ORDINARY, VerificationError, verify
@@ -51,12 +50,12 @@ def perturb(monkeypatch, op: str, scale: float) -> None:
 
 
 # Of inference on a CPU, or the ops that it is without the compiled kernels.
-ONE_CALL = encoder_call.unavailable() is None
+ONE_CALL = backends.missing_op("cpu", "encoder") is None
 LAST_OP = "encoder" if ONE_CALL else "add_layer_norm"
 
 
 def layer_by_layer(monkeypatch) -> None:
-    monkeypatch.setattr(encoder_layers, "unavailable", lambda *_: "left out by a test")
+    monkeypatch.setattr(backends, "missing_op", lambda *_: "left out by a test")
 
 
 @pytest.mark.parametrize("task", TASKS)

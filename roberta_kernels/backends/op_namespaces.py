@@ -8,6 +8,7 @@ loaded as a library, or defined here from a package of Python kernels. A library
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -166,6 +167,15 @@ def status_of(name: str) -> BackendStatus | None:
 def namespaces() -> dict[str, Kernels]:
     """The namespaces that exist in this process, by backend name."""
     return dict(_kernels)
+
+
+@functools.cache
+def missing_op(name: str, op: str) -> str | None:
+    """Why the library of a backend has no such op beside those of schemas.def in this process, or None."""
+    if not _status[name]:
+        return available_backends()[name].detail
+    there = hasattr(getattr(torch.ops, f"roberta_kernels_{name}"), op)
+    return None if there else "the compiled kernels are of an old build"
 
 
 def cpu_isas() -> tuple[str, ...]:

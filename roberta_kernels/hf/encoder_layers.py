@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from roberta_kernels import backends
-from roberta_kernels.encoder_call import EncoderCall, LayerSettings, LayerTensors, unavailable
+from roberta_kernels.encoder_call import EncoderCall, LayerSettings, LayerTensors
 from roberta_kernels.hf.choice import LayerChoice
 from roberta_kernels.hf.state import Options, memory_of, state_of
 from roberta_kernels.hf.structure import attention_parts, feed_forward_parts
@@ -39,7 +39,8 @@ def op_backend(options: Options, like: Tensor, biased: bool) -> tuple[str | None
     backend = backends.serves_alone(like, _BIASED_OPS if biased else _OPS)
     if backend not in ("cpu", "cuda") or (backend == "cuda" and options.quantization is not None):
         return None, "a backend other than the compiled kernels is in use"
-    reason = unavailable(backend) or (_no_cpu_call(options, like) if backend == "cpu" else _no_cuda_call(like))
+    reason = backends.missing_op(backend, "encoder")
+    reason = reason or (_no_cpu_call(options, like) if backend == "cpu" else _no_cuda_call(like))
     return (backend, None) if reason is None else (None, reason)
 
 

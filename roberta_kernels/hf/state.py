@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from roberta_kernels import backends, encoder_call, quantized
+from roberta_kernels import backends, quantized
 from roberta_kernels.backends import BackendError
 
 # A fallback is said by logging, as transformers says its own: a warning would be an error under `python -W error`, and
@@ -85,7 +85,7 @@ class Options:
         """Raises BackendError where this process cannot do it."""
         with backends.backend(self.backend):
             pass
-        reason = None if self.quantization is None else encoder_call.unavailable()
+        reason = None if self.quantization is None else backends.missing_op("cpu", "packed_encoder")
         if reason is not None:
             raise BackendError(f"quantization={self.quantization!r} needs the compiled CPU kernels: {reason}")
 

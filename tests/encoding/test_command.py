@@ -16,7 +16,7 @@ import transformers
 
 import roberta_kernels as rk
 from encoding.cases import TEXTS, Stop, invoke
-from roberta_kernels import encoder_call
+from roberta_kernels import backends
 from roberta_kernels.encoding import outputs
 
 
@@ -37,7 +37,7 @@ def test_the_command(model, tokenizer, folder, file, tmp_path):
     assert np.load(tmp_path / "out.npy").dtype == np.float16
 
 
-@pytest.mark.skipif(encoder_call.unavailable() is not None, reason="no compiled CPU kernels")
+@pytest.mark.skipif(backends.missing_op("cpu", "encoder") is not None, reason="no compiled CPU kernels")
 def test_quantised(model, tokenizer, folder, file, tmp_path):
     plain = rk.encode(model, tokenizer, file)
     report = rk.encode(model, tokenizer, file, quantization="int8")
@@ -59,7 +59,7 @@ def test_quantised(model, tokenizer, folder, file, tmp_path):
     assert "float32 model on a CPU" in result.stderr
 
 
-@pytest.mark.skipif(encoder_call.unavailable() is not None, reason="no compiled CPU kernels")
+@pytest.mark.skipif(backends.missing_op("cpu", "encoder") is not None, reason="no compiled CPU kernels")
 def test_a_run_is_not_continued_with_other_weights(folder, file, tmp_path, monkeypatch):
     command = (file, tmp_path / "out.npy", "--model", folder, "--batch-tokens", 64, "--window", 8)
     with monkeypatch.context() as patched:

@@ -42,10 +42,9 @@ from torch.utils.data import DataLoader, Dataset
 
 import roberta_kernels as rk
 from roberta_kernels import backends
-from roberta_kernels.encoder_call import unavailable
-from roberta_kernels.hf import encoder_layers
 
-pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
+MISSING = backends.missing_op("cpu", "encoder")
+pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
 FAMILIES = tuple(PREFIX)[:10]
 
@@ -189,7 +188,7 @@ def test_several_threads_make_the_first_call():
 @layouts
 def test_layer_by_layer(layout, monkeypatch):
     """Without it, as with kernels of an old build: the same answers from the fused ops of each layer."""
-    monkeypatch.setattr(encoder_layers, "unavailable", lambda *_: "left out by a test")
+    monkeypatch.setattr(backends, "missing_op", lambda *_: "left out by a test")
     original, ours, batches = pair(layout)
     assert_promise(ours, original, batches)
     assert not serves(ours, batches[0])
@@ -289,7 +288,7 @@ def test_autocast(layout, isa, monkeypatch):
         if isa == "amx":
             return
         got = draws[0][0]["last_hidden_state"]
-        monkeypatch.setattr(encoder_layers, "unavailable", lambda *_: "left out by a test")
+        monkeypatch.setattr(backends, "missing_op", lambda *_: "left out by a test")
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert torch.equal(hidden(patched(original, layout=layout), batches[0]), got)
 

@@ -7,7 +7,7 @@ import torch
 from model_cases import Case, Ops, batch_for, build, patched
 
 import roberta_kernels as rk
-from roberta_kernels.hf import encoder_layers
+from roberta_kernels import backends
 
 SMALL = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "hidden_act": "gelu"}
 
@@ -140,7 +140,7 @@ def test_a_batch_without_padding_stays_as_it_is(mask):
 @pytest.mark.parametrize("one_call", [True, False])
 def test_a_padded_batch_is_unpadded_once(one_call, monkeypatch):
     if not one_call:
-        monkeypatch.setattr(encoder_layers, "unavailable", lambda *_: "left out by a test")
+        monkeypatch.setattr(backends, "missing_op", lambda *_: "left out by a test")
     model, inputs = model_and_batch("right")
     inputs.pop("token_type_ids", None)
     hidden(model, inputs)

@@ -31,12 +31,11 @@ from torch import nn
 from transformers import RobertaModel
 
 import roberta_kernels as rk
-from roberta_kernels import backends, encoder_call, quantized, tolerance
-from roberta_kernels.encoder_call import unavailable
-from roberta_kernels.hf import encoder_layers
+from roberta_kernels import backends, quantized, tolerance
 from roberta_kernels.quantized import QUANTIZATIONS, offloading
 
-pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
+MISSING = backends.missing_op("cpu", "encoder")
+pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
 quantizations = pytest.mark.parametrize("quantization", QUANTIZATIONS)
 
@@ -254,8 +253,7 @@ def test_bad_options(options, error):
 
 
 def test_without_compiled_kernels(monkeypatch):
-    for holder in (encoder_call, encoder_layers):
-        monkeypatch.setattr(holder, "unavailable", lambda *_: "not compiled")
+    monkeypatch.setattr(backends, "missing_op", lambda *_: "not compiled")
     model = build(case_of())
     with pytest.raises(rk.BackendError, match="needs the compiled CPU kernels: not compiled"):
         rk.patch(model, quantization="int8")

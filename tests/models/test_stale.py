@@ -12,11 +12,11 @@ from encoder_cases import CALL, PACK, PACKED_CALL, SMALL, calls, case_of, hidden
 from model_cases import build, patched
 
 import roberta_kernels as rk
-from roberta_kernels import quantized
-from roberta_kernels.encoder_call import unavailable
+from roberta_kernels import backends, quantized
 from roberta_kernels.quantized import copies
 
-pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
+MISSING = backends.missing_op("cpu", "encoder")
+pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
 FEW = 8
 IDS = torch.tensor([[2, 7, 9, 11]])
