@@ -99,16 +99,16 @@ def test_what_a_caller_of_the_modules_gets(folders):
     """Logits by default; with return_logits=False none, and no number in their place."""
     model = splade(folders["roberta"])
     features = model.preprocess(TEXTS)
-    want = model(dict(features))
+    want, exact = model(dict(features)), copy.deepcopy(model).double()(dict(features))
     rk.patch(model)
     got = model(dict(features))
     assert got.keys() == want.keys()
-    torch.testing.assert_close(got["token_embeddings"], want["token_embeddings"])
+    assert_close_to(*(found["token_embeddings"] for found in (got, want, exact)))
     rk.patch(model, return_logits=False)
     got = model(dict(features))
     assert got.keys() == want.keys() - {"token_embeddings"}
     assert got["sentence_embedding"].dtype == want["sentence_embedding"].dtype
-    torch.testing.assert_close(got["sentence_embedding"], want["sentence_embedding"])
+    assert_close_to(*(found["sentence_embedding"] for found in (got, want, exact)))
     logits = model[0](dict(features))["token_embeddings"]
     with pytest.raises(AttributeError, match=r"logits that were not made.*return_logits=False"):
         logits.sum()
@@ -133,21 +133,19 @@ FALLBACKS = {
 @pytest.mark.parametrize("change", FALLBACKS)
 def test_what_is_not_known_runs_the_original_and_is_counted(folders, change):
     do, reason = FALLBACKS[change]
-    original = splade(folders["roberta"])
-    ours = copy.deepcopy(original)
-    report = rk.patch(ours, return_logits=False)
+    ours, original, exact, report = three(splade(folders["roberta"]), return_logits=False)
     features = original.preprocess(TEXTS)
 
     def run(model):
         if do is not None:
             do(model)
             return model(dict(features))["sentence_embedding"]
-        scale = torch.ones(())
+        scale = torch.ones((), dtype=next(model.parameters()).dtype)
         return torch.func.vjp(lambda s: model(dict(features))["sentence_embedding"] * s, scale)[0]
 
     with logged(reason):
         got = run(ours)
-    torch.testing.assert_close(got, run(original))
+    assert_close_to(got, run(original), run(exact))
     assert any(reason in said for said in report.fallbacks()), report.fallbacks()
 
 
@@ -155,12 +153,11 @@ def test_other_models_of_these_parts_keep_their_logits(folders, monkeypatch):
     """A module more, which may read them: return_logits=False concerns a SparseEncoder of two modules."""
     calls = Calls(monkeypatch)
     model = SparseEncoder(modules=[*splade(folders["roberta"]), torch.nn.Identity()], device="cpu")
-    ours = copy.deepcopy(model)
-    rk.patch(ours, return_logits=False)
+    ours, _, exact, _ = three(model, return_logits=False)
     features = model.preprocess(TEXTS)
-    got, want = (m(dict(features)) for m in (ours, model))
-    torch.testing.assert_close(got["token_embeddings"], want["token_embeddings"])
-    torch.testing.assert_close(got["sentence_embedding"], want["sentence_embedding"])
+    made = [m(dict(features)) for m in (ours, model, exact)]
+    for name in ("token_embeddings", "sentence_embedding"):
+        assert_close_to(*(found[name] for found in made), name)
     assert calls.rows == []
 
 
@@ -187,13 +184,11 @@ def test_splade_is_trained_alike(folders):
 def test_traced(folders):
     """A graph does not look at the mask: all logits, and the same vectors."""
     torch._dynamo.reset()
-    model = splade(folders["roberta"])
-    ours = copy.deepcopy(model)
-    rk.patch(ours, return_logits=False)
+    ours, model, exact, _ = three(splade(folders["roberta"]), return_logits=False)
     inputs = model.preprocess(TEXTS)
     given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     compiled = torch.compile(ours[0].model, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(**given).logits, model[0].model(**given).logits)
+    assert_close_to(compiled(**given).logits, *(m[0].model(**given).logits for m in (model, exact)))
 
 
 # --- ColBERT --------------------------------------------------------------------------------------------------------

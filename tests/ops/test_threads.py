@@ -88,7 +88,10 @@ def test_threads_with_different_backends(op: str) -> None:
             with backend(asked):
                 assert serving_backends(call) == {asked}
                 got = run()
-                assert all(map(torch.equal, got, expected[asked]))
+                if asked == "reference":  # torch's products are not the same to the bit in every thread
+                    torch.testing.assert_close(got, expected[asked])
+                else:
+                    assert all(map(torch.equal, got, expected[asked]))
                 assert current_backend() == asked
             assert current_backend() == "auto"
 
