@@ -63,10 +63,10 @@ struct WholeShared : Shared<P> {
     uint64_t grad_full[2], grad_free[2];
 };
 
-struct Counts {  // of what a consumer has had
-    int chunks;  // of all tiles
+struct Counts {  // of what a consumer has had; two of them in one register, of which there are none to spare
     int owned;   // chunks with a partner, whose gradient of queries was its own
-    int given;   // chunks with a partner, whose gradient of queries was the partner's
+    uint32_t given : 31;     // chunks with a partner, whose gradient of queries was the partner's
+    uint32_t odd_chunk : 1;  // whether its next chunk, of all tiles, is an odd one
 };
 
 template <typename T, class P, bool Drops>
@@ -162,7 +162,8 @@ struct WholeConsumer : KeyRows<T, P> {
             this->multiply_transposed(scores, keys, 0, use);
             this->multiply_transposed(grad_weights, values, 1, use);
 
-            float2(&statistics)[kTile] = whole.statistics[me][counts.chunks++ % 2];
+            float2(&statistics)[kTile] = whole.statistics[me][counts.odd_chunk];
+            counts.odd_chunk ^= 1;
             const float delta = delta_of(use);
             ptx::fence_shared_async();  // of its loads, for when the slot is free
             if (this->thread % 2 == 0)
@@ -207,7 +208,8 @@ struct WholeConsumer : KeyRows<T, P> {
             // read the registers of its first operand either.
             const bool gives = paired && c % 2 != me;
             if (gives) {
-                ptx::mbarrier_wait(ptx::shared_address(&whole.grad_free[other]), counts.given - 1);
+                ptx::mbarrier_wait(ptx::shared_address(&whole.grad_free[other]),
+                                   static_cast<int>(counts.given) - 1);
                 put(whole.grad_scores[other][me], grad_scores);
                 this->arrive(whole.grad_full[other]);
                 counts.given += 1;

@@ -62,8 +62,8 @@ struct Embedding {
     }
 
     struct Row {
-        int64_t offset[kTables];  // of the rows in their tables; negative: an id is outside of its table
-        __device__ bool inside() const { return (offset[0] | offset[1] | offset[2]) >= 0; }
+        int32_t id[kTables];  // rows of the tables; negative: an id is outside of its table
+        __device__ bool inside() const { return (id[0] | id[1] | id[2]) >= 0; }
     };
     template <int N>
     struct Loaded {
@@ -75,14 +75,14 @@ struct Embedding {
 #pragma unroll
         for (int t = 0; t < kTables; ++t) {
             const int64_t id = ids[t][token];
-            row.offset[t] = id >= 0 && id < table_rows[t] ? id * columns : -1;
+            row.id[t] = id >= 0 && id < table_rows[t] ? static_cast<int32_t>(id) : -1;
         }
         return row;
     }
 
     static constexpr int kRows = kTables;
     __device__ const T* source(const Row& at, int t) const {
-        return at.inside() ? table[t] + at.offset[t] : nullptr;
+        return at.inside() ? table[t] + at.id[t] * columns : nullptr;
     }
 
     template <int N>

@@ -32,6 +32,10 @@ Inputs check(const Checks& checks, const Tensor* const (&ids)[kTables],
         a.table_rows[t] = tables[t]->size(0);
         checks.matrix(*tables[t], kTableNames[t], a.table_rows[t], a.hidden);
     }
+    constexpr int64_t kMost = 2147483647;
+    checks.require(a.table_rows[0] <= kMost && a.table_rows[1] <= kMost && a.table_rows[2] <= kMost &&
+                       a.table_rows[0] + a.table_rows[1] + a.table_rows[2] <= kMost,
+                   "the tables may have at most 2**31 - 1 rows together");
     checks.vector(weight, "weight", a.hidden);
     a.dropout = checks.dropout(dropout_p, seed);
     const OnDeviceOf device(weight);
@@ -95,10 +99,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
         check(checks, {&input_ids, &position_ids, &token_type_ids},
               {&word_embeddings, &position_embeddings, &token_type_embeddings}, weight, dropout_p, seed);
     EmbeddingLayerNormArgs& a = in.args;
-    constexpr int64_t kMost = 2147483647;
-    checks.require(a.table_rows[0] <= kMost && a.table_rows[1] <= kMost && a.table_rows[2] <= kMost &&
-                       a.table_rows[0] + a.table_rows[1] + a.table_rows[2] <= kMost,
-                   "the tables may have at most 2**31 - 1 rows together");
     checks.matrix(grad_out, "grad_out", a.rows, a.hidden);
     checks.vector(mean, "mean", a.rows, ScalarType::Float);
     checks.vector(rstd, "rstd", a.rows, ScalarType::Float);
