@@ -9,6 +9,8 @@ CUDA_VENV := .venv-cuda
 CUDA_TORCH ?= 2.14.1
 # Ray, in a venv of its own that finds everything else in .venv: some 500 MB, which nothing but its tests needs.
 RAY_VENV := .venv-ray
+# sentence-transformers with its backends for ONNX Runtime and OpenVINO, a peer of one benchmark: 2 GB.
+OPTIMUM_VENV := .venv-optimum
 # A wheel of the package, tried as on a machine without a compiler.
 WHEEL_VENV := .venv-wheel
 SOURCES := setup.py roberta_kernels/schemas.def $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*.*)
@@ -198,8 +200,14 @@ MODELS_ARGS ?=
 bench-models: $(VENV)/.peers  ## whole models on a CPU against ONNX Runtime, OpenVINO, ...: some 30 minutes
 	$(BIN)/python -m benchmarks models $(MODELS_ARGS)
 
+# No constraints.txt: its transformers is too new for optimum.
+$(OPTIMUM_VENV)/.packages: benchmarks/optimum.txt
+	test -x $(OPTIMUM_VENV)/bin/python || $(PYTHON) -m venv $(OPTIMUM_VENV)
+	$(OPTIMUM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/optimum.txt
+	touch $@
+
 RERANK_ARGS ?=
-bench-rerank: $(VENV)/.peers  ## CrossEncoder.rank on a CPU, 100 passages, against stock, ONNX Runtime, OpenVINO: minutes
+bench-rerank: $(VENV)/.peers $(OPTIMUM_VENV)/.packages  ## CrossEncoder.rank on a CPU, 100 passages, against stock, ONNX Runtime, OpenVINO: minutes
 	$(BIN)/python -m benchmarks rerank $(RERANK_ARGS)
 
 OUT ?= bench-output
@@ -213,4 +221,4 @@ gpu-bundle: setup  ## the CUDA library for a Hopper GPU that gpu-suite need not 
 	$(BIN)/python -m benchmarks gpu-bundle
 
 clean:  ## remove what was built, and .venv
-	rm -rf $(VENV) $(CUDA_VENV) $(RAY_VENV) $(WHEEL_VENV) .nox build gpu-bundle dist *.egg-info roberta_kernels/*.so roberta_kernels/build_report.json demo-output
+	rm -rf $(VENV) $(CUDA_VENV) $(RAY_VENV) $(OPTIMUM_VENV) $(WHEEL_VENV) .nox build gpu-bundle dist *.egg-info roberta_kernels/*.so roberta_kernels/build_report.json demo-output

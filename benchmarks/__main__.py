@@ -216,6 +216,10 @@ def main(argv: list[str] | None = None) -> int:
         small = commands.add_parser(name, help=what)
         small.add_argument("--out", type=Path, help="folder to write; default: benchmarks/results/<machine>-<date>")
         small.add_argument("--smoke", action="store_true", help="tiny: proves that it runs, measures nothing")
+        if name == "rerank":
+            help_ = "Python of the environment with sentence-transformers' other backends (default: .venv-optimum's)"
+            beside = Path(__file__).parents[1] / ".venv-optimum/bin/python"
+            small.add_argument("--optimum-python", type=Path, default=beside, help=help_)
 
     renders = commands.add_parser("report", help="render a result file again")
     renders.add_argument("results", type=Path)

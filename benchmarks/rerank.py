@@ -6,9 +6,10 @@ passages for one question, tokenizing included, in sentence-transformers' own ba
 same for everybody. Before anything is timed, the scores (before the sigmoid) of a question are compared with float64:
 ours must keep the promise (docs/design.md, section 6), a peer must not be nonsense.
 
-Peers: the same CrossEncoder as it comes; sentence-transformers' backends for ONNX Runtime and OpenVINO, where optimum
-goes with the transformers at hand; and the same two engines without optimum, on the export of benchmarks.engines, with
-the head in torch. What is not installed is named in the result.
+Peers: the same CrossEncoder as it comes; sentence-transformers' backends for ONNX Runtime and OpenVINO, each in a
+process of .venv-optimum, which has the versions that optimum goes with (`make bench-rerank` makes it); and the same two
+engines without optimum, on the export of benchmarks.engines, with the head in torch. What is not installed is named in
+the result.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import importlib
 import itertools
+import json
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +34,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from benchmarks import machine, timing
+from benchmarks.backend_process import BACKENDS, BackendProcess
 from benchmarks.engines import ENGINES, INPUTS, Engine
 from benchmarks.models import FLOOR_ULPS, model_config, original
 from benchmarks.results_file import finish
@@ -44,11 +47,6 @@ PASSAGES, QUESTIONS, VOCABULARY = 100, 4, 8000
 SMOKE_PASSAGES, SMOKE_VOCABULARY = 12, 300
 OURS, STOCK = "ours", "sentence-transformers"
 _NONSENSE = 0.1  # of the largest distance from the mean score
-# Backend of sentence-transformers, and what it needs: optimum imports a class only when it is asked for.
-_BACKENDS = {
-    "onnx": ("optimum.onnxruntime", "ORTModelForSequenceClassification"),
-    "openvino": ("optimum.intel", "OVModelForSequenceClassification"),
-}
 _EFFORT = timing.Effort(turns=9, min_turns=4, turn_seconds=0.1, max_calls=20, rest=0.15, budget=120.0)
 
 
@@ -130,45 +128,55 @@ def _engine(engine: Engine, exported: Path, threads: int, folder: Path) -> Any:
     return model
 
 
-def _backend(name: str, threads: int, folder: Path) -> Any:
-    from sentence_transformers import CrossEncoder
+@dataclass(frozen=True)
+class Reranker:
+    """scores: of a question, `[passages]` before the sigmoid, which would squeeze differences. rank: what is timed.
+    versions: of the packages that it runs on, where they are not this process's."""
 
-    options: dict[str, Any]
-    if name == "onnx":
-        import onnxruntime
-
-        session = onnxruntime.SessionOptions()
-        session.intra_op_num_threads = threads
-        options = {"provider": "CPUExecutionProvider", "export": True, "session_options": session}
-    else:
-        settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
-        options = {"export": True, "ov_config": settings}
-    return CrossEncoder(str(folder), backend=name, device="cpu", model_kwargs=options)  # type: ignore[arg-type]
+    scores: Callable[[str], Tensor]
+    rank: Callable[[str], Any]
+    versions: dict[str, str] | None = None
 
 
-def contenders(exported: Path, threads: int) -> tuple[dict[str, Callable[[Path], Any]], dict[str, str]]:
-    """How each is made of the reranker's folder; and why others are missing."""
-    known: dict[str, Callable[[Path], Any]] = {OURS: _ours, STOCK: _stock}
+def _here(make: Callable[[Path], Any], folder: Path, passages: list[str]) -> Reranker:
+    """A CrossEncoder of this process."""
+    model = make(folder / "model")
+    return Reranker(
+        lambda question: _scores(model, question, passages),
+        lambda question: model.rank(question, passages, show_progress_bar=False),
+    )
+
+
+def _elsewhere(python: Path, backend: str, threads: int, folder: Path, passages: list[str]) -> Reranker:
+    """One in a process of another environment, which ends with this one."""
+    (folder / "passages.json").write_text(json.dumps(passages))
+    process = BackendProcess(python, backend, folder / "model", folder / "passages.json", threads)
+    return Reranker(process.scores, process.rank, process.versions)
+
+
+def contenders(
+    exported: Path, threads: int, python: Path
+) -> tuple[dict[str, Callable[[Path, list[str]], Reranker]], dict[str, str]]:
+    """How each is made of a folder with the reranker and the passages; and why others are missing.
+    python: of the environment that has optimum."""
+    known = {name: functools.partial(_here, make) for name, make in ((OURS, _ours), (STOCK, _stock))}
     missing = {}
-    for name, (module, needed) in _BACKENDS.items():
-        label = f"{STOCK}, backend {name}"
-        try:
-            getattr(importlib.import_module(module), needed)
-        except Exception as error:  # one that is there and does not go with this transformers is missing too
-            missing[label] = f"{module} cannot be imported: {first_line(error)}"
+    for backend in BACKENDS:
+        label = f"{STOCK}, backend {backend}"
+        if python.exists():
+            known[label] = functools.partial(_elsewhere, python, backend, threads)
         else:
-            known[label] = functools.partial(_backend, name, threads)
+            missing[label] = f"there is no {python} (make bench-rerank makes it)"
     for name in ("ONNX Runtime", "OpenVINO"):
         engine = ENGINES[name]
         if engine.missing():
             missing[name] = engine.missing()
         else:
-            known[name] = functools.partial(_engine, engine, exported, threads)
+            known[name] = functools.partial(_here, functools.partial(_engine, engine, exported, threads))
     return known, missing
 
 
 def _scores(model: Any, question: str, passages: list[str]) -> Tensor:
-    """`[passages]` before the sigmoid, which would squeeze differences."""
     pairs = [(question, passage) for passage in passages]
     return model.predict(pairs, activation_fn=nn.Identity(), convert_to_tensor=True, show_progress_bar=False)
 
@@ -188,13 +196,13 @@ def _check(name: str, scores: Tensor, stock: Tensor, exact: Tensor) -> dict[str,
     return row
 
 
-def measure(folder: Path, console: Console, *, smoke: bool) -> dict[str, Any]:
-    """The result file's content. folder: for what is written on the way."""
+def measure(folder: Path, console: Console, python: Path, *, smoke: bool) -> dict[str, Any]:
+    """The result file's content. folder: for what is written on the way. python: see contenders."""
     questions, passages = texts(smoke=smoke)
     save_reranker(folder / "model", passages, smoke=smoke)
     command = [sys.executable, "-m", "benchmarks.engines", str(folder), *(["--smoke"] if smoke else [])]
     exported = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    known, missing = contenders(folder, torch.get_num_threads())
+    known, missing = contenders(folder, torch.get_num_threads(), python)
     if exported.returncode != 0:
         why = f"the export failed: {(exported.stderr.strip().splitlines() or ['no reason'])[-1]}"
         for name in known.keys() & ENGINES.keys():
@@ -209,7 +217,7 @@ def measure(folder: Path, console: Console, *, smoke: bool) -> dict[str, Any]:
     results: dict[str, Any] = {
         "rerank": True,
         "quick": smoke,
-        **machine.conditions("cpu", "sentence-transformers", "optimum", "optimum-onnx", "optimum-intel"),
+        **machine.conditions("cpu", "sentence-transformers", "onnxruntime", "openvino"),
         "questions": len(questions),
         "tokens": tokens,
         "unavailable": missing,
@@ -221,9 +229,11 @@ def measure(folder: Path, console: Console, *, smoke: bool) -> dict[str, Any]:
     for name, make in known.items():
         console.print(f"checking {name}", markup=False, highlight=False)
         try:
-            model = make(folder / "model")
-            rows[name] = _check(name, _scores(model, questions[0], passages), reference, exact)
-            calls[name] = _call(model, questions, passages)
+            reranker = make(folder, passages)
+            rows[name] = _check(name, reranker.scores(questions[0]), reference, exact)
+            if reranker.versions:
+                rows[name]["versions"] = reranker.versions
+            calls[name] = _call(reranker, questions, slow=sum(map(len, passages)) > 20_000)
         except Exception as error:
             results["failures"].append({"contender": name, "reason": first_line(error), "broken": name == OURS})
     console.print("measuring", markup=False, highlight=False)
@@ -249,13 +259,9 @@ def measure(folder: Path, console: Console, *, smoke: bool) -> dict[str, Any]:
     return results
 
 
-def _call(model: Any, questions: list[str], passages: list[str]) -> Call:
+def _call(reranker: Reranker, questions: list[str], *, slow: bool) -> Call:
     turn = itertools.cycle(questions)
-
-    def run() -> Any:
-        return model.rank(next(turn), passages, show_progress_bar=False)
-
-    return Call(run, contextlib.nullcontext, slow=sum(map(len, passages)) > 20_000)
+    return Call(lambda: reranker.rank(next(turn)), contextlib.nullcontext, slow=slow)
 
 
 def lines(results: dict[str, Any]) -> Iterator[str]:
@@ -269,6 +275,8 @@ def lines(results: dict[str, Any]) -> Iterator[str]:
         )
         times = f"{row['median_s']:8.3f} s  {row['pairs_per_s']:8.1f} pairs/s"
         yield f"{row['contender']:<38} {times}  error {row['error']:.1e}  {ratios}"
+        if "versions" in row:
+            yield f"{'':<38} with {', '.join(f'{name} {version}' for name, version in row['versions'].items())}"
     for row in results["failures"]:
         yield f"{row['contender']}: {row['reason']}"
     for name, why in results["unavailable"].items():
@@ -281,6 +289,6 @@ def run(arguments: argparse.Namespace, console: Console, folder: Path) -> int:
         torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="bench-rerank-") as work:
-        results = measure(Path(work), console, smoke=arguments.smoke)
+        results = measure(Path(work), console, arguments.optimum_python, smoke=arguments.smoke)
     finish(folder / "rerank.json", results, lines(results), console)
     return 1 if any(row["broken"] for row in results["failures"]) else 0

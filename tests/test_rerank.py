@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -71,20 +70,61 @@ def test_wrong_scores_are_not_timed(rerank, folder):
         rerank._check("a peer", scores.flip(0), scores, exact)
 
 
-def test_a_backend_that_does_not_go_with_this_transformers_is_named(rerank, tmp_path, monkeypatch):
-    """optimum's module may import where its classes do not."""
-
-    class Lazy(types.ModuleType):
-        def __getattr__(self, name):
-            raise ImportError(f"cannot import name {name!r}")
-
-    for module in ("optimum.onnxruntime", "optimum.intel"):
-        monkeypatch.setitem(sys.modules, module, Lazy(module))
-    known, missing = rerank.contenders(tmp_path, 1)
+def test_without_an_environment_for_them_the_backends_are_named(rerank, tmp_path):
+    known, missing = rerank.contenders(tmp_path, 1, tmp_path / "no-python")
     for backend in ("onnx", "openvino"):
         name = f"sentence-transformers, backend {backend}"
         assert name not in known
-        assert "cannot import name" in missing[name]
+        assert "make bench-rerank" in missing[name]
+
+
+STAND_IN = """
+class CrossEncoder:
+    def __init__(self, model, backend, device, model_kwargs):
+        print("a library that prints")
+        assert (backend, device, model_kwargs["export"]) == ("openvino", "cpu", True)
+        assert model_kwargs["ov_config"]["INFERENCE_NUM_THREADS"] == 1
+
+    def predict(self, pairs, activation_fn, show_progress_bar):
+        import numpy
+        if pairs[0][0] == "die":
+            raise SystemExit("out of memory")
+        if pairs[0][0] == "fail":
+            raise ValueError("no such question")
+        return numpy.array([len(question) + len(passage) for question, passage in pairs], numpy.float32)
+
+    def rank(self, question, passages, show_progress_bar):
+        print("ranking", question)
+"""
+
+
+@pytest.fixture
+def a_process(rerank, tmp_path, monkeypatch):
+    """A backend in another process, around a stand-in for sentence-transformers."""
+    from benchmarks import backend_process
+
+    (tmp_path / "sentence_transformers.py").write_text(STAND_IN)
+    (tmp_path / "passages.json").write_text(json.dumps(["a", "bcd"]))
+    script = tmp_path / "backend_process.py"  # a script's own folder is where it imports from first
+    packages = 'BACKENDS["openvino"] = ()\n_ALWAYS = ("torch",)\n\n\nif __name__'
+    script.write_text(Path(backend_process.__file__).read_text().replace("if __name__", packages))
+    monkeypatch.setattr(backend_process, "__file__", str(script))
+    return backend_process.BackendProcess(
+        Path(sys.executable), "openvino", tmp_path / "model", tmp_path / "passages.json", 1
+    )
+
+
+def test_a_backend_in_a_process_of_its_own(a_process):
+    assert a_process.versions == {"torch": torch.__version__}
+    assert a_process.scores("what").tolist() == [5.0, 7.0]
+    assert a_process.rank("what") is None
+    with pytest.raises(RuntimeError, match="ValueError: no such question"):
+        a_process.scores("fail")
+    assert a_process.scores("who").tolist() == [4.0, 6.0]  # it goes on
+    with pytest.raises(RuntimeError, match=r"its process ended \(1\): out of memory"):
+        a_process.scores("die")
+    with pytest.raises(RuntimeError, match="its process ended"):
+        a_process.rank("what")
 
 
 def test_the_example(folder):
