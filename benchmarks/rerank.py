@@ -19,6 +19,7 @@ import contextlib
 import functools
 import itertools
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -150,7 +151,11 @@ def _here(make: Callable[[Path], Any], folder: Path, passages: list[str]) -> Rer
 def _elsewhere(python: Path, backend: str, threads: int, folder: Path, passages: list[str]) -> Reranker:
     """One in a process of another environment, which ends with this one."""
     (folder / "passages.json").write_text(json.dumps(passages))
-    process = BackendProcess(python, backend, folder / "model", folder / "passages.json", threads)
+    model = shutil.copytree(folder / "model", folder / f"model-{backend}")
+    # The same tokenizer, by the name that transformers 4 has for it.
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps({**settings, "tokenizer_class": "PreTrainedTokenizerFast"}))
+    process = BackendProcess(python, backend, model, folder / "passages.json", threads)
     return Reranker(process.scores, process.rank, process.versions)
 
 
