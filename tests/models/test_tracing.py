@@ -47,8 +47,12 @@ def test_compiled_in_one_graph(head, train):
     assert_promise(compiled, original, batches, exact=exact_copy(original), head=head, backward=train)
 
 
+# Of the families with RoBERTa's code one.
+CODES = [family for family in PREFIX if family not in ("xlm_roberta", "camembert", "data2vec_text")]
+
+
 @pytest.mark.parametrize(
-    "family", [pytest.param(f, marks=() if f in ("bert", "ernie", "roberta_prelayernorm") else full) for f in PREFIX]
+    "family", [pytest.param(f, marks=() if f in ("bert", "ernie", "roberta_prelayernorm") else full) for f in CODES]
 )
 def test_every_family_compiled_in_one_graph(family):
     # One dynamic graph, trained in and evaluated in, for batches of different shapes.
