@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+full = pytest.mark.full
 LOADED = "{name for name in sys.modules if '.' not in name or name.startswith('roberta_kernels')}"
 
 
@@ -60,8 +61,15 @@ def test_any_part_can_be_imported_first(name):
     in_a_new_process(f"import roberta_kernels.{name}\nimport roberta_kernels as rk\nrk.patch, rk.ops.attention")
 
 
-@pytest.mark.parametrize("looks", [False, True])
-@pytest.mark.parametrize("first", ["transformers.masking_utils", "transformers.integrations.sdpa_attention"])
+@pytest.mark.parametrize(
+    ("first", "looks"),
+    [
+        ("transformers.integrations.sdpa_attention", True),
+        pytest.param("transformers.integrations.sdpa_attention", False, marks=full),
+        pytest.param("transformers.masking_utils", True, marks=full),
+        pytest.param("transformers.masking_utils", False, marks=full),
+    ],
+)
 def test_the_attention_is_there_after_any_import_and_after_a_look(first, looks):
     look = (
         "import importlib.util, transformers\nimportlib.util.find_spec('transformers.modeling_utils')\n"
@@ -76,7 +84,9 @@ def test_the_ops_are_there_after_a_look():
     in_a_new_process(f"{look}import torch\ntorch.ops.roberta_kernels_reference.gelu_ffn_forward.default")
 
 
-@pytest.mark.parametrize("name", ["backends", "models", "ops", "patching", "tolerance"])
+@pytest.mark.parametrize(
+    "name", ["patching", *(pytest.param(name, marks=full) for name in ("backends", "models", "ops", "tolerance"))]
+)
 def test_a_part_is_an_attribute_whatever_was_imported_before(name):
     in_a_new_process(f"import roberta_kernels as rk\nassert rk.{name}.__name__ == 'roberta_kernels.{name}'")
 

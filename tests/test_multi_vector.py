@@ -69,6 +69,7 @@ def test_wrong_vectors_are_not_timed(multi_vector, model, texts):
         multi_vector.check(stock, wrong, *texts)
 
 
+@pytest.mark.full
 def test_the_example(model, tmp_path):
     model.save_pretrained(str(tmp_path), create_model_card=False)
     command = [sys.executable, str(ROOT / "examples/multi_vector.py"), "What is it?", "--model", str(tmp_path)]

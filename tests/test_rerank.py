@@ -127,6 +127,7 @@ def test_a_backend_in_a_process_of_its_own(a_process):
         a_process.rank("what")
 
 
+@pytest.mark.full
 def test_the_example(folder):
     command = [sys.executable, str(ROOT / "examples/rerank.py"), "What is a file?", "--model", str(folder)]
     done = subprocess.run([*command, "--passages", "12"], cwd=ROOT, capture_output=True, text=True, timeout=600)

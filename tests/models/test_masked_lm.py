@@ -328,6 +328,7 @@ def test_trainer(tmp_path):
     assert report.fallbacks() == {}
 
 
+@pytest.mark.full
 def test_the_benchmark(tmp_path):
     """A tiny model, all contenders: a table with a row for each."""
     done = subprocess.run(
