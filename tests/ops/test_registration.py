@@ -280,7 +280,11 @@ def test_export(served: Served, draw: Draw) -> None:
     assert {f"roberta_kernels_{served.backend}.{op}_forward.default" for op in here} <= targets
     for count in (9, 16, 4):
         args = inputs(count)
-        assert torch.equal(exported.module()(*args), module(*args))
+        got, want = exported.module()(*args), module(*args)
+        if served.backend == "reference":  # torch's products are not the same to the bit wherever their operands lie
+            torch.testing.assert_close(got, want)
+        else:
+            assert torch.equal(got, want)
 
 
 @each_op
