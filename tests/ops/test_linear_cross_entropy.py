@@ -88,8 +88,8 @@ def run_case(case: Case, draw: Draw, dtype: torch.dtype) -> dict[str, Tensor]:
         lambda **tensors: eager.linear_cross_entropy(**tensors, **rest),
         inputs,
         grad,
-        # Of a sure label p - 1 is left, and p is rounded as a number near 1 is, here and in the original; bias's gradient
-        # adds that up over the rows of a label.
+        # Of a sure label p - 1 is left, and p is rounded as a number near 1 is, here and in the original; bias's
+        # gradient adds that up over the rows of a label.
         floor_ulps=8.0 if case.confident else 2.0,
     )
 
