@@ -19,7 +19,6 @@ import contextlib
 import functools
 import itertools
 import json
-import shutil
 import statistics
 import subprocess
 import sys
@@ -74,6 +73,9 @@ def save_reranker(folder: Path, passages: list[str], *, smoke: bool) -> None:
     model.roberta.load_state_dict(original("cpu", torch.float32, smoke=smoke, attention="sdpa").state_dict())
     model.save_pretrained(folder)
     save_tokenizer(folder, passages, config, smoke=smoke)
+    # By the name that transformers 4, which the backends go with, has for it too.
+    settings = folder / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}))
 
 
 def save_tokenizer(folder: Path, passages: list[str], config: Any, *, smoke: bool) -> None:
@@ -148,14 +150,9 @@ def _here(make: Callable[[Path], Any], folder: Path, passages: list[str]) -> Rer
     )
 
 
-def _elsewhere(python: Path, backend: str, threads: int, folder: Path, passages: list[str]) -> Reranker:
+def _elsewhere(python: Path, backend: str, threads: int, folder: Path, _: list[str]) -> Reranker:
     """One in a process of another environment, which ends with this one."""
-    (folder / "passages.json").write_text(json.dumps(passages))
-    model = shutil.copytree(folder / "model", folder / f"model-{backend}")
-    # The same tokenizer, by the name that transformers 4 has for it.
-    settings = json.loads((model / "tokenizer_config.json").read_text())
-    (model / "tokenizer_config.json").write_text(json.dumps({**settings, "tokenizer_class": "PreTrainedTokenizerFast"}))
-    process = BackendProcess(python, backend, model, folder / "passages.json", threads)
+    process = BackendProcess(python, backend, folder / "model", folder / "passages.json", threads)
     return Reranker(process.scores, process.rank, process.versions)
 
 
@@ -205,6 +202,7 @@ def measure(folder: Path, console: Console, python: Path, *, smoke: bool) -> dic
     """The result file's content. folder: for what is written on the way. python: see contenders."""
     questions, passages = texts(smoke=smoke)
     save_reranker(folder / "model", passages, smoke=smoke)
+    (folder / "passages.json").write_text(json.dumps(passages))
     command = [sys.executable, "-m", "benchmarks.engines", str(folder), *(["--smoke"] if smoke else [])]
     exported = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     known, missing = contenders(folder, torch.get_num_threads(), python)
