@@ -299,6 +299,15 @@ def score_floor(q: Tensor, k: Tensor, scale: float, bias: Tensor | None = None) 
     return 2.0 + exponent * torch.finfo(FLOAT32).eps / torch.finfo(q.dtype).eps
 
 
+def assert_repeats(again: Tensor, first: Tensor, backend: str) -> None:
+    """The same to the bit; of plain torch, whose products may round otherwise in another thread or with operands that
+    lie elsewhere in memory, within torch's own tolerance."""
+    if backend == "reference":
+        torch.testing.assert_close(again, first)
+    else:
+        assert torch.equal(again, first)
+
+
 def check_three_way(
     ours: Callable[..., Tensor],
     eager: Callable[..., Tensor],
