@@ -17,7 +17,10 @@ SOURCES := setup.py roberta_kernels/schemas.def $(wildcard csrc/*.cpp csrc/*.h c
 PYTHON_FILES := roberta_kernels tests benchmarks examples csrc release setup.py noxfile.py
 CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cpp csrc/cuda/*.cu csrc/cuda/*.h csrc/cuda/*.cuh tests/cuda_emulation/*.h tests/cuda_emulation/*.cuh tests/cuda_emulation/*.cpp tests/cpu/*.cpp benchmarks/*.cpp benchmarks/gpu_suite/*.cu)
 PYTEST := $(BIN)/python -m pytest
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Python compiles what is imported, when it is, and keeps it: a tenth of what pip would compile.
+INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
+PIP_INSTALL := $(BIN)/python $(INSTALL) -c constraints.txt
+unexport PYTHONDONTWRITEBYTECODE
 export ROBERTA_KERNELS_CUTLASS ?= $(abspath $(VENV)/cutlass/cutlass_library/source)
 WORKERS ?= 2
 # What test-cuda-source and test-cuda-library run.
@@ -115,7 +118,7 @@ endef
 
 $(RAY_VENV)/.packages: constraints.txt $(VENV)/.tools
 	$(call venv_beside,$(RAY_VENV))
-	$(RAY_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'ray[data,serve]'
+	$(RAY_VENV)/bin/python $(INSTALL) -c constraints.txt 'ray[data,serve]'
 	touch $@
 
 test-ray: setup $(RAY_VENV)/.packages  ## a corpus and a service on a Ray cluster of this machine, in .venv-ray (500 MB)
@@ -137,11 +140,11 @@ sdist: setup
 IN_WHEEL_VENV := env -i HOME="$$HOME" PATH=$(abspath $(WHEEL_VENV))/bin
 test-wheel: wheel $(WHEEL_VENV)/.made  ## the wheel installed without a compiler, and used; the sdist has every source
 	$(WHEEL_VENV)/bin/python release/check_sdist.py dist/*.tar.gz
-	$(IN_WHEEL_VENV) python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall --no-index $(abspath dist)/*.whl
+	$(IN_WHEEL_VENV) python $(INSTALL) --no-deps --force-reinstall --no-index $(abspath dist)/*.whl
 	cd $(WHEEL_VENV) && $(IN_WHEEL_VENV) python $(abspath release/smoke.py) no-compiler
 
 test-sdist: sdist $(WHEEL_VENV)/.made  ## the sdist installed with a compiler, and used; minutes, since it compiles
-	$(WHEEL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --force-reinstall dist/*.tar.gz
+	$(WHEEL_VENV)/bin/python $(INSTALL) --no-build-isolation --no-deps --force-reinstall dist/*.tar.gz
 	cd $(WHEEL_VENV) && bin/python $(abspath release/smoke.py)
 
 $(WHEEL_VENV)/.made: $(VENV)/.packages
@@ -162,13 +165,12 @@ test-cuda-source: setup  ## the CUDA sources: compiled for every architecture, a
 	$(PYTEST) -m cuda_source tests/cuda
 	@if why=$$($(BIN)/python csrc/cuda/cuda_build.py --check); then $(MAKE) --no-print-directory cuda-emulation; else echo "cuda-emulation skipped: $$why"; fi
 
-# Of the op tests what make test has, under the sanitizers, but for CUTLASS's (on a host it reads a number of two bytes by
-# words of four); then what the emulation and launch planning have for tests of their own; then the op tests as a Hopper
-# GPU would run them.
+# Of the op tests what make test has, under the sanitizers; then what the emulation and launch planning have for tests of
+# their own; then the op tests as a Hopper GPU would run them.
 cuda-emulation:
-	$(BIN)/python tests/cuda_emulation/build.py -- python -m pytest -n $(WORKERS) -m "not full" tests/ops -k "cuda and not sm80"
+	$(BIN)/python tests/cuda_emulation/build.py -- python -m pytest -n $(WORKERS) -m "not full" tests/ops -k cuda
 	$(BIN)/python tests/cuda_emulation/build.py --plain -- python -m pytest -n $(WORKERS) --dist loadfile tests/cuda_emulation tests/models/test_encoder_on_cuda.py tests/models/test_graphs.py
-	$(BIN)/python tests/cuda_emulation/build.py --plain -- python -m pytest -p tests.cuda_emulation.hopper tests/ops/test_attention.py tests/ops/test_variants.py -k "cuda and not float32 and not portable and not (gelu and sm90)"
+	$(BIN)/python tests/cuda_emulation/build.py --plain -- python -m pytest -n $(WORKERS) -p tests.cuda_emulation.hopper tests/ops/test_attention.py tests/ops/test_variants.py -k "cuda and not float32 and not portable and not (gelu and sm90)"
 
 # One wheel, built against the torch of .venv, is what the other torch loads.
 test-cuda-library: setup  ## the CUDA library in a CUDA build of torch, in .venv-cuda (5.5 GB); needs nvcc, no GPU
@@ -177,7 +179,7 @@ test-cuda-library: setup  ## the CUDA library in a CUDA build of torch, in .venv
 $(CUDA_VENV)/.packages: constraints.txt
 	test -x $(CUDA_VENV)/bin/python || $(PYTHON) -m venv $(CUDA_VENV)
 	grep -vE '^(torch|triton)==' constraints.txt > $(CUDA_VENV)/constraints.txt
-	$(CUDA_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-cache-dir -c $(CUDA_VENV)/constraints.txt \
+	$(CUDA_VENV)/bin/python $(INSTALL) --no-cache-dir -c $(CUDA_VENV)/constraints.txt \
 		torch==$(CUDA_TORCH) transformers numpy packaging rich typer pytest pytest-benchmark
 	touch $@
 
@@ -185,7 +187,7 @@ $(CUDA_VENV)/.packages: constraints.txt
 cuda-library: $(CUDA_VENV)/.packages
 	rm -rf build/lib* build/wheel
 	ROBERTA_KERNELS_CUDA=1 $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps -w build/wheel .
-	$(CUDA_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall build/wheel/*.whl
+	$(CUDA_VENV)/bin/python $(INSTALL) --no-deps --force-reinstall build/wheel/*.whl
 	ROBERTA_KERNELS_CUDA=1 $(CUDA_VENV)/bin/pytest tests/cuda/test_cuda_library.py
 
 bench: setup  ## kernel benchmarks: JSON, a table and plots in benchmarks/results/
@@ -203,7 +205,7 @@ bench-models: $(VENV)/.peers  ## whole models on a CPU against ONNX Runtime, Ope
 # No constraints.txt: its transformers is too new for optimum.
 $(OPTIMUM_VENV)/.packages: benchmarks/optimum.txt
 	test -x $(OPTIMUM_VENV)/bin/python || $(PYTHON) -m venv $(OPTIMUM_VENV)
-	$(OPTIMUM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/optimum.txt
+	$(OPTIMUM_VENV)/bin/python $(INSTALL) -r benchmarks/optimum.txt
 	touch $@
 
 RERANK_ARGS ?=

@@ -56,7 +56,7 @@ def _again(arguments: argparse.Namespace, console: Console, folder: Path) -> int
     if (why := build.missing()) is not None:
         raise ValueError(f"the CUDA library is compiled for the CPU, and that cannot be done here: {why}")
     console.print("building the CUDA library for the CPU (minutes, the first time)")
-    built = build.library(ROOT / "build" / "cuda_emulation" / "plain", sanitize=False)
+    built = build.library("plain")
     command = [sys.executable, "-m", "benchmarks", "host-time", "--out", str(folder), *["--smoke"] * arguments.smoke]
     environment = {**os.environ, **build.environment(built, sanitize=False), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode

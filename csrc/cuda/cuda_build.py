@@ -36,6 +36,9 @@ ONLY_FOR = {"*_sm90.cu": "90a"}
 # Compiled where CUTLASS's headers are found; ROBERTA_KERNELS_CUTLASS is then defined for every file.
 NEED_CUTLASS = ("gelu_ffn_sm80.cu", "gelu_ffn_*_sm90.cu")
 
+# Minutes each: begun first, or the last of them runs alone.
+LONGEST = ("attention_backward.cu", "gelu_ffn_sm80.cu", "attention_forward.cu")
+
 NVCC_FLAGS = ("-O3", "-std=c++17", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden,-fno-math-errno")
 # The report on registers and spills goes to a file, and costs nothing.
 REPORT_FLAGS = ("-Xptxas=-v",)
@@ -147,6 +150,12 @@ def default_architectures(nvcc: str) -> tuple[Architecture, ...]:
     return parse_architectures(DEFAULT_ARCHITECTURES if "sm_100" in known.split() else OLDER_ARCHITECTURES)
 
 
+def listed_architectures(nvcc: str) -> tuple[Architecture, ...]:
+    """What TORCH_CUDA_ARCH_LIST names, else the default. Raises ValueError for a list that means nothing."""
+    given = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    return parse_architectures(given) if given else default_architectures(nvcc)
+
+
 def toolkit_directory(nvcc: str, kind: str, contents: str) -> Path:
     """The toolkit's directory of headers or libraries (kind: "include", "lib") that holds `contents`."""
     # nvcc on PATH may be a script that calls another: ask it where it stands.
@@ -233,7 +242,7 @@ def compile_kernels(
         "  depfile = $out.d",
         "  deps = gcc",
     ]
-    for path in paths:
+    for path in sorted(paths, key=lambda path: path.name not in LONGEST):
         lines.append(f"build {escaped(objects[path.name])}: nvcc {escaped(path)}")
         lines.append("  nvcc = " + shlex.join(command(path, listed, nvcc, extra)).replace("$", "$$"))
     (build / "build.ninja").write_text("\n".join(lines) + "\n")
@@ -259,5 +268,4 @@ if __name__ == "__main__":
         raise SystemExit(1)
     if "--check" in sys.argv[1:]:
         raise SystemExit(0)
-    given = os.environ.get("TORCH_CUDA_ARCH_LIST")
-    compile_kernels(parse_architectures(given) if given else default_architectures(find_nvcc() or ""))
+    compile_kernels(listed_architectures(find_nvcc() or ""))

@@ -183,7 +183,8 @@ def table(usages: list[Usage]) -> str:
 def compile_and_parse() -> tuple[list[Usage], dict[str, Path], dict[str, str]]:
     """(what everything in csrc/cuda uses, source -> object, source -> what nvcc said)."""
     build = load_cuda_build()
-    objects = build.compile_kernels(build.default_architectures(build.find_nvcc()))
+    listed = build.listed_architectures(build.find_nvcc() or "")
+    objects = build.compile_kernels(listed, build.build_folder(listed))
     logs = {source: Path(f"{binary}.log").read_text() for source, binary in objects.items()}
     return [usage for source, log in logs.items() for usage in parse(log, source)], objects, logs
 

@@ -1,7 +1,8 @@
 """Builds the CUDA library for the CPU: csrc/cuda compiled by g++ against the emulation in this folder.
 
-`python tests/cuda_emulation/build.py -o DIR` writes DIR/_cuda_emulated.so (with the address and undefined-behaviour
-sanitizers, unless --plain) and prints how to run tests on it. `-- COMMAND ...` runs a command with it:
+`python tests/cuda_emulation/build.py` writes build/cuda_emulation/sanitized/_cuda_emulated.so (with the address and
+undefined-behaviour sanitizers; --plain: without, in plain/) and prints how to run tests on it. `-- COMMAND ...` runs a
+command with it:
 
     python tests/cuda_emulation/build.py -- python -m pytest tests/ops -k cuda
 """
@@ -9,6 +10,7 @@ sanitizers, unless --plain) and prints how to run tests on it. `-- COMMAND ...` 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import platform
 import shutil
@@ -25,9 +27,11 @@ import cuda_build  # noqa: E402
 EXEMPT = {"gelu_ffn_bfloat16_sm90.cu", "gelu_ffn_float16_sm90.cu"}
 # Built where CUTLASS's headers are (else the op has one variant less). Those of its headers that hold PTX are replaced
 # by those in cutlass/. Its classes have types that bear the name of another, which g++ takes with -fpermissive alone.
-# Its arrays of 16-bit numbers shift masks further than C++ allows, so there only the address sanitizer looks.
 NEED_CUTLASS = {"gelu_ffn_sm80.cu"}
-CUTLASS_FLAGS = "-fpermissive -w -fno-sanitize=undefined"
+CUTLASS_FLAGS = "-fpermissive -w"
+# What the library under the sanitizers does without: CUTLASS, whose arrays of 16-bit numbers are read by words of four
+# bytes and shifted further than C++ allows; and Hopper's kernels, which a test of their own runs under the sanitizers.
+UNSANITIZED = ("sm80.cu", "sm90.cu")
 # The epilogue of the exempt ones, for tests of its own; CUTLASS's headers for Hopper make maps of tensors by the
 # driver's function, and only for an nvcc that knows Hopper.
 EPILOGUE = "gelu_ffn_sm90_epilogue.cpp"
@@ -48,10 +52,10 @@ EMULATOR = [
 ]
 FAULTS = [HERE / "faults.cu"]  # kernels that test the emulation itself
 NAME = "_cuda_emulated.so"
+BUILD = ROOT / "build/cuda_emulation"
 FLAGS = [
     "-std=c++17",
     "-O1",
-    "-g",
     "-fPIC",
     "-fvisibility=hidden",
     "-Wall",
@@ -59,7 +63,8 @@ FLAGS = [
     "-Wno-psabi",
     "-Wno-unused-function",
 ]
-SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+# With the lines of functions, which their reports name; all of -g takes longer to compile.
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1"]
 
 
 def cuda_include() -> Path | None:
@@ -86,39 +91,39 @@ def has_cutlass() -> bool:
     return cuda_build.cutlass_include() is not None
 
 
-def kernel_sources() -> list[Path]:
-    """The CUDA library: all of csrc/cuda that can be emulated."""
-    sources = [
-        *sorted(HERE.glob("exempt*.cpp")),
-        ROOT / "csrc/library.cpp",
-        *sorted((ROOT / "csrc/cuda").glob("*.cpp")),
-    ]
+def kernel_sources(*, sanitize: bool = False) -> list[Path]:
+    """The CUDA library: all of csrc/cuda that can be emulated, or that the sanitizers look at."""
+    sources = [ROOT / "csrc/library.cpp", *sorted((ROOT / "csrc/cuda").glob("*.cpp"))]
+    kernels = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+    if sanitize:
+        return sources + [path for path in kernels if not path.name.endswith(UNSANITIZED)]
     left_out = EXEMPT if has_cutlass() else EXEMPT | NEED_CUTLASS
-    return sources + [path for path in sorted((ROOT / "csrc/cuda").glob("*.cu")) if path.name not in left_out]
+    return [*sorted(HERE.glob("exempt*.cpp")), *sources, *(path for path in kernels if path.name not in left_out)]
 
 
-def library(folder: Path, *, sources: list[Path] | None = None, sanitize: bool = True, count: bool = False) -> Path:
+def library(kind: str, *, sources: list[Path] | None = None, name: str = NAME) -> Path:
     """Builds what is out of date, with ninja; returns the library. CalledProcessError: the compiler has said why.
 
-    sources: what to compile beside the emulator; by default the CUDA library, registered with torch. count: so that
-    what kernels do is counted (count.py); not together with sanitize.
+    kind: "plain"; "sanitized", with the address and undefined-behaviour sanitizers; "counted", so that what kernels do
+    is counted (count.py). sources: what to compile beside the emulator; by default the CUDA library, registered with
+    torch. name: of the library. Those of one kind share their objects, and are built one at a time.
     """
+    import torch
+
     why = missing()
     if why:
         raise RuntimeError(f"the CUDA emulation cannot be built: {why}")
+    folder, sanitize, count = BUILD / kind, kind == "sanitized", kind == "counted"
     folder.mkdir(parents=True, exist_ok=True)
-    includes, libraries = [HERE, ROOT, cuda_include()], ""
+    torch_include, torch_lib = (Path(torch.__file__).parent / part for part in ("include", "lib"))
+    includes = [HERE, ROOT, cuda_include(), torch_include, torch_include / "torch/csrc/api/include"]
+    variants, libraries = "-DROBERTA_KERNELS_SM90A" + " -DROBERTA_KERNELS_CUTLASS" * has_cutlass(), ""
     if sources is None:
-        import torch
-
-        sources = kernel_sources()
-        torch_include, torch_lib = (Path(torch.__file__).parent / name for name in ("include", "lib"))
-        includes += [torch_include, torch_include / "torch/csrc/api/include"]
+        sources = kernel_sources(sanitize=sanitize)
+        variants = "" if sanitize else variants
         libraries = f"-L{torch_lib} -ltorch_cpu -lc10 -Wl,-rpath,{torch_lib}"
     flags = [*FLAGS, *(SANITIZERS if sanitize else ["-O2"]), *(f"-I{path}" for path in includes)]
-    defines = "-DUSE_CUDA -DROBERTA_KERNELS_CUDA -DROBERTA_KERNELS_SM90A -DTORCH_TARGET_VERSION=0x020a000000000000"
-    if has_cutlass():
-        defines += " -DROBERTA_KERNELS_CUTLASS"
+    defines = "-DUSE_CUDA -DROBERTA_KERNELS_CUDA -DTORCH_TARGET_VERSION=0x020a000000000000 $variants"
     compile_command = (
         f"g++ -x c++ $first $flags {defines} -include {HERE / 'emulation.h'} $last -MD -MF $out.d -c $in -o $out"
     )
@@ -131,6 +136,8 @@ def library(folder: Path, *, sources: list[Path] | None = None, sanitize: bool =
     for source in [*EMULATOR, *sources]:
         objects.append(f"{source.stem}{source.suffix.replace('.', '_')}.o")
         lines.append(f"build {objects[-1]}: compile {source}")
+        if source not in EMULATOR:
+            lines.append(f"  variants = {variants}")
         if source.name in NEED_CUTLASS or source.name == EPILOGUE:
             ours = ["cutlass"] if source.name in NEED_CUTLASS else ["cutlass_sm90", "cutlass"]
             lines.append(f"  first = {' '.join(f'-I{HERE / name}' for name in ours)}")
@@ -143,11 +150,13 @@ def library(folder: Path, *, sources: list[Path] | None = None, sanitize: bool =
             lines.append(f"  last = {COUNTED}")
         elif source.name.endswith(FOLLOWED) and not sanitize:
             lines.append(f"  last = {FOLLOW}")
-    lines.append(f"build {NAME}: link {' '.join(objects)}\n")
-    (folder / "build.ninja").write_text("\n".join(lines))
+    lines.append(f"build {name}: link {' '.join(objects)}\n")
     ninja = shutil.which("ninja") or str(Path(sys.executable).parent / "ninja")
-    subprocess.run([ninja, "-C", str(folder), "--quiet"], check=True)
-    return folder / NAME
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (folder / "build.ninja").write_text("\n".join(lines))
+        subprocess.run([ninja, "-C", str(folder), "--quiet"], check=True)
+    return folder / name
 
 
 def environment(built: Path, *, sanitize: bool = True) -> dict[str, str]:
@@ -169,12 +178,10 @@ def environment(built: Path, *, sanitize: bool = True) -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", "--out", type=Path, default=ROOT / "build/cuda_emulation", help="folder to build in")
     parser.add_argument("--plain", action="store_true", help="without the sanitizers: some five times faster")
     parser.add_argument("command", nargs="*", help="run with the library in place, after --")
     arguments = parser.parse_args()
-    folder = arguments.out / ("plain" if arguments.plain else "sanitized")
-    built = library(folder, sanitize=not arguments.plain)
+    built = library("plain" if arguments.plain else "sanitized")
     settings = environment(built, sanitize=not arguments.plain)
     if not arguments.command:
         print(" ".join(f"{name}='{value}'" for name, value in settings.items()))

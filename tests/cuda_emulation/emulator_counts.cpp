@@ -1,5 +1,5 @@
 // What each launch does, counted: sectors of global memory, wavefronts of shared memory, barriers, operations
-// of the units. In a build for counting (build.py, count=True) every kernel is compiled without optimisation
+// of the units. In a build for counting (build.py, "counted") every kernel is compiled without optimisation
 // and with g++'s instrumentation for its thread sanitizer, so that each load and store of its source is seen
 // once (emulator_proxies.cpp takes the calls). README.md says what the numbers are.
 //

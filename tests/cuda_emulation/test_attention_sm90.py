@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +26,7 @@ SOURCES = [
         for name in ("attention_sm90.cu", "attention_backward_sm90.cu", "attention_backward_whole_sm90.cu")
     ),
 ]
+NAME = "_attention_sm90.so"
 BF16, FP16 = torch.bfloat16, torch.float16
 
 
@@ -102,9 +102,8 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    folder = tmp_path_factory.mktemp("attention_sm90")
-    return ctypes.CDLL(str(build.library(folder, sources=SOURCES, sanitize=False)))
+def library() -> ctypes.CDLL:
+    return ctypes.CDLL(str(build.library("plain", sources=SOURCES, name=NAME)))
 
 
 def cumulative(lengths: tuple[int, ...]) -> Tensor:
@@ -345,9 +344,9 @@ def test_dropout_mask(library: ctypes.CDLL, dropout_p: float) -> None:
 
 
 @pytest.mark.full
-def test_under_the_sanitizers(tmp_path: Path) -> None:
+def test_under_the_sanitizers() -> None:
     """The smaller cases again, in a process that has the sanitizers in it."""
-    library = build.library(tmp_path, sources=SOURCES, sanitize=True)
+    library = build.library("sanitized", sources=SOURCES, name=NAME)
     environment = {**os.environ, **build.environment(library), "PYTHONPATH": str(build.ROOT)}
     environment.pop("ROBERTA_KERNELS_CUDA_EMULATION")
     command = [sys.executable, "-m", "tests.cuda_emulation.test_attention_sm90", str(library)]

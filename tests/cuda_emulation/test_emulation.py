@@ -7,25 +7,20 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from . import build, count
 
 THREADS = 96
+NAME = "_faults.so"
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=f"the CUDA emulation: {build.missing()}")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("faults")
-
-
-@pytest.fixture(scope="module")
-def faults(folder: Path) -> ctypes.CDLL:
+def faults() -> ctypes.CDLL:
     """Built so that it can count: kernels run as ever until it does."""
-    return ctypes.CDLL(str(build.library(folder / "counted", sources=build.FAULTS, sanitize=False, count=True)))
+    return ctypes.CDLL(str(build.library("counted", sources=build.FAULTS, name=NAME)))
 
 
 def run(library: ctypes.CDLL, kernel: str, seed: int = 1) -> tuple[list[float], str]:
@@ -81,8 +76,8 @@ def test_a_mistake_is_an_error(faults: ctypes.CDLL, kernel: str, says: str) -> N
 
 
 @pytest.mark.parametrize("kernel", ["past shared", "past global"])
-def test_the_sanitizer_sees_an_access_out_of_bounds(folder: Path, kernel: str) -> None:
-    library = build.library(folder / "sanitized", sources=build.FAULTS, sanitize=True)
+def test_the_sanitizer_sees_an_access_out_of_bounds(kernel: str) -> None:
+    library = build.library("sanitized", sources=build.FAULTS, name=NAME)
     program = (
         "import ctypes, sys; library = ctypes.CDLL(sys.argv[1]); libc = ctypes.CDLL(None)\n"
         "libc.malloc.restype = ctypes.c_void_p\n"
