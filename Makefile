@@ -169,7 +169,7 @@ test-cuda-source: setup  ## the CUDA sources: compiled for every architecture, a
 # their own; then the op tests as a Hopper GPU would run them.
 cuda-emulation:
 	$(BIN)/python tests/cuda_emulation/build.py -- python -m pytest -n $(WORKERS) -m "not full" tests/ops -k cuda
-	$(BIN)/python tests/cuda_emulation/build.py --plain -- python -m pytest -n $(WORKERS) --dist loadfile tests/cuda_emulation tests/models/test_encoder_on_cuda.py tests/models/test_graphs.py
+	$(BIN)/python tests/cuda_emulation/build.py --plain -- python -m pytest -n $(WORKERS) tests/cuda_emulation tests/models/test_encoder_on_cuda.py tests/models/test_graphs.py
 	$(BIN)/python tests/cuda_emulation/build.py --plain -- python -m pytest -n $(WORKERS) -p tests.cuda_emulation.hopper tests/ops/test_attention.py tests/ops/test_variants.py -k "cuda and not float32 and not portable and not (gelu and sm90)"
 
 # One wheel, built against the torch of .venv, is what the other torch loads.

@@ -28,14 +28,14 @@ EXEMPT = {"gelu_ffn_bfloat16_sm90.cu", "gelu_ffn_float16_sm90.cu"}
 # Built where CUTLASS's headers are (else the op has one variant less). Those of its headers that hold PTX are replaced
 # by those in cutlass/. Its classes have types that bear the name of another, which g++ takes with -fpermissive alone.
 NEED_CUTLASS = {"gelu_ffn_sm80.cu"}
-CUTLASS_FLAGS = "-fpermissive -w"
+CUTLASS_FLAGS = "-O1 -fpermissive -w"
 # What the library under the sanitizers does without: CUTLASS, whose arrays of 16-bit numbers are read by words of four
 # bytes and shifted further than C++ allows; and Hopper's kernels, which a test of their own runs under the sanitizers.
 UNSANITIZED = ("sm80.cu", "sm90.cu")
 # The epilogue of the exempt ones, for tests of its own; CUTLASS's headers for Hopper make maps of tensors by the
 # driver's function, and only for an nvcc that knows Hopper.
 EPILOGUE = "gelu_ffn_sm90_epilogue.cpp"
-EPILOGUE_FLAGS = "-O1 -DCUTLASS_ENABLE_DIRECT_CUDA_DRIVER_CALL -D__CUDACC_VER_MAJOR__=12 -D__CUDACC_VER_MINOR__=8"
+EPILOGUE_FLAGS = "-DCUTLASS_ENABLE_DIRECT_CUDA_DRIVER_CALL -D__CUDACC_VER_MAJOR__=12 -D__CUDACC_VER_MINOR__=8"
 # Kernels that use the copy engine: in a build without the sanitizers their loads and stores are followed
 # (emulator_proxies.cpp).
 FOLLOWED = ("sm90.cu", "faults.cu")
@@ -55,7 +55,6 @@ NAME = "_cuda_emulated.so"
 BUILD = ROOT / "build/cuda_emulation"
 FLAGS = [
     "-std=c++17",
-    "-O1",
     "-fPIC",
     "-fvisibility=hidden",
     "-Wall",
@@ -63,8 +62,9 @@ FLAGS = [
     "-Wno-psabi",
     "-Wno-unused-function",
 ]
-# With the lines of functions, which their reports name; all of -g takes longer to compile.
-SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1"]
+# As it is written: with -O1 it takes three times as long to compile, and the tests as long. Of debug information, the
+# lines of functions, which the sanitizers' reports name.
+SANITIZERS = ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 
 def cuda_include() -> Path | None:
@@ -148,8 +148,8 @@ def library(kind: str, *, sources: list[Path] | None = None, name: str = NAME) -
             lines.append(f"  last = {CUTLASS_FLAGS} {headers} {more}")
         elif source.suffix == ".cu" and count:
             lines.append(f"  last = {COUNTED}")
-        elif source.name.endswith(FOLLOWED) and not sanitize:
-            lines.append(f"  last = {FOLLOW}")
+        elif source.suffix == ".cu" and not sanitize:
+            lines.append(f"  last = -O1 {FOLLOW if source.name.endswith(FOLLOWED) else ''}")
     lines.append(f"build {name}: link {' '.join(objects)}\n")
     ninja = shutil.which("ninja") or str(Path(sys.executable).parent / "ninja")
     with (folder / "lock").open("w") as lock:

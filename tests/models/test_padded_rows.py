@@ -337,7 +337,7 @@ def test_a_sequence_of_padding_only(head, family, attention, asked):
 def test_a_compiled_model_gives_the_same_rows(mask, padded_rows):
     original, ours, _, batches = pair(mask=mask, options={"padded_rows": padded_rows})
     torch.compiler.reset()
-    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(ours, fullgraph=True, backend="eager")
     for inputs in batches[:2]:
         got = output(compiled, inputs)
         torch.testing.assert_close(got, output(ours, inputs), rtol=2e-4, atol=2e-5)

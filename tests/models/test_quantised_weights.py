@@ -501,12 +501,7 @@ def test_no_room(monkeypatch, tmp_path):
 @pytest.mark.full
 @pytest.mark.parametrize(
     ("quantization", "offload", "grows", "loaded"),
-    [
-        ("int8", None, -0.75, False),
-        ("int8", None, -0.75, True),
-        ("bfloat16", None, -0.5, True),
-        ("int8", False, 0.25, True),
-    ],
+    [("bfloat16", None, -0.5, False), ("int8", None, -0.75, True), ("int8", False, 0.25, True)],
 )
 def test_resident_memory(quantization, offload, grows, loaded, tmp_path):
     """What inference adds to the process, and that unpatch takes it away again."""
