@@ -55,7 +55,8 @@ def install(session: nox.Session, transformers: str, torch: str) -> None:
     constraints.write_text("\n".join(pinned))
     # Without triton the folder tests/triton would be taken for it.
     session.install(
-        *("-c", str(constraints), f"torch=={torch}", f"transformers=={transformers}", "triton>=3.6", *PACKAGES)
+        "--no-compile",  # what is imported is compiled then
+        *("-c", str(constraints), f"torch=={torch}", f"transformers=={transformers}", "triton>=3.6", *PACKAGES),
     )
 
 
@@ -85,7 +86,7 @@ def newest(session: nox.Session) -> None:
     parts = (("transformers", PACKAGES, NEWEST), (", ".join(TOOLS), TOOLS, TOOLS_TESTS))
     broken = []
     for what, packages, tests in parts:
-        upgrade = ("--upgrade", "--upgrade-strategy", "eager")
+        upgrade = ("--no-compile", "--upgrade", "--upgrade-strategy", "eager")
         session.install(*upgrade, f"torch=={TORCH}", "transformers", "triton>=3.6", *packages)
         versions = installed_versions(session, ("torch", "transformers", *TOOLS, "tokenizers", "huggingface_hub"))
         session.log(f"newest {what}: {versions}")

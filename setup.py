@@ -8,7 +8,7 @@ Environment variables:
                              of csrc/cuda/cuda_build.py, which says which file is compiled for which.
     ROBERTA_KERNELS_CUTLASS  a checkout of CUTLASS whose headers to use; unset: those of the nvidia-cutlass package.
     MAX_JOBS                 compiler processes at a time.
-    CXX, CXXFLAGS            compiler and extra flags (CXXFLAGS=-g: with debug information, ten times the size).
+    CXX, CXXFLAGS            compiler and extra flags (CXXFLAGS=-g: with debug information, many times the size).
 
 The libraries hold no Python symbol: they register their ops when `torch.ops.load_library` opens them. So one
 wheel (py3-none-<platform>) supports every Python and every torch from the floor up.
@@ -63,8 +63,8 @@ X86_ISAS = {
 OPS = re.findall(r'^RK_SCHEMA\("(\w+)_forward\(', (ROOT / "roberta_kernels/schemas.def").read_text(), re.MULTILINE)
 CPU_OPS = [*OPS, "encoder", "packed_encoder", "linear"]
 CXX_FLAGS = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
-# Python's own flags ask for debug information: nine tenths of the library and a third of its compiling, for who debugs.
-if not re.search(r"(^|\s)-g", os.environ.get("CXXFLAGS", "")):
+# Python's own flags ask for debug information: nine tenths of the library, and a third of its compiling.
+if not cuda_build.debugs():
     CXX_FLAGS.append("-g0")
 # Error messages name source files by their place in the project.
 CXX_FLAGS.append(f"-ffile-prefix-map={ROOT}/=")

@@ -204,6 +204,7 @@ class Suite:
             "MAX_JOBS": os.environ.get("MAX_JOBS", str(os.cpu_count() or 2)),
             "TORCH_CUDA_ARCH_LIST": arch,
             "ROBERTA_KERNELS_CUDA": "1",
+            "CXXFLAGS": f"-g {os.environ.get('CXXFLAGS', '')}",  # the lines that the sanitizer names
             "ROBERTA_KERNELS_CPU": "0",
         }
         job = self._python("build", "setup.py", "build_ext", "--inplace", **environment)

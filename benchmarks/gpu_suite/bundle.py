@@ -76,6 +76,7 @@ def make(folder: Path = FOLDER) -> Path:
         **os.environ,
         "TORCH_CUDA_ARCH_LIST": ARCHITECTURE,
         "ROBERTA_KERNELS_CUDA": "1",
+        "CXXFLAGS": f"-g {os.environ.get('CXXFLAGS', '')}",  # the lines that the sanitizer names
         "ROBERTA_KERNELS_CPU": "0",
     }
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(built)]

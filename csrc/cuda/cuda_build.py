@@ -37,9 +37,15 @@ ONLY_FOR = {"*_sm90.cu": "90a"}
 NEED_CUTLASS = ("gelu_ffn_sm80.cu", "gelu_ffn_*_sm90.cu")
 
 # Minutes each: begun first, or the last of them runs alone.
-LONGEST = ("attention_backward.cu", "gelu_ffn_sm80.cu", "attention_forward.cu")
+LONGEST = (
+    "gelu_ffn_sm80.cu",
+    "attention_backward.cu",
+    "attention_forward.cu",
+    "gelu_ffn_bfloat16_sm90.cu",
+    "gelu_ffn_float16_sm90.cu",
+)
 
-NVCC_FLAGS = ("-O3", "-std=c++17", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden,-fno-math-errno")
+NVCC_FLAGS = ("-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden,-fno-math-errno")
 # The report on registers and spills goes to a file, and costs nothing.
 REPORT_FLAGS = ("-Xptxas=-v",)
 
@@ -199,6 +205,11 @@ def missing() -> str | None:
     return None
 
 
+def debugs() -> bool:
+    """Whether debug information is asked for (CXXFLAGS=-g): it is most of a library, and tools alone read it."""
+    return re.search(r"(^|\s)-g(?!0)", os.environ.get("CXXFLAGS", "")) is not None
+
+
 def command(source: Path, listed: tuple[Architecture, ...], nvcc: str, extra: tuple[str, ...] = ()) -> list[str]:
     """nvcc and its arguments, short of `-c source -o object`, for a process in ROOT."""
     includes = ["-I.", "-Icsrc/cuda"]
@@ -208,7 +219,8 @@ def command(source: Path, listed: tuple[Architecture, ...], nvcc: str, extra: tu
     compiler = [f"-ccbin={os.environ['CXX'].split()[0]}"] if os.environ.get("CXX") else []
     gencode = [flag for a in architectures_of(source.name, listed) for flag in a.flags()]
     defined = [f"-D{name}" for name in definitions(listed)]
-    return [nvcc, *NVCC_FLAGS, *REPORT_FLAGS, *compiler, *defined, *includes, *gencode, *extra]
+    lines = ["-lineinfo"] if debugs() else []
+    return [nvcc, *NVCC_FLAGS, *lines, *REPORT_FLAGS, *compiler, *defined, *includes, *gencode, *extra]
 
 
 def compile_kernels(
@@ -242,7 +254,8 @@ def compile_kernels(
         "  depfile = $out.d",
         "  deps = gcc",
     ]
-    for path in sorted(paths, key=lambda path: path.name not in LONGEST):
+    first = {name: place for place, name in enumerate(LONGEST)}
+    for path in sorted(paths, key=lambda path: first.get(path.name, len(first))):
         lines.append(f"build {escaped(objects[path.name])}: nvcc {escaped(path)}")
         lines.append("  nvcc = " + shlex.join(command(path, listed, nvcc, extra)).replace("$", "$$"))
     (build / "build.ninja").write_text("\n".join(lines) + "\n")

@@ -88,10 +88,23 @@ def run_case(case: Case, draw: Draw, dtype: torch.dtype) -> dict[str, Tensor]:
         lambda **tensors: eager.linear_cross_entropy(**tensors, **rest),
         inputs,
         grad,
-        # Of a sure label p - 1 is left, and p is rounded as a number near 1 is, here and in the original; bias's
-        # gradient adds that up over the rows of a label.
-        floor_ulps=8.0 if case.confident else 2.0,
+        within=roundings_of_sure_labels(inputs, rest["labels"], grad) if case.confident else None,
     )
+
+
+def roundings_of_sure_labels(inputs: dict[str, Tensor], labels: Tensor, grad: Tensor) -> dict[str, Tensor]:
+    """What a rounding of every label's probability p does to the loss, and to each gradient.
+
+    p is near 1 and rounded as such a number is, here and in the original; log(p) and p - 1 are what is left. grad: of a
+    loss without reduction.
+    """
+    rows = labels.ne(-100).nonzero()[:, 0]
+    x, weight, bias = (inputs[name].detach().double().abs().requires_grad_() for name in ("x", "weight", "bias"))
+    of_labels = (x @ weight.T + bias)[rows, labels[rows]]
+    of_labels.backward(grad.double().abs()[rows])
+    lost = {"output": torch.ones(grad.shape, dtype=torch.float64)}
+    lost |= {f"gradient of {name}": t.grad for name, t in (("x", x), ("weight", weight), ("bias", bias))}
+    return {name: torch.finfo(torch.float32).eps * t for name, t in lost.items()}
 
 
 @pytest.fixture
