@@ -3,7 +3,8 @@ the tests of models, where each takes a second or more: every value.
 
 A fault that shows in one combination alone is seldom; that one value, or two together, do not go is what tests find. So
 of each test those combinations stay in which a pair, or a value, comes first, and all others get the mark `full`
-(`make test-full`). Of the tests of ops and kernels, one with one or two parameters keeps all.
+(`make test-full`). Of the tests of ops and kernels, one with one or two parameters keeps all. What an interpreter runs
+comes last, as it takes longest: it keeps the pairs that nothing else has.
 """
 
 from __future__ import annotations
@@ -40,6 +41,11 @@ def beyond(combinations: Iterable[Iterable[tuple[str, Hashable]]], together: int
         seen |= groups
 
 
+def interpreted(item: pytest.Item) -> bool:
+    callspec = getattr(item, "callspec", None)
+    return callspec is not None and any(getattr(value, "interpreted", False) for value in callspec.params.values())
+
+
 def mark(items: list[pytest.Item]) -> None:
     """Adds the mark `full` to what is beyond pairs, or beyond values."""
     tests = defaultdict(list)
@@ -47,6 +53,7 @@ def mark(items: list[pytest.Item]) -> None:
         tests[item.nodeid.partition("[")[0]].append(item)
     for name, combinations in tests.items():
         together = 1 if name.startswith("tests/models/") else 2
+        combinations.sort(key=interpreted)
         for item, more in zip(combinations, beyond(map(factors, combinations), together), strict=True):
             if more:
                 item.add_marker("full")

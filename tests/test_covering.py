@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import covering
 import pytest
@@ -30,3 +31,20 @@ def test_every_group_of_values_stays(sizes, together):
 @pytest.mark.parametrize("sizes", [(7,), (4, 5)], ids=str)
 def test_one_or_two_parameters_stay_whole(sizes):
     assert not any(covering.beyond(combinations(sizes), 2))
+
+
+def test_an_interpreter_keeps_what_nothing_else_has():
+    def item(kernels, dtype, p):
+        served = SimpleNamespace(factors={"kernels": kernels, "dtype": dtype}, interpreted=kernels == "slow")
+        marks = []
+        callspec = SimpleNamespace(params={"served": served, "p": p})
+        return SimpleNamespace(
+            nodeid="tests/ops/test_x.py::test[x]", callspec=callspec, add_marker=marks.append, marks=marks
+        )
+
+    rows = list(itertools.product(("slow", "quick"), "abc", (1, 2, 3)))
+    items = [item(*row) for row in rows]
+    covering.mark(items)
+    kept = [row for row, one in zip(rows, items, strict=True) if not one.marks]
+    assert sum(kernels == "slow" for kernels, _, _ in kept) == 5
+    assert sum(kernels == "quick" for kernels, _, _ in kept) == 9
