@@ -63,7 +63,7 @@ X86_ISAS = {
 OPS = re.findall(r'^RK_SCHEMA\("(\w+)_forward\(', (ROOT / "roberta_kernels/schemas.def").read_text(), re.MULTILINE)
 CPU_OPS = [*OPS, "encoder", "packed_encoder", "linear"]
 CXX_FLAGS = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
-# Python's own flags ask for debug information: nine tenths of the library, and a third of its compiling.
+# Python's own flags ask for debug information, which is nine tenths of the library.
 if not cuda_build.debugs():
     CXX_FLAGS.append("-g0")
 # Error messages name source files by their place in the project.

@@ -62,8 +62,8 @@ FLAGS = [
     "-Wno-psabi",
     "-Wno-unused-function",
 ]
-# As it is written: with -O1 it takes three times as long to compile, and the tests as long. Of debug information, the
-# lines of functions, which the sanitizers' reports name.
+# As it is written: with -O1 it takes three times as long to compile, and the tests are a third quicker. Of debug
+# information, the lines of functions, which the sanitizers' reports name.
 SANITIZERS = ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 
