@@ -93,10 +93,10 @@ def run_case(case: Case, draw: Draw, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def roundings_of_sure_labels(inputs: dict[str, Tensor], labels: Tensor, grad: Tensor) -> dict[str, Tensor]:
-    """What a rounding of every label's probability p does to the loss, and to each gradient.
+    """What the roundings of every label's probability p do to the loss, and to each gradient.
 
-    p is near 1 and rounded as such a number is, here and in the original; log(p) and p - 1 are what is left. grad: of a
-    loss without reduction.
+    p is near 1 and rounded as such a number is, here and in the original: the sum that it is divided by, and the
+    quotient. log(p) and p - 1 are what is left. grad: of a loss without reduction.
     """
     rows = labels.ne(-100).nonzero()[:, 0]
     x, weight, bias = (inputs[name].detach().double().abs().requires_grad_() for name in ("x", "weight", "bias"))
@@ -104,7 +104,7 @@ def roundings_of_sure_labels(inputs: dict[str, Tensor], labels: Tensor, grad: Te
     of_labels.backward(grad.double().abs()[rows])
     lost = {"output": torch.ones(grad.shape, dtype=torch.float64)}
     lost |= {f"gradient of {name}": t.grad for name, t in (("x", x), ("weight", weight), ("bias", bias))}
-    return {name: torch.finfo(torch.float32).eps * t for name, t in lost.items()}
+    return {name: 2.0 * torch.finfo(torch.float32).eps * t for name, t in lost.items()}
 
 
 @pytest.fixture
