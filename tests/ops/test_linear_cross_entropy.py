@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,6 +90,9 @@ def run_case(case: Case, draw: Draw, dtype: torch.dtype) -> dict[str, Tensor]:
         inputs,
         grad,
         within=roundings_of_sure_labels(inputs, rest["labels"], grad) if case.confident else None,
+        # Backward starts from the log-sum-exp, summed and rounded at its size, that of log(words): so far off every
+        # probability of a row may be, all to one side.
+        floor_ulps=2.0 + math.log(case.words),
     )
 
 
