@@ -17,7 +17,7 @@ SOURCES := setup.py roberta_kernels/schemas.def $(wildcard csrc/*.cpp csrc/*.h c
 PYTHON_FILES := roberta_kernels tests benchmarks examples csrc release setup.py noxfile.py
 CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cpp csrc/cuda/*.cu csrc/cuda/*.h csrc/cuda/*.cuh tests/cuda_emulation/*.h tests/cuda_emulation/*.cuh tests/cuda_emulation/*.cpp tests/cpu/*.cpp benchmarks/*.cpp benchmarks/gpu_suite/*.cu)
 PYTEST := $(BIN)/python -m pytest
-# Python compiles what is imported, when it is, and keeps it: a tenth of what pip would compile.
+# Python compiles what is imported, when it is, and keeps it; pip would compile every module of every package.
 INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
 PIP_INSTALL := $(BIN)/python $(INSTALL) -c constraints.txt
 unexport PYTHONDONTWRITEBYTECODE

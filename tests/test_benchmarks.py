@@ -550,9 +550,10 @@ def test_units_are_measured_where_there_is_a_compiler(command_line):
     assert all(rate is None or rate > 1e9 for rate in rates.values())
 
 
-def _models(folder: Path, *arguments: str) -> dict:
+def _models(folder: Path, *only: str) -> dict:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    command = [sys.executable, "-m", "benchmarks", "models", "--smoke", "--out", str(folder), *arguments]
+    command = [sys.executable, "-m", "benchmarks", "models", "--smoke", "--out", str(folder)]
+    command += [argument for name in only for argument in ("--only", name)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr + done.stdout
     return json.loads((folder / "models.json").read_text())
@@ -560,8 +561,7 @@ def _models(folder: Path, *arguments: str) -> dict:
 
 @pytest.mark.full
 def test_models_are_checked_timed_and_related(tmp_path):
-    only = ("1x8", "memory", "ours", "HF sdpa")
-    results = _models(tmp_path, *(argument for name in only for argument in ("--only", name)))
+    results = _models(tmp_path, "1x8", "memory", "ours", "HF sdpa")
     assert results["quick"]
     assert not results["failures"]
     assert results["commit_info"]["id"]
@@ -587,8 +587,7 @@ def test_every_peer_that_is_installed_is_measured(tmp_path, command_line):
     from benchmarks import model_report
     from benchmarks.engines import ENGINES
 
-    parts = ("mixed3", "1x8", "corpus", "training", "scaling")  # memory takes a process for each
-    results = _models(tmp_path, *(argument for name in parts for argument in ("--only", name)))
+    results = _models(tmp_path, "mixed3", "1x8", "corpus", "training", "scaling")  # memory: a process for each
     absent = {name: engine.missing() for name, engine in ENGINES.items() if engine.missing()}
     assert {name: results["unavailable"][name] for name in absent} == absent
     assert not results["failures"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,9 +89,6 @@ def run_case(case: Case, draw: Draw, dtype: torch.dtype) -> dict[str, Tensor]:
         inputs,
         grad,
         within=roundings_of_sure_labels(inputs, rest["labels"], grad) if case.confident else None,
-        # Backward starts from the log-sum-exp, summed and rounded at its size, that of log(words): so far off every
-        # probability of a row may be, all to one side.
-        floor_ulps=2.0 + math.log(case.words),
     )
 
 
@@ -125,9 +121,11 @@ def test_three_way(served: Served, case: Case, draw: Draw) -> None:
 
 @on_every_backend([FLOAT32, BFLOAT16], every_isa=False)
 def test_several_chunks_of_the_vocabulary(served: Served, draw: Draw, small_chunks: None) -> None:
-    run_case(Case("", 6, 24, 1200), draw, served.dtype)  # triton: of 512 words
+    # Rows enough that four have a label: a product of fewer is summed in another order by torch, which the original,
+    # with all rows in one, does not meet.
+    run_case(Case("", 24, 24, 1200), draw, served.dtype)  # triton: of 512 words
     if served.backend == "cpu":  # of 8192
-        run_case(Case("", 6, 24, 17000, reduction="none"), draw, served.dtype)
+        run_case(Case("", 24, 24, 17000, reduction="none"), draw, served.dtype)
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
