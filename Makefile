@@ -18,8 +18,11 @@ PYTHON_FILES := roberta_kernels tests benchmarks examples csrc release setup.py 
 CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cpp csrc/cuda/*.cu csrc/cuda/*.h csrc/cuda/*.cuh tests/cuda_emulation/*.h tests/cuda_emulation/*.cuh tests/cuda_emulation/*.cpp tests/cpu/*.cpp benchmarks/*.cpp benchmarks/gpu_suite/*.cu)
 PYTEST := $(BIN)/python -m pytest
 # Python compiles what is imported, when it is, and keeps it; pip would compile every module of every package.
-INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
-PIP_INSTALL := $(BIN)/python $(INSTALL) -c constraints.txt
+# One pip, that of .venv, installs into every venv: the one that comes with Python may be years old, and takes three times
+# as long to choose versions.
+PIP := $(abspath $(BIN))/python -m pip --quiet --disable-pip-version-check
+INSTALL := install --no-compile
+PIP_INSTALL := $(PIP) $(INSTALL) -c constraints.txt
 unexport PYTHONDONTWRITEBYTECODE
 export ROBERTA_KERNELS_CUTLASS ?= $(abspath $(VENV)/cutlass/cutlass_library/source)
 WORKERS ?= 2
@@ -36,6 +39,7 @@ help:  ## this list
 $(VENV)/.packages: constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.10 is needed, and this is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) --upgrade pip
 	$(PIP_INSTALL) torch setuptools wheel ninja packaging numpy
 	touch $@
 
@@ -111,14 +115,14 @@ test-releases: setup  ## releases of transformers that nobody made yet: the inst
 
 # A venv that finds what it lacks in .venv.
 define venv_beside
-	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	test -x $(1)/bin/python || $(PYTHON) -m venv --without-pip $(1)
 	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(\"" + sysconfig.get_paths()["purelib"] + "\")")' \
 		> "$$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/packages_of_venv.pth"
 endef
 
 $(RAY_VENV)/.packages: constraints.txt $(VENV)/.tools
 	$(call venv_beside,$(RAY_VENV))
-	$(RAY_VENV)/bin/python $(INSTALL) -c constraints.txt 'ray[data,serve]'
+	$(PIP) --python $(RAY_VENV) $(INSTALL) -c constraints.txt 'ray[data,serve]'
 	touch $@
 
 test-ray: setup $(RAY_VENV)/.packages  ## a corpus and a service on a Ray cluster of this machine, in .venv-ray (500 MB)
@@ -128,7 +132,7 @@ test-ray: setup $(RAY_VENV)/.packages  ## a corpus and a service on a Ray cluste
 # compiled is what `make setup` has compiled.
 wheel: sdist  ## a manylinux wheel and an sdist, in dist/ (ROBERTA_KERNELS_CUDA=1: with the CUDA kernels)
 	rm -rf build/lib* build/wheel dist/*.whl
-	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps -w build/wheel .
+	$(PIP) wheel --no-build-isolation --no-deps -w build/wheel .
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*.so' --exclude libc10.so -w dist build/wheel/*.whl
 
 sdist: setup
@@ -140,16 +144,15 @@ sdist: setup
 IN_WHEEL_VENV := env -i HOME="$$HOME" PATH=$(abspath $(WHEEL_VENV))/bin
 test-wheel: wheel $(WHEEL_VENV)/.made  ## the wheel installed without a compiler, and used; the sdist has every source
 	$(WHEEL_VENV)/bin/python release/check_sdist.py dist/*.tar.gz
-	$(IN_WHEEL_VENV) python $(INSTALL) --no-deps --force-reinstall --no-index $(abspath dist)/*.whl
+	$(IN_WHEEL_VENV) $(PIP) --python $(abspath $(WHEEL_VENV)) $(INSTALL) --no-deps --force-reinstall --no-index $(abspath dist)/*.whl
 	cd $(WHEEL_VENV) && $(IN_WHEEL_VENV) python $(abspath release/smoke.py) no-compiler
 
 test-sdist: sdist $(WHEEL_VENV)/.made  ## the sdist installed with a compiler, and used; minutes, since it compiles
-	$(WHEEL_VENV)/bin/python $(INSTALL) --no-build-isolation --no-deps --force-reinstall dist/*.tar.gz
+	$(PIP) --python $(WHEEL_VENV) $(INSTALL) --no-build-isolation --no-deps --force-reinstall dist/*.tar.gz
 	cd $(WHEEL_VENV) && bin/python $(abspath release/smoke.py)
 
 $(WHEEL_VENV)/.made: $(VENV)/.packages
 	$(call venv_beside,$(WHEEL_VENV))
-	$(WHEEL_VENV)/bin/python -m pip uninstall --quiet --yes setuptools  # one of its own would be an old one
 	touch $@
 
 test-floor: setup  ## the quick model tests with the oldest transformers (noxfile.py), in .nox
@@ -176,18 +179,18 @@ cuda-emulation:
 test-cuda-library: setup  ## the CUDA library in a CUDA build of torch, in .venv-cuda (5.5 GB); needs nvcc, no GPU
 	@if why=$$($(BIN)/python csrc/cuda/cuda_build.py --check); then $(MAKE) --no-print-directory cuda-library; else echo "$@ skipped: $$why"; fi
 
-$(CUDA_VENV)/.packages: constraints.txt
-	test -x $(CUDA_VENV)/bin/python || $(PYTHON) -m venv $(CUDA_VENV)
+$(CUDA_VENV)/.packages: constraints.txt $(VENV)/.packages
+	test -x $(CUDA_VENV)/bin/python || $(PYTHON) -m venv --without-pip $(CUDA_VENV)
 	grep -vE '^(torch|triton)==' constraints.txt > $(CUDA_VENV)/constraints.txt
-	$(CUDA_VENV)/bin/python $(INSTALL) --no-cache-dir -c $(CUDA_VENV)/constraints.txt \
+	$(PIP) --python $(CUDA_VENV) $(INSTALL) --no-cache-dir -c $(CUDA_VENV)/constraints.txt \
 		torch==$(CUDA_TORCH) transformers numpy packaging rich typer pytest pytest-benchmark
 	touch $@
 
 # pytest by its script: with `python -m pytest` the sources here would be imported in the place of the wheel.
 cuda-library: $(CUDA_VENV)/.packages
 	rm -rf build/lib* build/wheel
-	ROBERTA_KERNELS_CUDA=1 $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps -w build/wheel .
-	$(CUDA_VENV)/bin/python $(INSTALL) --no-deps --force-reinstall build/wheel/*.whl
+	ROBERTA_KERNELS_CUDA=1 $(PIP) wheel --no-build-isolation --no-deps -w build/wheel .
+	$(PIP) --python $(CUDA_VENV) $(INSTALL) --no-deps --force-reinstall build/wheel/*.whl
 	ROBERTA_KERNELS_CUDA=1 $(CUDA_VENV)/bin/pytest tests/cuda/test_cuda_library.py
 
 bench: setup  ## kernel benchmarks: JSON, a table and plots in benchmarks/results/
@@ -203,9 +206,9 @@ bench-models: $(VENV)/.peers  ## whole models on a CPU against ONNX Runtime, Ope
 	$(BIN)/python -m benchmarks models $(MODELS_ARGS)
 
 # No constraints.txt: its transformers is too new for optimum.
-$(OPTIMUM_VENV)/.packages: benchmarks/optimum.txt
-	test -x $(OPTIMUM_VENV)/bin/python || $(PYTHON) -m venv $(OPTIMUM_VENV)
-	$(OPTIMUM_VENV)/bin/python $(INSTALL) -r benchmarks/optimum.txt
+$(OPTIMUM_VENV)/.packages: benchmarks/optimum.txt $(VENV)/.packages
+	test -x $(OPTIMUM_VENV)/bin/python || $(PYTHON) -m venv --without-pip $(OPTIMUM_VENV)
+	$(PIP) --python $(OPTIMUM_VENV) $(INSTALL) -r benchmarks/optimum.txt
 	touch $@
 
 RERANK_ARGS ?=

@@ -1,13 +1,16 @@
 """The versions that the model tests run with, each in a virtual environment of its own.
 
 `make test-matrix` runs the `models` sessions, `make test-floor` the one with the oldest transformers, and
-`make test-newest` the one with whatever is the newest of all but torch. The compiled library is the one in the tree: it
-uses torch's stable ABI, so the torch that built it and the one that loads it may differ.
+`make test-newest` the one with whatever is the newest of all but torch, where that is newer than what `make test` runs
+with. The compiled library is the one in the tree: it uses torch's stable ABI, so the torch that built it and the one
+that loads it may differ.
 """
 
 from __future__ import annotations
 
+import json
 import re
+import sys
 from pathlib import Path
 
 import nox
@@ -44,7 +47,25 @@ QUICK = (
 NEWEST = (*QUICK, "test_families", "test_tools", "test_replaced_code")
 # People's packages around these models, and the tests of those.
 TOOLS = ("accelerate", "datasets", "peft", "sentence-transformers")
+# A new release of one of these is one to try; of the others of PACKAGES the model tests meet nothing.
+WATCHED = {"transformers", "tokenizers", "huggingface-hub", "safetensors", "numpy", *TOOLS}
 TOOLS_TESTS = ("test_adapters", "test_parallel", "test_sentence_transformers", "test_tools")
+
+
+def pip(session: nox.Session, *arguments: str) -> None:
+    """Into the session's environment, by the pip that runs nox: the one that comes with Python may be years old."""
+    flags = ("--quiet", "--disable-pip-version-check", "--python", str(session.virtualenv.location))
+    session.run(sys.executable, "-m", "pip", *flags, "install", "--no-compile", *arguments, external=True)
+
+
+def newer(session: nox.Session, requirements: tuple[str, ...]) -> dict[str, str]:
+    """What pip would install beside what `make test` runs with, were it free to: versions by name."""
+    report = Path(session.create_tmp()) / "newer.json"
+    flags = ("--dry-run", "--upgrade", "--upgrade-strategy", "eager", "--report", str(report))
+    quiet = ("--quiet", "--disable-pip-version-check")
+    session.run(sys.executable, "-m", "pip", *quiet, "install", *flags, *requirements, external=True)
+    found = (package["metadata"] for package in json.loads(report.read_text())["install"])
+    return {package["name"].lower().replace("_", "-"): package["version"] for package in found}
 
 
 def install(session: nox.Session, transformers: str, torch: str) -> None:
@@ -54,8 +75,8 @@ def install(session: nox.Session, transformers: str, torch: str) -> None:
     constraints = Path(session.create_tmp()) / "constraints.txt"
     constraints.write_text("\n".join(pinned))
     # Without triton the folder tests/triton would be taken for it.
-    session.install(
-        "--no-compile",  # what is imported is compiled then
+    pip(
+        session,
         *("-c", str(constraints), f"torch=={torch}", f"transformers=={transformers}", "triton>=3.6", *PACKAGES),
     )
 
@@ -81,13 +102,18 @@ def newest(session: nox.Session) -> None:
     """The quick tests of models with nothing pinned but torch; then, on top, the newest of what people put around them.
 
     In one environment, and in this order: a package that does not go with the newest transformers yet brings an older
-    one in. Both parts run, whatever the first one finds.
+    one in. Both parts run, whatever the first one finds; neither, where `make test` has the newest of all that matters.
     """
+    free = (f"torch=={TORCH}", "transformers", "triton>=3.6")
+    waiting = newer(session, (*free, *PACKAGES, *TOOLS))
+    tried = {name: version for name, version in waiting.items() if name in WATCHED}
+    session.log(f"newer than what make test runs with: {waiting or 'nothing'}; to be tried: {tried or 'nothing'}")
+    if not tried and not session.posargs:
+        return
     parts = (("transformers", PACKAGES, NEWEST), (", ".join(TOOLS), TOOLS, TOOLS_TESTS))
     broken = []
     for what, packages, tests in parts:
-        upgrade = ("--no-compile", "--upgrade", "--upgrade-strategy", "eager")
-        session.install(*upgrade, f"torch=={TORCH}", "transformers", "triton>=3.6", *packages)
+        pip(session, "--upgrade", "--upgrade-strategy", "eager", *free, *packages)
         versions = installed_versions(session, ("torch", "transformers", *TOOLS, "tokenizers", "huggingface_hub"))
         session.log(f"newest {what}: {versions}")
         try:

@@ -14,15 +14,9 @@ from importlib.machinery import ModuleSpec
 from typing import Any
 
 
-def _of_this_package() -> set[str]:
-    return {name for name in sys.modules if name.startswith("roberta_kernels.")}
-
-
-_light = _of_this_package()
-
-
 def _register_ops() -> None:
-    if _of_this_package() <= _light:  # else the one that is more is what imports torch, half way through its own import
+    # Else one of ours is what imports torch, half way through its own import.
+    if not any(_half_way(name) for name in list(sys.modules) if name.startswith("roberta_kernels.")):
         importlib.import_module("roberta_kernels.ops")
 
 
@@ -45,7 +39,6 @@ WHEN = {"torch": _register_ops} | dict.fromkeys(_OF_ATTENTION, _register_attenti
 
 def register() -> None:
     """Does now what concerns modules that are imported, and the rest right after their import."""
-    _light.update(_of_this_package())
     for name, action in WHEN.items():
         if name in sys.modules:
             action()

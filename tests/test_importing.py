@@ -56,6 +56,14 @@ def test_a_saved_graph_finds_the_ops():
     in_a_new_process("import roberta_kernels, torch\ntorch.ops.roberta_kernels_reference.gelu_ffn_forward.default")
 
 
+def test_what_reads_and_writes_on_a_cluster_imports_no_torch():
+    in_a_new_process(
+        "from roberta_kernels.ray import answers, partitions, results\n"
+        "assert not {'torch', 'transformers', 'ray'} & set(sys.modules)\n"
+        "import torch\ntorch.ops.roberta_kernels_reference.gelu_ffn_forward.default"
+    )
+
+
 @pytest.mark.parametrize("name", ["backends", "hf.fast_class"])
 def test_any_part_can_be_imported_first(name):
     in_a_new_process(f"import roberta_kernels.{name}\nimport roberta_kernels as rk\nrk.patch, rk.ops.attention")

@@ -7,12 +7,19 @@ memory, and they and their batches follow from the input and the options alone: 
 continue to the same bytes (outputs.py).
 """
 
-from roberta_kernels.encoding.embedding import POOLINGS, longest_input, pool
-from roberta_kernels.encoding.encode import encode
-from roberta_kernels.encoding.outputs import check_output
-from roberta_kernels.encoding.report import EncodeReport
-from roberta_kernels.encoding.sources import EncodingError, check_source, format_of
-from roberta_kernels.encoding.tokenization import WINDOW
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from roberta_kernels.lazy import attributes
+
+if TYPE_CHECKING:
+    from roberta_kernels.encoding.corpus import encode
+    from roberta_kernels.encoding.embedding import POOLINGS, longest_input, pool
+    from roberta_kernels.encoding.outputs import check_output
+    from roberta_kernels.encoding.report import EncodeReport
+    from roberta_kernels.encoding.sources import EncodingError, check_source, format_of
+    from roberta_kernels.encoding.tokenization import WINDOW
 
 __all__ = [
     "POOLINGS",
@@ -26,3 +33,13 @@ __all__ = [
     "longest_input",
     "pool",
 ]
+
+_WHERE = {
+    "corpus": ("encode",),
+    "embedding": ("POOLINGS", "longest_input", "pool"),
+    "outputs": ("check_output",),
+    "report": ("EncodeReport",),
+    "sources": ("EncodingError", "check_source", "format_of"),
+    "tokenization": ("WINDOW",),
+}
+__getattr__ = attributes(__name__, {name: module for module, names in _WHERE.items() for name in names})

@@ -23,6 +23,7 @@ from roberta_kernels.ray.partitions import Partition, source_of
 
 # A model and its tokenizer; None for a SentenceTransformer's. Called on a worker, so it is pickled.
 Load = Callable[[], tuple[Any, Any]]
+_REFUSALS: tuple[type[Exception], ...] = (*REFUSALS, backends.BackendError)
 
 
 class Encoder:
@@ -121,12 +122,12 @@ class PartitionEncoder(Encoder):
         self._refusal: Exception | None = None
         try:
             super().__init__(load, **options)
-        except REFUSALS as error:  # said in the place of the first partition
+        except _REFUSALS as error:  # said in the place of the first partition
             self._refusal = error
 
     def __call__(self, row: dict[str, Any]) -> dict[str, str]:
         """A Partition's fields -> an answer: its number, its counts, and the seconds that encoding took."""
-        return answer(lambda: self._made(Partition(**row)))
+        return answer(lambda: self._made(Partition(**row)), _REFUSALS)
 
     def _made(self, partition: Partition) -> dict[str, Any]:
         if self._refusal is not None:

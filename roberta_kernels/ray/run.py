@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from roberta_kernels.encoding import WINDOW
-from roberta_kernels.encoding.encode import check_options
+from roberta_kernels.encoding.corpus import check_options
 from roberta_kernels.encoding.sources import EncodingError, WorthlessRunError, import_pyarrow
 from roberta_kernels.encoding.subject import subject_of
 from roberta_kernels.ray import results

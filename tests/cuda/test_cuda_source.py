@@ -44,8 +44,13 @@ def test_every_source_compiles_for_every_architecture_it_is_for(compiled, capsys
     assert set(objects) == set(cuda_build.kernel_sources()), "pip install nvidia-cutlass"
     listed = {f"sm_{one.name}" for one in cuda_build.listed_architectures(cuda_build.find_nvcc())}
     assert {"sm_80", "sm_90a"} <= listed, "TORCH_CUDA_ARCH_LIST leaves out what tests here read"
+    branches = ptxas.branches(cuda_build)
+    assert any(branches.values()), "no source has code of its own for an architecture: this looks for nothing"
+    headers = [path.name for path in (cuda_build.ROOT / "csrc/cuda").glob("*.cuh") if "_ARCH__ >=" in path.read_text()]
+    assert not headers, "ptxas.branches() reads sources alone"
     for source in objects:
-        expected = {"sm_90a"} if source.endswith("_sm90.cu") else listed
+        own = {f"sm_{name}" for name, sources in branches.items() if source in sources}
+        expected = {"sm_90a"} if source.endswith("_sm90.cu") else listed | own
         kernels = [u for u in usages if u.source == source and u.is_kernel]
         assert {u.architecture for u in kernels} == expected, source
         assert all(u.registers > 0 for u in kernels)
