@@ -26,6 +26,9 @@ PIP_INSTALL := $(PIP) $(INSTALL) -c constraints.txt
 unexport PYTHONDONTWRITEBYTECODE
 export ROBERTA_KERNELS_CUTLASS ?= $(abspath $(VENV)/cutlass/cutlass_library/source)
 WORKERS ?= 2
+# SHARE=2/3: of the long matrices in test-full the second of three shares.
+SHARE ?=
+IN_SHARE := $(addprefix --share=,$(SHARE))
 # What test-cuda-source and test-cuda-library run.
 NOT_CUDA := --ignore=tests/cuda --ignore=tests/cuda_emulation
 
@@ -72,7 +75,7 @@ demo: $(VENV)/.built  ## a RoBERTa-size model on real text, original against pat
 
 test: lint test-fast  ## the checks to wait for: linters, and tests of everything that is promised
 
-test-full: test-matrices test-releases test-cuda-source test-wheel test-hub-kernel  ## what make test leaves out: matrices, compilers, emulations
+test-full: test-matrices test-releases test-cuda-source test-wheel test-hub-kernel  ## what make test leaves out: matrices, compilers, emulations (SHARE=1/3: a third of the matrices)
 
 lint: setup  ## ruff, mypy, clang-format
 	$(BIN)/ruff check --no-cache $(PYTHON_FILES)
@@ -91,7 +94,7 @@ test-fast: setup  ## the tests of make test
 	$(PYTEST) -n $(WORKERS) --dist loadfile -m "$(FAST)" $(NOT_CUDA)
 
 test-matrices: setup $(VENV)/.torchao  ## the rest of the same files: tests that take long, and every combination of parameters
-	$(PYTEST) -n $(WORKERS) --dist loadfile -m "full and not releases and not ray" $(NOT_CUDA) --deselect tests/models/test_quantised.py::test_torchao
+	$(PYTEST) -n $(WORKERS) --dist loadfile $(IN_SHARE) -m "full and not releases and not ray" $(NOT_CUDA) --deselect tests/models/test_quantised.py::test_torchao
 	PYTHONPATH=$(VENV)/torchao $(PYTEST) tests/models/test_quantised.py::test_torchao
 
 hub-kernel: setup  ## the layout of Hugging Face's Kernels Hub, in build/hub-kernel, to be uploaded or built by kernel-builder
@@ -111,7 +114,7 @@ $(VENV)/.torchao: constraints.txt $(VENV)/.packages
 	touch $@
 
 test-releases: setup  ## releases of transformers that nobody made yet: the installed one with edited sources
-	$(PYTEST) -n $(WORKERS) tests/releases
+	$(PYTEST) -n $(WORKERS) $(IN_SHARE) tests/releases
 
 # A venv that finds what it lacks in .venv.
 define venv_beside
@@ -126,7 +129,7 @@ $(RAY_VENV)/.packages: constraints.txt $(VENV)/.tools
 	touch $@
 
 test-ray: setup $(RAY_VENV)/.packages  ## a corpus and a service on a Ray cluster of this machine, in .venv-ray (500 MB)
-	$(RAY_VENV)/bin/python -m pytest -m ray tests/cluster
+	$(RAY_VENV)/bin/python -m pytest -n 2 --dist loadfile -m ray tests/cluster
 
 # torch's libraries are where torch is, and no part of the wheel; of the rest auditwheel says how old a Linux may be. What is
 # compiled is what `make setup` has compiled.
@@ -171,8 +174,8 @@ test-cuda-source: setup  ## the CUDA sources: compiled for every architecture, a
 # Of the op tests what make test has, under the sanitizers; then what the emulation and launch planning have for tests of
 # their own; then the op tests as a Hopper GPU would run them.
 cuda-emulation:
-	$(BIN)/python tests/cuda_emulation/build.py -- python -m pytest -n $(WORKERS) -m "not full" tests/ops -k cuda
-	$(BIN)/python tests/cuda_emulation/build.py --plain -- python -m pytest -n $(WORKERS) tests/cuda_emulation tests/models/test_encoder_on_cuda.py tests/models/test_graphs.py
+	$(BIN)/python tests/cuda_emulation/build.py -- python -m pytest -n $(WORKERS) $(IN_SHARE) -m "not full" tests/ops -k cuda
+	$(BIN)/python tests/cuda_emulation/build.py --plain -- python -m pytest -n $(WORKERS) --dist worksteal $(IN_SHARE) tests/cuda_emulation tests/models/test_encoder_on_cuda.py tests/models/test_graphs.py
 	$(BIN)/python tests/cuda_emulation/build.py --plain -- python -m pytest -n $(WORKERS) -p tests.cuda_emulation.hopper tests/ops/test_attention.py tests/ops/test_variants.py -k "cuda and not float32 and not portable and not (gelu and sm90)"
 
 # One wheel, built against the torch of .venv, is what the other torch loads.

@@ -36,14 +36,14 @@ ROWS, WINDOW, TURNS, WORKERS, VOCABULARY = 2048, 256, 3, 2, 8000
 BUDGET = 200.0  # seconds, after which no further turn is begun
 
 
-def prepare(folder: Path, rows: int) -> None:
-    """Models with their tokenizer, and the texts."""
+def prepare(folder: Path, rows: int, *, smoke: bool) -> None:
+    """Models with their tokenizer, and the texts. smoke: from few of them."""
     import torch
     from transformers import RobertaConfig, RobertaModel
 
     from roberta_kernels.demo.corpus import docstrings, train_tokenizer
 
-    texts = docstrings()
+    texts = docstrings(400 if smoke else None)
     texts = (texts * (1 + rows // len(texts)))[:rows]
     tokenizer = train_tokenizer(texts[:4000], VOCABULARY)
     for name, size in SIZES.items():
@@ -78,7 +78,7 @@ def measure(folder: Path, console: Console, *, smoke: bool) -> dict[str, Any]:
 
     from roberta_kernels import ray as rk_ray
 
-    prepare(folder, 40 if smoke else ROWS)
+    prepare(folder, 40 if smoke else ROWS, smoke=smoke)
     results: dict[str, Any] = {
         "cluster": True,
         "quick": smoke,
@@ -99,7 +99,8 @@ def measure(folder: Path, console: Console, *, smoke: bool) -> dict[str, Any]:
             overwrite=True,
         )
 
-    on_ray("tiny", "one", 1)  # Ray Data itself is imported, and its first run prepared
+    if not smoke:
+        on_ray("tiny", "one", 1)  # Ray Data itself is imported, and its first run prepared
     results |= {"first_s": [], "tokens_per_s": [], "tiny_s": [], "tiny_encoding_s": []}
     for turn in range(1, 1 + (1 if smoke else TURNS)):
         began_turn = time.perf_counter()

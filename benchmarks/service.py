@@ -42,7 +42,7 @@ def read(said: str) -> dict[str, dict[str, float]]:
 def measure(folder: Path, console: Console, *, smoke: bool) -> dict[str, Any]:
     """The result file's content. folder: for what is written on the way."""
     turns, seconds, clients = SMOKE if smoke else (TURNS, SECONDS, CLIENTS)
-    cluster.prepare(folder, 1)
+    cluster.prepare(folder, 1, smoke=smoke)
     results: dict[str, Any] = {
         "service": True,
         "quick": smoke,

@@ -1,11 +1,13 @@
 """Set before any test imports triton: without a GPU its kernels run in Triton's interpreter, on CPU tensors. And what
-`make test` leaves to `make test-full`.
+`make test` leaves to `make test-full`, and that to several runs: `--share 2/3` is the second of three.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import signal
+import zlib
 
 import covering
 import pytest
@@ -21,6 +23,23 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def share(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([1-9])/([1-9])", text)
+    if match is None or int(match[1]) > int(match[2]):
+        raise pytest.UsageError(f"--share must be as 1/3, 2/3 or 3/3, got {text!r}")
+    return int(match[1]), int(match[2])
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--share", type=share, default=(1, 1), help="which of how many shares of the tests runs, as 2/3")
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m selects
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     covering.mark(items)
+    number, shares = config.getoption("--share")
+    # By its name, so that a test's share stays the same when others come and go.
+    left_out = {item for item in items if zlib.crc32(item.nodeid.encode()) % shares != number - 1}
+    if left_out:
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = [item for item in items if item not in left_out]

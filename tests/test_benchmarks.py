@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 
@@ -35,9 +35,9 @@ def quick_run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("benchmarks")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "TRITON_"))}
     environment |= {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
-    command = [sys.executable, "-m", "benchmarks", "run", "--quick", "--device", "cpu", "--backend", "reference"]
-    command += ["--op", "attention", "--op", "add_layer_norm", "--batch", "mixed8", "--out", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    command = ["-m", "benchmarks", "run", "--quick", "--device", "cpu", "--backend", "reference"]
+    command += ["--op", "attention", "--op", "add_layer_norm", "--batch", "mixed8", "--out", folder]
+    done = forks.python(*command, environment=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr + done.stdout
     return folder
 
@@ -552,9 +552,9 @@ def test_units_are_measured_where_there_is_a_compiler(command_line):
 
 def _models(folder: Path, *only: str) -> dict:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    command = [sys.executable, "-m", "benchmarks", "models", "--smoke", "--out", str(folder)]
+    command = ["-m", "benchmarks", "models", "--smoke", "--out", folder]
     command += [argument for name in only for argument in ("--only", name)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    done = forks.python(*command, environment=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr + done.stdout
     return json.loads((folder / "models.json").read_text())
 

@@ -5,10 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import forks
 import pytest
 
 full = pytest.mark.full
 LOADED = "{name for name in sys.modules if '.' not in name or name.startswith('roberta_kernels')}"
+
+
+def with_torch_and_transformers(script: str) -> None:
+    done = forks.python("-c", "import sys\n" + script)
+    assert done.returncode == 0, done.stderr
 
 
 def in_a_new_process(script: str) -> str:
@@ -92,7 +98,7 @@ def test_the_ops_are_there_after_a_look():
 
 @pytest.mark.parametrize("name", ["patching", *(pytest.param(name, marks=full) for name in ("models", "tolerance"))])
 def test_a_part_is_an_attribute_whatever_was_imported_before(name):
-    in_a_new_process(f"import roberta_kernels as rk\nassert rk.{name}.__name__ == 'roberta_kernels.{name}'")
+    with_torch_and_transformers(f"import roberta_kernels as rk\nassert rk.{name}.__name__ == 'roberta_kernels.{name}'")
 
 
 def test_what_is_nowhere_is_no_attribute():
@@ -119,13 +125,13 @@ with Refuse():
 
 def test_no_module_makes_a_tensor_at_its_import():
     """It would be of whatever tensors are there: fake, on "meta" or a GPU, in inference mode."""
-    in_a_new_process(NO_TENSOR_IS_MADE)
+    with_torch_and_transformers(NO_TENSOR_IS_MADE)
 
 
 @pytest.mark.parametrize("mode", ["FakeTensorMode()", "torch.device('meta')", "torch.inference_mode()"])
 def test_the_first_patch_in_a_process_is_where_tensors_are_not_plain(mode):
     """Then all of the package's modules are imported there."""
-    in_a_new_process(f"""
+    with_torch_and_transformers(f"""
 import torch, roberta_kernels as rk
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import RobertaConfig, RobertaModel

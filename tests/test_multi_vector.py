@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 
@@ -43,8 +43,7 @@ def model(multi_vector, texts, tmp_path_factory):
 
 @pytest.mark.full
 def test_the_benchmark(tmp_path):
-    command = [sys.executable, "-m", "benchmarks", "multi-vector", "--smoke", "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = forks.python("-m", "benchmarks", "multi-vector", "--smoke", "--out", tmp_path, cwd=ROOT)
     assert done.returncode == 0, done.stderr + done.stdout
     results = json.loads((tmp_path / "multi_vector.json").read_text())
     names = {"sentence-transformers", "patched", "sentence-transformers, bfloat16", "patched, bfloat16"}
@@ -72,8 +71,8 @@ def test_wrong_vectors_are_not_timed(multi_vector, model, texts):
 @pytest.mark.full
 def test_the_example(model, tmp_path):
     model.save_pretrained(str(tmp_path), create_model_card=False)
-    command = [sys.executable, str(ROOT / "examples/multi_vector.py"), "What is it?", "--model", str(tmp_path)]
-    done = subprocess.run([*command, "--passages", "12"], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    command = [ROOT / "examples/multi_vector.py", "What is it?", "--model", tmp_path, "--passages", "12"]
+    done = forks.python(*command, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "12 passages" in done.stdout
     assert "vectors: 32 of the question" in done.stdout, "lengthened with masks"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 
@@ -37,8 +37,7 @@ def folder(rerank, tmp_path_factory):
 
 @pytest.mark.full
 def test_the_benchmark(tmp_path):
-    command = [sys.executable, "-m", "benchmarks", "rerank", "--smoke", "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = forks.python("-m", "benchmarks", "rerank", "--smoke", "--out", tmp_path, cwd=ROOT)
     assert done.returncode == 0, done.stderr + done.stdout
     results = json.loads((tmp_path / "rerank.json").read_text())
     rows = {row["contender"]: row for row in results["contenders"]}
@@ -129,8 +128,8 @@ def test_a_backend_in_a_process_of_its_own(a_process):
 
 @pytest.mark.full
 def test_the_example(folder):
-    command = [sys.executable, str(ROOT / "examples/rerank.py"), "What is a file?", "--model", str(folder)]
-    done = subprocess.run([*command, "--passages", "12"], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    command = [ROOT / "examples/rerank.py", "What is a file?", "--model", folder, "--passages", "12"]
+    done = forks.python(*command, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "12 passages" in done.stdout
     assert len(re.findall(r"^0\.\d{4}  ", done.stdout, re.MULTILINE)) == 5

@@ -343,25 +343,29 @@ def test_dropout_mask(library: ctypes.CDLL, dropout_p: float) -> None:
             assert torch.equal(got, kept[..., first : first + len(rows)]), name
 
 
+SMALLER = [case for case in CASES if sum(case.lengths) <= 250]
+PROCESSES = 4
+
+
 @pytest.mark.full
-def test_under_the_sanitizers() -> None:
-    """The smaller cases again, in a process that has the sanitizers in it."""
+@pytest.mark.parametrize("process", range(PROCESSES))
+def test_under_the_sanitizers(process: int) -> None:
+    """The smaller cases again, in processes that have the sanitizers in them."""
     library = build.library("sanitized", sources=SOURCES, name=NAME)
     environment = {**os.environ, **build.environment(library), "PYTHONPATH": str(build.ROOT)}
     environment.pop("ROBERTA_KERNELS_CUDA_EMULATION")
-    command = [sys.executable, "-m", "tests.cuda_emulation.test_attention_sm90", str(library)]
+    command = [sys.executable, "-m", "tests.cuda_emulation.test_attention_sm90", str(library), str(process)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def main() -> None:
     library = ctypes.CDLL(sys.argv[1])
-    for case in CASES:
-        if sum(case.lengths) <= 250:
-            test_forward(library, case)
-            if case.head_dim <= 64:
-                test_backward(library, case)
-            print("ran", case.id, flush=True)
+    for case in SMALLER[int(sys.argv[2]) :: PROCESSES]:
+        test_forward(library, case)
+        if case.head_dim <= 64:
+            test_backward(library, case)
+        print("ran", case.id, flush=True)
 
 
 if __name__ == "__main__":

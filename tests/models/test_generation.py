@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from model_cases import SENTENCES, Case, batch_for, build, byte_tokenizer, patched, randomise
@@ -224,10 +223,8 @@ def test_the_example(tmp_path):
     files = [tmp_path / "a.txt", tmp_path / "b.txt"]
     for file, text in zip(files, SENTENCES, strict=False):
         file.write_text(text, encoding="utf-8")
-    command = [sys.executable, "examples/summarise.py", *map(str, files), "--model", str(tmp_path / "model")]
-    done = subprocess.run(
-        [*command, "--beams", "2", "--new-tokens", "6"], cwd=ROOT, capture_output=True, text=True, timeout=600
-    )
+    command = ["examples/summarise.py", *files, "--model", tmp_path / "model", "--beams", "2", "--new-tokens", "6"]
+    done = forks.python(*command, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "the same tokens: True" in done.stdout
     assert "2 texts: " in done.stdout
@@ -236,8 +233,7 @@ def test_the_example(tmp_path):
 
 @pytest.mark.full
 def test_the_benchmark(tmp_path):
-    command = [sys.executable, "-m", "benchmarks", "generation", "--smoke", "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    done = forks.python("-m", "benchmarks", "generation", "--smoke", "--out", tmp_path, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("times as fast") == 9
     assert (tmp_path / "generation.json").is_file()

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from model_cases import Case, assert_case, batch_for, build, logged, patched
@@ -331,11 +330,8 @@ def test_trainer(tmp_path):
 @pytest.mark.full
 def test_the_benchmark(tmp_path):
     """A tiny model, all contenders: a table with a row for each."""
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.masked_lm", "--size", "tiny", "--batch", "2", "--length", "16",
-         "--steps", "1", "--adamw", "--out", str(tmp_path / "results.json")],
-        capture_output=True, text=True, cwd=Path(__file__).parents[2],
-    )  # fmt: skip
+    small = ("-m", "benchmarks.masked_lm", "--size", "tiny", "--batch", "2", "--length", "16", "--steps", "1")
+    done = forks.python(*small, "--adamw", "--out", tmp_path / "results.json", cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
     assert "| patched, return_logits=False |" in done.stdout
     assert (tmp_path / "results.json").exists()

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-import subprocess
-import sys
 
+import forks
 import pytest
 import torch
 import transformers
@@ -605,6 +604,6 @@ assert rk.is_patched(transformers.RobertaForMaskedLM(config))
 
 def test_patch_transformers_before_any_other_call():
     """In a process of its own: what is found out about a class is found out while the first model of it is made."""
-    done = subprocess.run([sys.executable, "-c", FRESH], capture_output=True, text=True)
+    done = forks.python("-c", FRESH)
     assert done.returncode == 0, done.stderr
     assert "roberta_kernels" not in done.stderr

@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import pickle
-import subprocess
-import sys
 
+import forks
 import pytest
 import torch
 from model_cases import HEADS, Case, batch_for, build, fast_class, hf_class, patched
@@ -155,7 +154,8 @@ def test_a_pickle_opens_in_a_process_that_never_made_a_model(tmp_path):
         "rk.unpatch(model)\n"
         "assert type(model).__module__.startswith('transformers')\n"
     )
-    subprocess.run([sys.executable, "-c", script, str(tmp_path / "model.pt")], check=True)
+    done = forks.python("-c", script, tmp_path / "model.pt")
+    assert done.returncode == 0, done.stderr
 
 
 def test_state_dicts_go_both_ways():

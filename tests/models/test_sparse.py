@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -240,7 +239,7 @@ def test_colbert(encoder, expansion):
 
 
 def run_python(*arguments):
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = forks.python(*arguments, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

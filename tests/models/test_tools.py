@@ -9,11 +9,10 @@ import io
 import json
 import logging
 import pickle
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 import transformers
@@ -138,9 +137,7 @@ def test_a_pickled_model_in_a_process_that_knows_nothing_of_us(tmp_path):
     ours, original, inputs = both_and_batch()
     with torch.no_grad(), open(tmp_path / "model.pickle", "wb") as file:
         pickle.dump((ours, inputs, original(**inputs)[0]), file)
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD, str(tmp_path / "model.pickle")], capture_output=True, text=True, check=False
-    )
+    done = forks.python("-c", LOAD, tmp_path / "model.pickle")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip() == str(type(original))
 
@@ -404,8 +401,7 @@ def test_importing_is_silent_where_warnings_are_errors():
         "import roberta_kernels as rk\n"
         "rk.FastRoberta\n"
     )
-    root = str(Path(rk.__file__).parents[1])
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=root)
+    done = forks.python("-c", code, cwd=Path(rk.__file__).parents[1])
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr == ""
 

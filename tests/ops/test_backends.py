@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import torch
 
@@ -41,15 +41,7 @@ def run_python(
         if value is not None:
             env[key] = value
     env["PYTHONPATH"] = str(root or Path(roberta_kernels.__file__).parents[1])
-    return subprocess.run(
-        [sys.executable, "-c", code, *command],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=root or Path("/"),
-        check=False,
-    )
+    return forks.python("-c", code, *command, environment=env, cwd=root or Path("/"))
 
 
 def test_available_backends_says_what_and_why() -> None:

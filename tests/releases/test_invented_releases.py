@@ -4,12 +4,13 @@ and what does not run fused is said."""
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import overlay
 import pytest
-from forks import Forks
+from forks import TORCH, Forks
 from invented_release import Release
 from other_mathematics import OTHER_MATHEMATICS
 from same_mathematics import SAME_MATHEMATICS
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.releases
 
 @pytest.fixture(scope="module")
 def forks():
-    made = Forks()
+    made = Forks(*TORCH)
     yield made
     made.close()
 
@@ -34,10 +35,11 @@ def run(forks: Forks, release: Release, folder: Path) -> dict[str, Any]:
     path = [str(Path(roberta_kernels.__file__).parents[1])]
     if release.edits or release.moved:
         path.insert(0, str(overlay.make(folder / "release", release.edits, moved=release.moved)))
-    job, happened, log = (folder / name for name in ("job.json", "happened.json", "log"))
+    job, happened = folder / "job.json", folder / "happened.json"
     job.write_text(json.dumps({"names": dict(release.names), "given": dict(release.given)}))
-    status = forks.run(HERE / "scenario.py", [str(job), str(happened)], path=path, log=log)
-    assert status == 0, f"{release.name}: the scenario broke, with status {status}\n{log.read_text()[-5000:]}"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
+    done = forks.run(HERE / "scenario.py", job, happened, environment=environment)
+    assert done.returncode == 0, f"{release.name}: the scenario broke ({done.returncode})\n{done.stderr[-5000:]}"
     result = json.loads(happened.read_text())
     invented = len(path) == 2
     assert result["transformers"].startswith(str(folder)) == invented, "another transformers was imported"
