@@ -9,6 +9,7 @@ before the fork, and nothing of this package imported.
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import os
 import runpy
@@ -108,6 +109,7 @@ def main() -> None:
         __import__(name)
     unexpected = {"roberta_kernels", *(() if "transformers" in sys.argv else ("transformers",))} & set(sys.modules)
     assert not unexpected, unexpected
+    gc.freeze()  # or each child collects, and so copies, all that was imported
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
