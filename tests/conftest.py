@@ -36,10 +36,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # A test's share is found from its name, so that it stays the same when others come and go. Those of a file that take
+    # long share what takes long.
+    keys = {item: item.path.name if item.get_closest_marker("full") else item.nodeid for item in items}
     covering.mark(items)
     number, shares = config.getoption("--share")
-    # By its name, so that a test's share stays the same when others come and go.
-    left_out = {item for item in items if zlib.crc32(item.nodeid.encode()) % shares != number - 1}
+    left_out = {item for item, key in keys.items() if zlib.crc32(key.encode()) % shares != number - 1}
     if left_out:
         config.hook.pytest_deselected(items=list(left_out))
         items[:] = [item for item in items if item not in left_out]

@@ -14,7 +14,7 @@ FILES = {
 }
 # From the bottom up: what stands in a line may import what stands in a line above it, and within its own package.
 LEVELS = (
-    ("_version", "requirements", "schemas", "tolerance"),
+    ("_version", "lazy", "requirements", "schemas", "tolerance"),
     ("reference", "triton"),
     ("backends",),
     ("ops", "unpadding"),

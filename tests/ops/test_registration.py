@@ -246,8 +246,8 @@ class Block(torch.nn.Module):
             *(self.embedding_layer_norm_weight, self.embedding_layer_norm_bias),
             eps=1e-5,
         )
-        q, k, v = hidden[:, None, :, None].expand(-1, 3, -1, 16).contiguous().unbind(1)
-        attended = ops.attention(q, k, v, cu_seqlens, max_seqlen_q=16).mean(-1)
+        q, k, v = hidden[:, None, :2, None].expand(-1, 3, -1, 16).contiguous().unbind(1)  # two heads
+        attended = ops.attention(q, k, v, cu_seqlens, max_seqlen_q=16).mean(-1).repeat(1, 12)
         normed = ops.add_layer_norm(
             attended, hidden, self.add_layer_norm_weight, self.add_layer_norm_bias, eps=1e-5
         )  # [T, 24]
