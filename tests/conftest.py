@@ -5,12 +5,11 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
-import zlib
 
 import covering
 import pytest
+import shares
 import torch
 
 if not torch.cuda.is_available():
@@ -23,25 +22,17 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def share(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"([1-9])/([1-9])", text)
-    if match is None or int(match[1]) > int(match[2]):
-        raise pytest.UsageError(f"--share must be as 1/3, 2/3 or 3/3, got {text!r}")
-    return int(match[1]), int(match[2])
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--share", type=share, default=(1, 1), help="which of how many shares of the tests runs, as 2/3")
+    parser.addoption(
+        "--share", type=shares.share, default=(1, 1), help="which of how many shares of the tests runs, as 2/3"
+    )
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    # A test's share is found from its name, so that it stays the same when others come and go. Those of a file that take
-    # long share what takes long.
-    keys = {item: item.path.name if item.get_closest_marker("full") else item.nodeid for item in items}
+    keys = {item: shares.key_of(item) for item in items}
     covering.mark(items)
-    number, shares = config.getoption("--share")
-    left_out = {item for item, key in keys.items() if zlib.crc32(key.encode()) % shares != number - 1}
+    left_out = {item for item, key in keys.items() if not shares.is_in(key, config.getoption("--share"))}
     if left_out:
         config.hook.pytest_deselected(items=list(left_out))
         items[:] = [item for item in items if item not in left_out]
