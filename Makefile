@@ -33,7 +33,7 @@ IN_SHARE := $(addprefix --share=,$(SHARE))
 NOT_CUDA := --ignore=tests/cuda --ignore=tests/cuda_emulation
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format test-full test-fast test-matrices test-releases test-ray wheel sdist test-wheel test-sdist hub-kernel test-hub-kernel test-floor test-newest test-matrix test-cuda-source test-cuda-library cuda-library cuda-emulation bench bench-models bench-rerank gpu-suite gpu-bundle clean
+.PHONY: help setup demo test lint format test-full test-fast test-matrices test-releases test-ray wheel sdist test-wheel test-sdist hub-kernel test-hub-kernel test-floor test-newest test-matrix test-cuda-source test-cuda-library cuda-packages cuda-library cuda-emulation bench bench-models bench-rerank gpu-suite gpu-bundle clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -181,6 +181,9 @@ cuda-emulation:
 # One wheel, built against the torch of .venv, is what the other torch loads.
 test-cuda-library: setup  ## the CUDA library in a CUDA build of torch, in .venv-cuda (5.5 GB); needs nvcc, no GPU
 	@if why=$$($(BIN)/python csrc/cuda/cuda_build.py --check); then $(MAKE) --no-print-directory cuda-library; else echo "$@ skipped: $$why"; fi
+
+cuda-packages: setup  ## what test-cuda-library installs, where there is nvcc
+	@if $(BIN)/python csrc/cuda/cuda_build.py --check > /dev/null; then $(MAKE) --no-print-directory $(CUDA_VENV)/.packages; fi
 
 $(CUDA_VENV)/.packages: constraints.txt $(VENV)/.packages
 	test -x $(CUDA_VENV)/bin/python || $(PYTHON) -m venv --without-pip $(CUDA_VENV)
