@@ -180,29 +180,12 @@ def table(usages: list[Usage]) -> str:
     return "\n".join(lines)
 
 
-def branches(build: ModuleType) -> dict[str, set[str]]:
-    """Architecture, "100" -> the sources that have code of their own from it on (`__CUDA_ARCH__ >= 1000`)."""
-    found: dict[str, set[str]] = {}
-    for source in build.kernel_sources():
-        text = (ROOT / "csrc/cuda" / source).read_text()
-        for number in re.findall(r"__CUDA_ARCH__ >= (\d+)0\b", text):
-            found.setdefault(number, set()).add(source)
-    return found
-
-
 def compile_and_parse() -> tuple[list[Usage], dict[str, Path], dict[str, str]]:
-    """(what everything in csrc/cuda uses, source -> object, source -> what nvcc said): for the listed architectures,
-    and beyond them for each that a source has code of its own for."""
+    """(what everything in csrc/cuda uses, source -> object, source -> what nvcc said)."""
     build = load_cuda_build()
     listed = build.listed_architectures(build.find_nvcc() or "")
     objects = build.compile_kernels(listed, build.build_folder(listed))
     logs = {source: Path(f"{binary}.log").read_text() for source, binary in objects.items()}
-    for name, sources in branches(build).items():
-        if name not in {str(one.number) for one in listed}:
-            paths = [ROOT / "csrc/cuda" / source for source in sorted(sources)]
-            one = (build.Architecture(name),)
-            for source, binary in build.compile_kernels(one, build.BUILD.with_name(f"cuda-{name}-own"), paths).items():
-                logs[source] += Path(f"{binary}.log").read_text()
     return [usage for source, log in logs.items() for usage in parse(log, source)], objects, logs
 
 
