@@ -167,9 +167,14 @@ test-newest: setup  ## the quick model tests with the newest of everything but t
 test-matrix: setup  ## the model tests with every version in noxfile.py; several GB, and hours
 	$(BIN)/nox -s models
 
+# A target, or why it cannot be made here.
+define with_nvcc
+	@if why=$$($(BIN)/python csrc/cuda/cuda_build.py --check); then $(MAKE) --no-print-directory $(1); else echo "$(1) skipped: $$why"; fi
+endef
+
 test-cuda-source: setup  ## the CUDA sources: compiled for every architecture, and run on the CPU; needs nvcc, no GPU
 	$(PYTEST) -m cuda_source tests/cuda
-	@if why=$$($(BIN)/python csrc/cuda/cuda_build.py --check); then $(MAKE) --no-print-directory cuda-emulation; else echo "cuda-emulation skipped: $$why"; fi
+	$(call with_nvcc,cuda-emulation)
 
 # Of the op tests what make test has, under the sanitizers; then what the emulation and launch planning have for tests of
 # their own; then the op tests as a Hopper GPU would run them.
@@ -180,10 +185,10 @@ cuda-emulation:
 
 # One wheel, built against the torch of .venv, is what the other torch loads.
 test-cuda-library: setup  ## the CUDA library in a CUDA build of torch, in .venv-cuda (5.5 GB); needs nvcc, no GPU
-	@if why=$$($(BIN)/python csrc/cuda/cuda_build.py --check); then $(MAKE) --no-print-directory cuda-library; else echo "$@ skipped: $$why"; fi
+	$(call with_nvcc,cuda-library)
 
 cuda-packages: setup  ## what test-cuda-library installs, where there is nvcc
-	@if $(BIN)/python csrc/cuda/cuda_build.py --check > /dev/null; then $(MAKE) --no-print-directory $(CUDA_VENV)/.packages; fi
+	$(call with_nvcc,$(CUDA_VENV)/.packages)
 
 $(CUDA_VENV)/.packages: constraints.txt $(VENV)/.packages
 	test -x $(CUDA_VENV)/bin/python || $(PYTHON) -m venv --without-pip $(CUDA_VENV)

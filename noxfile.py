@@ -15,6 +15,7 @@ from pathlib import Path
 
 import nox
 from nox.command import CommandFailed
+from packaging.utils import canonicalize_name
 
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_venv = "yes"
@@ -53,19 +54,23 @@ TOOLS_TESTS = ("test_adapters", "test_parallel", "test_sentence_transformers", "
 
 
 def pip(session: nox.Session, *arguments: str) -> None:
-    """Into the session's environment, by the pip that runs nox: the one that comes with Python may be years old."""
-    flags = ("--quiet", "--disable-pip-version-check", "--python", str(session.virtualenv.location))
-    session.run(sys.executable, "-m", "pip", *flags, "install", "--no-compile", *arguments, external=True)
+    """The pip beside nox, as the one that comes with Python, and so with an environment, may be years old."""
+    flags = ("--quiet", "--disable-pip-version-check")
+    session.run(sys.executable, "-m", "pip", *flags, *arguments, external=True)
+
+
+def add(session: nox.Session, *requirements: str) -> None:
+    """Into the session's environment."""
+    pip(session, "--python", str(session.virtualenv.location), "install", "--no-compile", *requirements)
 
 
 def newer(session: nox.Session, requirements: tuple[str, ...]) -> dict[str, str]:
     """What pip would install beside what `make test` runs with, were it free to: versions by name."""
     report = Path(session.create_tmp()) / "newer.json"
     flags = ("--dry-run", "--upgrade", "--upgrade-strategy", "eager", "--report", str(report))
-    quiet = ("--quiet", "--disable-pip-version-check")
-    session.run(sys.executable, "-m", "pip", *quiet, "install", *flags, *requirements, external=True)
+    pip(session, "install", *flags, *requirements)
     found = (package["metadata"] for package in json.loads(report.read_text())["install"])
-    return {package["name"].lower().replace("_", "-"): package["version"] for package in found}
+    return {canonicalize_name(package["name"]): package["version"] for package in found}
 
 
 def install(session: nox.Session, transformers: str, torch: str) -> None:
@@ -75,7 +80,7 @@ def install(session: nox.Session, transformers: str, torch: str) -> None:
     constraints = Path(session.create_tmp()) / "constraints.txt"
     constraints.write_text("\n".join(pinned))
     # Without triton the folder tests/triton would be taken for it.
-    pip(
+    add(
         session,
         *("-c", str(constraints), f"torch=={torch}", f"transformers=={transformers}", "triton>=3.6", *PACKAGES),
     )
@@ -113,7 +118,7 @@ def newest(session: nox.Session) -> None:
     parts = (("transformers", PACKAGES, NEWEST), (", ".join(TOOLS), TOOLS, TOOLS_TESTS))
     broken = []
     for what, packages, tests in parts:
-        pip(session, "--upgrade", "--upgrade-strategy", "eager", *free, *packages)
+        add(session, "--upgrade", "--upgrade-strategy", "eager", *free, *packages)
         versions = installed_versions(session, ("torch", "transformers", *TOOLS, "tokenizers", "huggingface_hub"))
         session.log(f"newest {what}: {versions}")
         try:

@@ -32,7 +32,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     keys = {item: shares.key_of(item) for item in items}
     covering.mark(items)
-    left_out = {item for item, key in keys.items() if not shares.is_in(key, config.getoption("--share"))}
+    share = config.getoption("--share")
+    left_out = {item for item, key in keys.items() if not shares.is_in(key, share)}
     if left_out:
         config.hook.pytest_deselected(items=list(left_out))
         items[:] = [item for item in items if item not in left_out]

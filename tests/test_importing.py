@@ -101,6 +101,18 @@ def test_a_part_is_an_attribute_whatever_was_imported_before(name):
     with_torch_and_transformers(f"import roberta_kernels as rk\nassert rk.{name}.__name__ == 'roberta_kernels.{name}'")
 
 
+@pytest.mark.parametrize("package", ["encoding", "ray", "demo"])
+def test_what_a_package_hands_out_when_asked(package):
+    with_torch_and_transformers(f"""
+import importlib, pkgutil, roberta_kernels
+package = importlib.import_module("roberta_kernels.{package}")
+assert set(package.__all__) <= set(dir(package))
+assert all(hasattr(package, name) for name in package.__all__)
+assert all(hasattr(package, part.name) for part in pkgutil.iter_modules(package.__path__))
+assert not hasattr(package, "nowhere")
+""")
+
+
 def test_what_is_nowhere_is_no_attribute():
     in_a_new_process("import roberta_kernels as rk\nassert not hasattr(rk, 'nowhere')")
 

@@ -16,4 +16,4 @@ if TYPE_CHECKING:
 
 __all__ = ["DemoError", "Options", "run"]
 
-__getattr__ = attributes(__name__, {"Options": "options", "DemoError": "stages", "run": "stages"})
+__getattr__, __dir__ = attributes(__name__, {"Options": "options", "DemoError": "stages", "run": "stages"})

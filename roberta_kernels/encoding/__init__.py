@@ -42,4 +42,4 @@ _WHERE = {
     "sources": ("EncodingError", "check_source", "format_of"),
     "tokenization": ("WINDOW",),
 }
-__getattr__ = attributes(__name__, {name: module for module, names in _WHERE.items() for name in names})
+__getattr__, __dir__ = attributes(__name__, {name: module for module, names in _WHERE.items() for name in names})

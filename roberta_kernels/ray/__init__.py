@@ -17,4 +17,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Encoder", "RayReport", "encode", "import_ray"]
 
-__getattr__ = attributes(__name__, {"Encoder": "encoder", "RayReport": "report", "encode": "run", "import_ray": "run"})
+__getattr__, __dir__ = attributes(
+    __name__, {"Encoder": "encoder", "RayReport": "report", "encode": "run", "import_ray": "run"}
+)

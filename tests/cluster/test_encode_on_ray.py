@@ -208,10 +208,10 @@ def test_the_command(cluster, load, folder, corpus, tmp_path):
     np.testing.assert_array_equal(vectors(whole(tmp_path / "out")), expected(load, corpus / "b.jsonl").embeddings)
 
     # Here Ray is connected already, and an address is not needed.
-    again = (source, output, "--model", folder, "--field", "body", "--window", "16", "--pooling", "cls", "--ray")
-    result = invoke(*again)
-    assert result.exit_code == 2
-    assert re.search(r"part-\d+.parquet is of a run that differs in: pooling", " ".join(result.output.split()))
+    given = ("--model", folder, "--field", "body", "--window", "16", "--json", "--ray")
+    result = invoke(source, output, "--pooling", "cls", *given)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert re.search(r"part-\d+.parquet is of a run that differs in: pooling", result.stderr.splitlines()[-1])
     result = invoke(corpus / "b.jsonl", tmp_path / "none", "--model", folder, "--field", "words", "--ray")
     assert result.exit_code == 2
     assert "none of the" in result.output

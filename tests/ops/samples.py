@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from roberta_kernels import backends, ops
+from roberta_kernels import backends, ops, triton
 
 from .cases import Draw, Served, cumulative
 
@@ -33,7 +33,7 @@ class Sample:
 def _attention(draw: Draw, dtype: torch.dtype, tokens: int, *, every_option: bool) -> Sample:
     lengths = [tokens // 3, tokens - tokens // 3]
     # In Triton's interpreter every head takes seconds, and test_attention.py has cases of many.
-    heads = 1 if backends.current_backend() == "triton" and draw.device == "cpu" else 2
+    heads = 1 if backends.current_backend() == "triton" and triton.interpreting() else 2
     if every_option:
         lengths_k = [tokens // 2, tokens // 2 + 4]  # not as many as queries: torch.compile takes equal sizes for one
         q = draw.normal(tokens, heads, 16, dtype=dtype)
